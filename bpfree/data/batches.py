@@ -1,0 +1,193 @@
+"""Samples that live on the training device and are served as batches of one size.
+
+The whole part of a data set stays on the device as it was stored (images as uint8). Order, crops and flips of
+an epoch are a pure function of a seed, drawn on the CPU so that every device sees the same epoch, and applied to
+many batches at once, so that a training step meets ready-made batches and no small kernels of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpfree.errors import DataError, unknown_name
+
+AUGMENTATIONS: Final = ("none", "crop-flip")
+CROP_PADDING: Final = 4  # pixels of reflected border, as in the studies that bpfree compares with
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One epoch's random choices, on the device: sample order and, when augmenting, crop offsets and flips."""
+
+    order: Tensor  # (N,) int64
+    offsets: Tensor | None = None  # (N, 2) int64 in [0, 2 * CROP_PADDING]: rows, columns
+    flips: Tensor | None = None  # (N, 1) bool
+
+
+class Batches:
+    """One part of a data set on one device.
+
+    Args:
+        inputs: (N, ...) uint8 images (N, C, H, W), or floating point features.
+        targets: (N,) int64.
+        device: where the samples live and are transformed.
+        dtype: floating point type of the samples served.
+        mean: per channel, subtracted after images are scaled to [0, 1]; empty for none.
+        std: per channel, divided by; empty for none.
+        augmentation: "none", or "crop-flip": a random crop after reflecting 4 pixels around the image, and a
+            horizontal flip of every other image.
+        layout: memory format of the images served, `torch.channels_last` or the default.
+
+    Raises:
+        DataError: augmentation of something that is not an image, or channels that do not match `mean`.
+        UsageError: unknown augmentation.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        augmentation: str = "none",
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        if augmentation not in AUGMENTATIONS:
+            raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+        if augmentation == "crop-flip" and (inputs.ndim != 4 or min(inputs.shape[2:]) <= CROP_PADDING):
+            raise DataError(
+                f"crop-flip needs images larger than {CROP_PADDING} pixels, samples have shape "
+                f"{tuple(inputs.shape[1:])}; use --augmentation none"
+            )
+        if mean and inputs.shape[1] != len(mean):
+            raise DataError(f"samples have {inputs.shape[1]} channels, mean and std are given for {len(mean)}")
+        self.inputs = inputs.to(device)
+        self.targets = targets.to(device)
+        self.dtype = dtype
+        self.augmentation = augmentation
+        self.layout = layout if inputs.ndim == 4 else torch.contiguous_format
+        # (x * unit - mean) / std as one multiplication and one addition
+        unit = 1 / 255 if inputs.dtype == torch.uint8 else 1.0
+        channels = (-1,) + (1,) * (inputs.ndim - 2)
+        self._scale = torch.tensor([unit / s for s in std] or [unit], dtype=dtype, device=device).view(channels)
+        self._shift = torch.tensor(
+            [-m / s for m, s in zip(mean, std, strict=True)] or [0.0], dtype=dtype, device=device
+        ).view(channels)
+        self._plain = not mean and inputs.dtype != torch.uint8
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, without the batch axis."""
+        return tuple(self.inputs.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples live."""
+        return self.inputs.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the samples and targets take on the device."""
+        return self.inputs.nbytes + self.targets.nbytes
+
+    def staging(self, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Uninitialised buffers for `count` batches: (count, batch_size, *sample_shape) and (count, batch_size)."""
+        inputs = torch.empty(count * batch_size, *self.sample_shape, dtype=self.dtype, device=self.device)
+        inputs = inputs.to(memory_format=self.layout).unflatten(0, (count, batch_size))
+        return inputs, torch.empty(count, batch_size, dtype=torch.int64, device=self.device)
+
+    def _normalized(self, samples: Tensor, out: Tensor) -> Tensor:
+        if self._plain:
+            return out.copy_(samples)
+        return torch.addcmul(self._shift, samples.to(self.dtype), self._scale, out=out)
+
+    def draw(self, *seed: int) -> Draw:
+        """An epoch's order and augmentation: the same seed gives the same epoch, on every device."""
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        order = torch.randperm(len(self), generator=generator).to(self.device)
+        if self.augmentation == "none":
+            return Draw(order)
+        offsets = torch.randint(2 * CROP_PADDING + 1, (len(self), 2), generator=generator)
+        flips = torch.randint(2, (len(self), 1), generator=generator, dtype=torch.bool)
+        return Draw(order, offsets.to(self.device), flips.to(self.device))
+
+    def fill(self, draw: Draw, first: int, inputs: Tensor, targets: Tensor) -> None:
+        """Write the samples from position `first` of the epoch into staging buffers, transformed.
+
+        Args:
+            draw: the epoch.
+            first: position in the epoch's order of the first sample.
+            inputs: (n, *sample_shape) buffer to fill.
+            targets: (n,) int64 buffer to fill.
+        """
+        chosen = slice(first, first + len(targets))
+        order = draw.order[chosen]
+        torch.index_select(self.targets, 0, order, out=targets)
+        if draw.offsets is None or draw.flips is None:
+            samples = self.inputs.index_select(0, order)
+        else:
+            samples = crop_flip(self.inputs, order, draw.offsets[chosen], draw.flips[chosen])
+        self._normalized(samples, out=inputs)
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in stored order, transformed but not augmented; the last batch may be smaller."""
+        for inputs, targets in zip(self.inputs.split(batch_size), self.targets.split(batch_size), strict=True):
+            buffer = torch.empty_like(inputs, dtype=self.dtype, memory_format=self.layout)
+            yield self._normalized(inputs, out=buffer), targets
+
+    @torch.no_grad()
+    def map(self, function: Callable[[Tensor], Tensor], batch_size: int) -> Batches:
+        """The same samples seen through `function`, computed once and kept on the device.
+
+        Raises:
+            DataError: these samples are augmented, so that no epoch equals another.
+        """
+        if self.augmentation != "none":
+            raise DataError("outputs of augmented samples cannot be kept: every epoch has its own")
+        outputs = torch.cat([function(inputs) for inputs, _ in self.in_order(batch_size)])
+        return Batches(outputs, self.targets, device=self.device, dtype=self.dtype, layout=self.layout)
+
+
+def crop_flip(images: Tensor, order: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    """Randomly cropped and flipped copies of chosen images, in one gather.
+
+    Equals padding each image by reflection, cutting the window at its offset and mirroring it.
+
+    Args:
+        images: (N, C, H, W).
+        order: (n,) which images.
+        offsets: (n, 2) row and column of the window in the padded image, in [0, 2 * CROP_PADDING].
+        flips: (n, 1) whether to mirror left and right.
+    """
+    channels, height, width = images.shape[1:]
+    device = images.device
+    rows = _reflected(height, device)[offsets[:, :1] + torch.arange(height, device=device)]
+    columns = torch.arange(width, device=device)
+    columns = _reflected(width, device)[offsets[:, 1:] + torch.where(flips, width - 1 - columns, columns)]
+    channel = torch.arange(channels, device=device)
+    return images[
+        order[:, None, None, None],
+        channel[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def _reflected(size: int, device: torch.device) -> Tensor:
+    """Source position of every position of an axis padded by reflection: (size + 2 * CROP_PADDING,)."""
+    line = torch.arange(size, dtype=torch.float32, device=device)[None, None]
+    return F.pad(line, (CROP_PADDING, CROP_PADDING), mode="reflect")[0, 0].long()

@@ -1,0 +1,476 @@
+"""The named data sets: what each one is, which files hold it, and in which layouts it may lie on a disk.
+
+To add one: a `DatasetInfo` at the end of this file, and a reader in `readers.py` if its format is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bpfree.data import readers
+from bpfree.data.readers import Sets
+
+PACKAGED = Path(__file__).parent / "packaged"
+"""The folder of the sets that are shipped with bpfree; LICENSES.md in it says where they come from."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a data set, and how to know that it is whole.
+
+    Attributes:
+        name: as the official host calls it.
+        checksum: "md5:..." or "sha256:..." of its bytes.
+        content: the same after gunzip, for files that are gzipped by themselves. It is what counts if given:
+            distributions wrap the same content anew, or store it without the wrapper.
+        size: bytes; None where nobody has published it.
+        urls: where to download it, best first; empty if it is not hosted by itself.
+    """
+
+    name: str
+    checksum: str
+    content: str = ""
+    size: int | None = None
+    urls: tuple[str, ...] = ()
+
+    def find(self, folder: Path) -> Path:
+        """Where it lies in `folder`: a gzipped file may also be there without its wrapper."""
+        path = folder / self.name
+        plain = folder / self.name.removesuffix(".gz")
+        return plain if self.content and not path.exists() and plain.exists() else path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a data set may lie under the data root.
+
+    Attributes:
+        folder: relative to the data root; "" for a single file directly in it.
+        files: all that must be there.
+        read: takes `location(root)` and returns the training and the test part.
+    """
+
+    folder: str
+    files: tuple[File, ...]
+    read: Callable[[Path], Sets]
+
+    def location(self, root: Path) -> Path:
+        """The folder, or the single file, that holds the data set."""
+        return root / (self.folder or self.files[0].name)
+
+    def paths(self, root: Path) -> list[Path]:
+        """Where its files are, or should be."""
+        return [file.find(root / self.folder) for file in self.files]
+
+    def is_complete(self, root: Path) -> bool:
+        """Whether every file is there, whatever it holds."""
+        return all(path.is_file() for path in self.paths(root))
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set without loading it.
+
+    Attributes:
+        name: the name to load it by; `-`, `_` and capitals do not matter.
+        title: as it is printed in a table.
+        description: one sentence.
+        licence: licence or terms, as stated by the authors.
+        citation: the publication to cite.
+        homepage: the authors' page.
+        input_shape: (C, H, W) of one sample.
+        samples: number of training and of test samples.
+        mean, std, class_names, validation, augmentation: as in `Dataset`.
+        layouts: in the order in which they are looked for.
+        aliases: other names.
+        packaged: shipped with bpfree, never downloaded.
+    """
+
+    name: str
+    title: str
+    description: str
+    licence: str
+    citation: str
+    homepage: str
+    input_shape: tuple[int, ...]
+    samples: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    validation: int
+    layouts: tuple[Layout, ...]
+    augmentation: str = "none"
+    aliases: tuple[str, ...] = ()
+    packaged: bool = False
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def source(self) -> Layout:
+        """The layout that a download fills."""
+        return next((layout for layout in self.layouts if layout.files[0].urls), self.layouts[0])
+
+    @property
+    def download_size(self) -> int:
+        """Bytes to download; 0 for a packaged set."""
+        return 0 if self.packaged else sum(file.size or 0 for file in self.source.files)
+
+
+def _hosted(hosts: tuple[str, ...], name: str, checksum: str, size: int, content: str = "") -> File:
+    return File(name, checksum, content, size, tuple(host + name for host in hosts))
+
+
+def _idx_layouts(folders: tuple[str, ...], files: tuple[File, ...]) -> tuple[Layout, ...]:
+    """Four idx files, in the order training images, training labels, test images, test labels."""
+
+    def read(folder: Path) -> Sets:
+        images, labels, test_images, test_labels = (readers.read_idx(file.find(folder)) for file in files)
+        return (images[:, None], labels.astype("int64")), (test_images[:, None], test_labels.astype("int64"))
+
+    return tuple(Layout(folder, files, read) for folder in folders)
+
+
+def _usps_layout(folder: str, files: tuple[File, ...]) -> Layout:
+    def read(folder: Path) -> Sets:
+        train, test = (readers.read_usps(file.find(folder)) for file in files)
+        return train, test
+
+    return Layout(folder, files, read)
+
+
+_FASHION_CITATION = "H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST. arXiv:1708.07747, 2017"
+_FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+_CIFAR_HOST = ("https://www.cs.toronto.edu/~kriz/",)
+_CIFAR_CITATION = "A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images. Technical report, 2009"
+_CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+    dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+    road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+    sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm
+"""
+_MNIST_HOSTS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+_FASHION_HOST = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)
+_USPS_HOSTS = (
+    "https://web.stanford.edu/~hastie/ElemStatLearn/datasets/",
+    "https://hastie.su.domains/ElemStatLearn/datasets/",
+)
+
+_MNIST_FILES = (
+    _hosted(
+        _MNIST_HOSTS,
+        "train-images-idx3-ubyte.gz",
+        "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        9_912_422,
+        "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    _hosted(
+        _MNIST_HOSTS,
+        "train-labels-idx1-ubyte.gz",
+        "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        28_881,
+        "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    _hosted(
+        _MNIST_HOSTS,
+        "t10k-images-idx3-ubyte.gz",
+        "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        1_648_877,
+        "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    _hosted(
+        _MNIST_HOSTS,
+        "t10k-labels-idx1-ubyte.gz",
+        "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        4_542,
+        "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+)
+_FASHION_FILES = (
+    _hosted(
+        _FASHION_HOST,
+        "train-images-idx3-ubyte.gz",
+        "sha256:3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        26_421_880,
+        "sha256:c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    _hosted(
+        _FASHION_HOST,
+        "train-labels-idx1-ubyte.gz",
+        "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        29_515,
+        "sha256:bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    _hosted(
+        _FASHION_HOST,
+        "t10k-images-idx3-ubyte.gz",
+        "sha256:346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        4_422_102,
+        "sha256:5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    _hosted(
+        _FASHION_HOST,
+        "t10k-labels-idx1-ubyte.gz",
+        "sha256:67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        5_148,
+        "sha256:0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+)
+_USPS_FILES = (
+    _hosted(
+        _USPS_HOSTS,
+        "zip.train.gz",
+        "sha256:66ebf231ab51f2cf6ac1a892d0f98ccffee1079d7a5db638c1f11f366046ca16",
+        1_829_071,
+        "sha256:abc9f5c75b997cabe66b5d01727d5a681c69298e1641a8d37b55433a52129dc0",
+    ),
+    _hosted(
+        _USPS_HOSTS,
+        "zip.test.gz",
+        "sha256:8dacc3c6e136af6c3488de9e5113a7daf140c8c2f1f0b61c54ee02f03f1a962f",
+        439_208,
+        "sha256:6bde17b4f1cd68e0630cd2751d6495b5795d9165ab2dc4a0be8b7002b732f4cc",
+    ),
+)
+# The members' sums are those of the published archives; CIFAR-100's binary members are not named by the
+# authors, their sums were taken from the archive with the md5 below (Ruby's torchvision records them).
+_CIFAR10_LAYOUTS = (
+    Layout(
+        "cifar-10-batches-bin",
+        (
+            File("data_batch_1.bin", "md5:5dd7e06a14cb22eb9f671a540d1b7c25", size=30_730_000),
+            File("data_batch_2.bin", "md5:5ea93a67294ea407fff1d09f752e9692", size=30_730_000),
+            File("data_batch_3.bin", "md5:942cd6a4bcdd0dd3c604fbe906cb4421", size=30_730_000),
+            File("data_batch_4.bin", "md5:ae636b3ba5c66a11e91e8cb52e771fcb", size=30_730_000),
+            File("data_batch_5.bin", "md5:53f37980c15c3d472c316c40844f3f0d", size=30_730_000),
+            File("test_batch.bin", "md5:803d5f7f4d78ea53de84dbe85f74fb6d", size=30_730_000),
+        ),
+        partial(readers.read_cifar_binary, classes=10),
+    ),
+    Layout(
+        "cifar-10-batches-py",
+        (
+            File("data_batch_1", "md5:c99cafc152244af753f735de768cd75f"),
+            File("data_batch_2", "md5:d4bba439e000b95fd0a9bffe97cbabec"),
+            File("data_batch_3", "md5:54ebc095f3ab1f0389bbae665268c751"),
+            File("data_batch_4", "md5:634d18415352ddfa80567beed471001a"),
+            File("data_batch_5", "md5:482c414d41f54cd18b22e5b47cb7c3cb"),
+            File("test_batch", "md5:40351d587109b95175f43aff81a1287e"),
+        ),
+        partial(readers.read_cifar_python, classes=10),
+    ),
+    Layout(
+        "",
+        (
+            _hosted(
+                _CIFAR_HOST,
+                "cifar-10-binary.tar.gz",
+                "md5:c32a1d4ab5d03f1284b67883e8d87530",
+                170_052_171,
+            ),
+        ),
+        partial(readers.read_cifar_binary, classes=10),
+    ),
+    Layout(
+        "",
+        (File("cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a", size=170_498_071),),
+        partial(readers.read_cifar_python, classes=10),
+    ),
+)
+_CIFAR100_LAYOUTS = (
+    Layout(
+        "cifar-100-binary",
+        (
+            File(
+                "train.bin",
+                "sha256:f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
+                size=153_700_000,
+            ),
+            File(
+                "test.bin",
+                "sha256:d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
+                size=30_740_000,
+            ),
+        ),
+        partial(readers.read_cifar_binary, classes=100),
+    ),
+    Layout(
+        "cifar-100-python",
+        (
+            File("train", "md5:16019d7e3df5f24257cddd939b257f8d"),
+            File("test", "md5:f0ef6b0ae62326f3e7ffdfab6717acfc"),
+        ),
+        partial(readers.read_cifar_python, classes=100),
+    ),
+    Layout(
+        "",
+        (
+            _hosted(
+                _CIFAR_HOST,
+                "cifar-100-binary.tar.gz",
+                "md5:03b5dce01913d631647c71ecec9e9cb8",
+                168_513_733,
+            ),
+        ),
+        partial(readers.read_cifar_binary, classes=100),
+    ),
+    Layout(
+        "",
+        (File("cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85", size=169_001_437),),
+        partial(readers.read_cifar_python, classes=100),
+    ),
+)
+
+DATASETS: dict[str, DatasetInfo] = {
+    entry.name: entry
+    for entry in (
+        DatasetInfo(
+            name="digits",
+            title="Optical digits",
+            description="8x8 handwritten digits in 17 grey levels, shipped with bpfree",
+            licence="CC BY 4.0",
+            citation="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits. UCI, 1998",
+            homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
+            input_shape=(1, 8, 8),
+            samples=(1_437, 360),
+            mean=(0.3054,),
+            std=(0.3758,),
+            class_names=tuple("0123456789"),
+            validation=143,
+            layouts=(
+                Layout(
+                    "",
+                    (
+                        File(
+                            "digits.npz",
+                            "sha256:7b327e5bd58e9859f805516c56e8286ba4017187ecf175d1236e2517b470e8c7",
+                            size=47_512,
+                        ),
+                    ),
+                    readers.read_npz,
+                ),
+            ),
+            packaged=True,
+        ),
+        DatasetInfo(
+            name="fashion-mini",
+            title="Fashion-MNIST, first 4,000",
+            description="the first 3,000 + 1,000 images of Fashion-MNIST, shipped with bpfree",
+            licence="MIT",
+            citation=_FASHION_CITATION,
+            homepage="https://github.com/zalandoresearch/fashion-mnist",
+            input_shape=(1, 28, 28),
+            samples=(3_000, 1_000),
+            mean=(0.2845,),
+            std=(0.3535,),
+            class_names=tuple(_FASHION_CLASSES.split(",")),
+            validation=300,
+            layouts=(
+                Layout(
+                    "",
+                    (
+                        File(
+                            "fashion-mini.npz",
+                            "sha256:f9991b63a363798fa4e081aeed19230a4aa416ab59a1b7994f5aa9f1af23a4db",
+                            size=1_755_144,
+                        ),
+                    ),
+                    readers.read_npz,
+                ),
+            ),
+            packaged=True,
+        ),
+        DatasetInfo(
+            name="mnist",
+            title="MNIST",
+            description="28x28 handwritten digits",
+            licence="CC BY-SA 3.0",
+            citation="Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits. 1998",
+            homepage="http://yann.lecun.com/exdb/mnist/",
+            input_shape=(1, 28, 28),
+            samples=(60_000, 10_000),
+            mean=(0.1307,),
+            std=(0.3081,),
+            class_names=tuple("0123456789"),
+            validation=10_000,
+            layouts=_idx_layouts(("mnist", "MNIST/raw"), _MNIST_FILES),
+        ),
+        DatasetInfo(
+            name="fashion_mnist",
+            title="Fashion-MNIST",
+            description="28x28 grey images of clothing",
+            licence="MIT",
+            citation=_FASHION_CITATION,
+            homepage="https://github.com/zalandoresearch/fashion-mnist",
+            input_shape=(1, 28, 28),
+            samples=(60_000, 10_000),
+            mean=(0.2860,),
+            std=(0.3530,),
+            class_names=tuple(_FASHION_CLASSES.split(",")),
+            validation=6_000,
+            layouts=_idx_layouts(("fashion_mnist", "FashionMNIST/raw"), _FASHION_FILES),
+            aliases=("fashion",),
+        ),
+        DatasetInfo(
+            name="cifar10",
+            title="CIFAR-10",
+            description="32x32 colour photographs of 10 kinds of animals and vehicles",
+            licence="none stated",
+            citation=_CIFAR_CITATION,
+            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            input_shape=(3, 32, 32),
+            samples=(50_000, 10_000),
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            class_names=tuple(_CIFAR10_CLASSES.split()),
+            validation=5_000,
+            layouts=_CIFAR10_LAYOUTS,
+            augmentation="crop-flip",
+        ),
+        DatasetInfo(
+            name="cifar100",
+            title="CIFAR-100",
+            description="32x32 colour photographs of 100 kinds of things",
+            licence="none stated",
+            citation=_CIFAR_CITATION,
+            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            input_shape=(3, 32, 32),
+            samples=(50_000, 10_000),
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            class_names=tuple(_CIFAR100_CLASSES.split()),
+            validation=5_000,
+            layouts=_CIFAR100_LAYOUTS,
+            augmentation="crop-flip",
+        ),
+        DatasetInfo(
+            name="usps",
+            title="USPS",
+            description="16x16 handwritten ZIP code digits with values in [-1, 1]",
+            licence="none stated",
+            citation="T. Hastie, R. Tibshirani, J. Friedman: The Elements of Statistical Learning. 2009",
+            homepage="https://hastie.su.domains/ElemStatLearn/",
+            input_shape=(1, 16, 16),
+            samples=(7_291, 2_007),
+            mean=(-0.4910,),
+            std=(0.7692,),
+            class_names=tuple("0123456789"),
+            validation=729,
+            layouts=(_usps_layout("usps", _USPS_FILES),),
+        ),
+    )
+}
+"""Every named data set, in the order in which they are listed: packaged ones first."""

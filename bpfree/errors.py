@@ -1,0 +1,47 @@
+"""Errors that a user can act on: one clear line each, mapped to exit codes by the command line.
+
+Anything else that escapes is a defect of bpfree and may show a stack trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BpfreeError(Exception):
+    """Something the user can mend; the message is one line that says how. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(BpfreeError):
+    """A wrong name, option or combination of options. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(BpfreeError):
+    """Missing, corrupt or ill-shaped data."""
+
+
+class CheckpointError(BpfreeError):
+    """A run folder or checkpoint that cannot be read or written."""
+
+
+class TrainingError(BpfreeError):
+    """Training cannot go on: non-finite loss, memory exhausted."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """An error for a `name` that is not among `known`, with the nearest ones.
+
+    Args:
+        kind: what the name stands for, as the user says it ("algorithm", "data set").
+        name: what the user gave.
+        known: every valid name.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+    return UsageError(f"unknown {kind} {name!r}; {hint}")

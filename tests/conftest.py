@@ -1,0 +1,25 @@
+"""Shared fixtures, and what is skipped where a GPU or the full data sets are missing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run in parallel, and on small matrices
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    without_data = pytest.mark.skip(reason="needs the full data sets: set BPFREE_DATA")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
+        if item.get_closest_marker("data") and not os.environ.get("BPFREE_DATA"):
+            item.add_marker(without_data)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
