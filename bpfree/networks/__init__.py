@@ -1,0 +1,18 @@
+"""Backbones as ordered blocks: what every learning rule trains, without a read-out."""
+
+from bpfree.networks.blocks import as_blocks, block_output_shapes, infer_input_shape
+from bpfree.networks.cnn import cnn
+from bpfree.networks.heads import Head
+from bpfree.networks.mlp import mlp
+from bpfree.networks.registry import build_network, describe_networks
+
+__all__ = [
+    "Head",
+    "as_blocks",
+    "block_output_shapes",
+    "build_network",
+    "cnn",
+    "describe_networks",
+    "infer_input_shape",
+    "mlp",
+]

@@ -1,0 +1,84 @@
+"""Networks by name: what a `--network` string means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from torch import nn
+
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.cnn import CAFO_CHANNELS, MF_CHANNELS, cnn
+from bpfree.networks.mlp import mlp
+
+Shape = tuple[int, ...]
+MAX_DEPTH: Final = 32  # mlp:2x1000 is depth x width; mlp:300x100 can only be two widths
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of network and how its name is written."""
+
+    pattern: str
+    description: str
+    build: Callable[[Shape, str], nn.Sequential]
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    """`1000x500x100` -> (1000, 500, 100)."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise UsageError(f"cannot read the layer sizes {text!r}; write them like 2x1000 or 1000x500x100")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def _mlp(input_shape: Shape, sizes: str) -> nn.Sequential:
+    widths = _widths(sizes or "2x1000")
+    if len(widths) == 2 and widths[0] <= MAX_DEPTH:
+        widths = (widths[1],) * widths[0]
+    return mlp(input_shape, widths)
+
+
+def _cnn(input_shape: Shape, sizes: str) -> nn.Sequential:
+    if sizes in {"", "mf"}:
+        return cnn(input_shape, MF_CHANNELS)
+    if sizes == "cafo":
+        return cnn(input_shape, CAFO_CHANNELS, pool="max", batch_norm=True)
+    return cnn(input_shape, _widths(sizes))
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    "mlp": Family(
+        "mlp:DEPTHxWIDTH | mlp:WxWxW..",
+        "hidden layers Linear-ReLU; mlp:2x1000 is two of 1000 units, mlp:500x300 or mlp:800x400x200 names each width",
+        _mlp,
+    ),
+    "cnn": Family(
+        "cnn:mf | cnn:cafo | cnn:CxCxC..",
+        "cnn:mf is Conv3x3-ReLU-AvgPool with 64-128-256-512 maps, cnn:cafo is Conv3x3-ReLU-MaxPool-BatchNorm with "
+        "32-128-512; cnn:32x64 names the maps (average pooling)",
+        _cnn,
+    ),
+}
+
+
+def build_network(name: str, input_shape: Shape) -> nn.Sequential:
+    """The backbone called `name` for inputs of `input_shape`, freshly initialised from torch's global generator.
+
+    Args:
+        name: a family and its sizes, such as "mlp:2x1000" or "cnn:mf" (see `describe_networks`).
+        input_shape: shape of one input sample, without the batch axis.
+
+    Raises:
+        UsageError: unknown family, unreadable sizes, or a network that does not fit the inputs.
+    """
+    family, _, sizes = name.partition(":")
+    if family not in FAMILIES:
+        raise unknown_name("network", family, FAMILIES)
+    return FAMILIES[family].build(input_shape, sizes)
+
+
+def describe_networks() -> list[dict[str, str]]:
+    """One row per family: how the name is written and what it builds."""
+    return [{"network": family.pattern, "description": family.description} for family in FAMILIES.values()]

@@ -1,0 +1,145 @@
+"""Networks by name, and how a user's network is cut into blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bpfree.errors import UsageError
+from bpfree.networks import Head, as_blocks, block_output_shapes, build_network, infer_input_shape
+from bpfree.networks.blocks import linear_relu
+
+
+def widths(network: nn.Sequential) -> list[int]:
+    return [m.out_features for m in network.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp:2x1000", [1000, 1000]),
+        ("mlp:3x20", [20, 20, 20]),
+        ("mlp:500x300", [500, 300]),
+        ("mlp:40x30x20", [40, 30, 20]),
+        ("mlp:64", [64]),
+        ("mlp", [1000, 1000]),
+    ],
+)
+def test_mlp_sizes(name: str, expected: list[int]) -> None:
+    assert widths(build_network(name, (1, 8, 8))) == expected
+
+
+def test_mlp_starts_with_zero_biases_and_kaiming_bounds() -> None:
+    first = next(m for m in build_network("mlp:2x300", (1, 20, 20)).modules() if isinstance(m, nn.Linear))
+    assert not first.bias.any()
+    bound = 1 / 400**0.5  # Kaiming uniform with a = sqrt(5): gain sqrt(1/3), bound = gain * sqrt(3 / fan_in)
+    assert first.weight.abs().max() <= bound
+    assert first.weight.abs().max() > 0.99 * bound
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("cnn:mf", [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]),
+        ("cnn:cafo", [(32, 16, 16), (128, 8, 8), (512, 4, 4)]),
+        ("cnn:5x7", [(5, 16, 16), (7, 8, 8)]),
+    ],
+)
+def test_cnn_shapes(name: str, shapes: list[tuple[int, ...]]) -> None:
+    assert block_output_shapes(build_network(name, (3, 32, 32)), (3, 32, 32)) == shapes
+
+
+def test_cafo_block_is_conv_relu_pool_norm() -> None:
+    block = build_network("cnn:cafo", (3, 32, 32))[0]
+    assert [type(layer) for layer in block] == [nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.BatchNorm2d]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mpl:2x10", "did you mean mlp"),
+        ("mlp:2x", "cannot read the layer sizes"),
+        ("mlp:0x5", "cannot read the layer sizes"),
+        ("mlp:2x-5", "cannot read the layer sizes"),
+        ("cnn:8x8x8x8", "too small for 4 pooled blocks"),
+    ],
+)
+def test_bad_names(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_network(name, (1, 8, 8))
+
+
+def test_cnn_needs_images() -> None:
+    with pytest.raises(UsageError, match="use an mlp"):
+        build_network("cnn:mf", (30,))
+
+
+def test_layers_without_parameters_join_their_neighbours() -> None:
+    layers = [nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Dropout()]
+    blocks = as_blocks(nn.Sequential(*layers))
+    assert [[type(layer) for layer in block] for block in blocks] == [
+        [nn.Flatten, nn.Linear, nn.ReLU],
+        [nn.Linear, nn.ReLU, nn.Dropout],
+    ]
+
+
+def test_cuts_of_the_user_are_kept_and_modules_shared() -> None:
+    first, second = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2)
+    blocks = as_blocks([first, second])
+    assert list(blocks) == [first, second]
+
+
+@pytest.mark.parametrize("network", [nn.Linear(3, 3), [nn.ReLU()], [], ["Linear"]])
+def test_what_is_no_network(network: object) -> None:
+    with pytest.raises(UsageError):
+        as_blocks(network)  # type: ignore[arg-type]
+
+
+def test_input_shape_is_told_by_a_linear_layer_only() -> None:
+    assert infer_input_shape(as_blocks(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))) == (12,)
+    with pytest.raises(UsageError, match="input_shape"):
+        infer_input_shape(as_blocks(nn.Sequential(nn.Conv2d(3, 4, 3))))
+
+
+def test_blocks_that_do_not_fit_name_themselves() -> None:
+    with pytest.raises(UsageError, match="block 1 does not accept inputs of shape \\(4,\\)"):
+        block_output_shapes([nn.Linear(3, 4), nn.Linear(5, 6)], (3,))
+
+
+def test_finding_shapes_leaves_the_network_as_it_was() -> None:
+    network = build_network("cnn:cafo", (1, 16, 16))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    block_output_shapes(network, (1, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(module.training for module in network.modules())
+
+
+def test_linear_relu_is_recognised_exactly() -> None:
+    linear = nn.Linear(4, 3)
+    assert linear_relu(nn.Sequential(linear, nn.ReLU())) is linear
+    assert linear_relu(nn.Sequential(nn.Flatten(), linear, nn.ReLU())) is linear
+    for other in (
+        linear,
+        nn.Sequential(linear),
+        nn.Sequential(linear, nn.Tanh()),
+        nn.Sequential(nn.Flatten(2), linear, nn.ReLU()),
+        nn.Sequential(linear, nn.ReLU(), nn.Dropout()),
+    ):
+        assert linear_relu(other) is None
+    hooked = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    hooked[1].register_forward_hook(lambda *arguments: None)
+    assert linear_relu(hooked) is None
+
+
+def test_head_pools() -> None:
+    maps = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
+    assert torch.equal(Head((3, 4, 4), 2).features(maps), maps.flatten(1))
+    torch.testing.assert_close(Head((3, 4, 4), 2, pool="gap").features(maps), maps.mean((2, 3)))
+    quadrants = maps.view(2, 3, 2, 2, 2, 2).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(Head((3, 4, 4), 2, pool="adaptive").features(maps), quadrants)
+    assert torch.equal(Head((5,), 2, pool="gap").features(torch.ones(1, 5)), torch.ones(1, 5))
+    with pytest.raises(UsageError, match="head pool"):
+        Head((3, 4, 4), 2, pool="max")
+    with pytest.raises(UsageError, match="at least 2 classes"):
+        Head((5,), 1)
