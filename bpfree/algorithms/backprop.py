@@ -1,0 +1,164 @@
+"""Back-propagation: the baseline, and the two controls that tell what a local rule's detach is worth.
+
+Paper: Rumelhart, Hinton, Williams, "Learning representations by back-propagating errors", Nature 323 (1986);
+deep supervision: Lee, Xie, Gallagher, Zhang, Tu, "Deeply-Supervised Nets", 2015, arXiv 1409.5185.
+
+With blocks a_i = f_i(a_{i-1}), a_0 = x, local heads G_i = a_i M_i^T and cross-entropy CE, one step descends
+
+    bp         CE(a_L W^T + b, y)
+    bp-ds      CE(a_L W^T + b, y) + w sum_{i=1..L}   CE(G_i, y)      deep supervision
+    mf-joint   CE(G_L, y)         + w sum_{i=1..L-1} CE(G_i, y)      Mono-Forward's read-out, global gradients
+
+with the gradient of the whole sum flowing through the whole network. `bp-ds` and `mf-joint` have the heads of
+Mono-Forward without its detach (the ablation ladder of Spyra and Dzwinel, PPAM 2026, arXiv 2511.01061).
+Shapes: x (B, *input), a_i (B, d_i) or maps, M_i (C, d_i) without bias, W (C, d_L).
+
+Deviations from the paper: none for `bp`. The ladder's weight w is published per configuration but not whether it
+multiplies the sum or the mean of the head losses; here the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.optim import OptimizerFactory, make_optimizer
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.blocks import Shape, block_output_shapes
+from bpfree.networks.heads import Head
+
+Readout = Literal["linear", "goodness"]
+READOUTS: Final = ("linear", "goodness")
+
+
+class Backprop(Learner):
+    """Back-propagation through the blocks and a linear read-out.
+
+    Args:
+        network: hidden blocks in forward order.
+        classes: number of classes C.
+        lr: learning rate.
+        optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser.
+        weight_decay: decay of all weights.
+        readout: "linear" is W with bias; "goodness" is Mono-Forward's bias-free M_L.
+        auxiliary_weight: weight w of the local heads' losses; 0 has no local heads.
+        head_pool: how feature maps reach a linear map: "flatten", "gap" or "adaptive".
+        input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> blocks = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> learner = Backprop(blocks, classes=3)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['loss']
+    """
+
+    paper = Paper(
+        title="Learning representations by back-propagating errors",
+        authors="Rumelhart, Hinton, Williams",
+        year=1986,
+        arxiv=None,
+        follows="reverse-mode gradient of the cross-entropy through the whole network",
+    )
+    locality = "network"
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | OptimizerFactory = "adamw",
+        weight_decay: float = 0.0,
+        readout: Readout = "linear",
+        auxiliary_weight: float = 0.0,
+        head_pool: str = "flatten",
+        input_shape: Shape | None = None,
+    ) -> None:
+        super().__init__(network, classes, input_shape)
+        if readout not in READOUTS:
+            raise unknown_name("readout", readout, READOUTS)
+        if not auxiliary_weight >= 0:
+            raise UsageError(f"auxiliary_weight must not be negative, got {auxiliary_weight}")
+        shapes = block_output_shapes(self.network, self.input_shape)
+        self.auxiliary_weight = auxiliary_weight
+        self.readout = Head(shapes[-1], classes, pool=head_pool, bias=readout == "linear")
+        supervised = shapes if readout == "linear" else shapes[:-1]
+        self.heads = nn.ModuleList(
+            Head(shape, classes, pool=head_pool) for shape in (supervised if auxiliary_weight > 0 else [])
+        )
+        self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, C) scores of the read-out."""
+        signal = inputs
+        for block in self.network:
+            signal = block(signal)
+        return self.readout(signal)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: everything learns together."""
+        return (
+            Stage(
+                name="all",
+                modules=(self,),
+                optimizers=(self._optimizer,),
+                update=self._update,
+                scores=self,
+                input_shape=self.input_shape,
+                classes=self.classes,
+            ),
+        )
+
+    @property
+    def variant(self) -> str:
+        """Empty for plain back-propagation."""
+        return f"auxiliary weight {self.auxiliary_weight:g}" if self.heads else ""
+
+    def _outputs(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Scores of the local heads (there may be none) and of the read-out."""
+        local = []
+        signal = inputs
+        for index, block in enumerate(self.network):
+            signal = block(signal)
+            if index < len(self.heads):
+                local.append(self.heads[index](signal))
+        return local, self.readout(signal)
+
+    @torch.enable_grad()
+    def _update(self, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        local, scores = self._outputs(inputs)
+        losses = [F.cross_entropy(goodness, targets) for goodness in local]
+        loss = F.cross_entropy(scores, targets)
+        total = torch.add(loss, torch.stack(losses).sum(), alpha=self.auxiliary_weight) if losses else loss
+        self._optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self._optimizer.step()
+        metrics = {"loss": loss.detach()}
+        metrics.update({f"block {index} loss": head_loss.detach() for index, head_loss in enumerate(losses)})
+        return metrics
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Accuracy of each local head; empty for plain back-propagation."""
+        inputs, targets = batch
+        local, _ = self._outputs(inputs)
+        return {f"block {index} accuracy": accuracy(goodness, targets) for index, goodness in enumerate(local)}
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Any network that PyTorch can differentiate."""
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """Nothing of its own: back-propagation has only what every rule has."""
+        return {}

@@ -1,0 +1,244 @@
+"""The contract that every learning rule fulfils.
+
+A `Learner` owns a network cut into blocks, whatever its rule adds to it, and its optimisers. Rules implement
+the abstract methods once; nothing that is implemented here is overridden, and no learner inherits from
+another. A plain loop is all it takes to train one:
+
+    learner = bpfree.MonoForward(my_blocks, classes=10, lr=1e-3)
+    for x, y in my_loader:
+        learner.step((x, y))
+    accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bpfree.errors import UsageError
+from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+
+Batch = tuple[Tensor, Tensor]
+Metrics = dict[str, Tensor]
+Locality = Literal["network", "block", "layer"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a rule comes from, and what of it the code follows."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None
+    follows: str
+
+
+class Support(NamedTuple):
+    """Whether a rule can train a network, and the reason if it cannot."""
+
+    ok: bool
+    reason: str = ""
+
+
+class Trial(Protocol):
+    """What a search space needs of a tuner's trial (Optuna's `Trial` has it)."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained together until it converges: the whole network, or one block of a greedy schedule.
+
+    Attributes:
+        name: shown in progress and records.
+        modules: what this stage trains; its best state is the state of these modules.
+        optimizers: the optimisers that `step` drives.
+        update: one update from one checked batch.
+        scores: (B, ...) stage inputs -> (B, C) logits that rate the stage on validation data.
+        input_shape: shape of one stage input.
+        classes: number of classes C.
+        prefix: frozen map from network inputs to stage inputs, without gradient; None when they are the same.
+            As long as nothing augments the inputs, its outputs may be computed once and kept.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    optimizers: tuple[Optimizer, ...]
+    update: Callable[[Batch], Metrics]
+    scores: Callable[[Tensor], Tensor]
+    input_shape: Shape
+    classes: int
+    prefix: Callable[[Tensor], Tensor] | None = None
+
+    def step(self, batch: Batch) -> Metrics:
+        """One update from one batch of stage inputs.
+
+        Args:
+            batch: `(inputs, targets)`, (B, *input_shape) floating point and (B,) int64.
+
+        Returns:
+            0-d tensors on the batch's device (at least one loss); reading them on the host is the caller's choice.
+
+        Raises:
+            UsageError: shapes or types do not fit the network, or (on the CPU, where looking at values does
+                not stall a device) a target is not a class.
+        """
+        _check_batch(batch, self.input_shape, self.classes)
+        return self.update(batch)
+
+
+def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+    inputs, targets = batch
+    # A first layer that flattens takes images too, so only the number of values per sample has to agree.
+    if inputs.ndim < 2 or inputs.shape[1:].numel() != torch.Size(input_shape).numel():
+        raise UsageError(
+            f"inputs have shape {tuple(inputs.shape)}, expected (batch, {', '.join(map(str, input_shape))})"
+        )
+    if not inputs.is_floating_point():
+        raise UsageError(f"inputs must be floating point, got {inputs.dtype}; scale images to [0, 1] first")
+    if targets.ndim != 1 or len(targets) != len(inputs) or targets.dtype != torch.int64:
+        raise UsageError(
+            f"targets must be {len(inputs)} int64 class indices, got shape {tuple(targets.shape)} of {targets.dtype}"
+        )
+    if len(targets) == 0:
+        raise UsageError("the batch is empty")
+    if targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise UsageError(f"targets must lie in [0, {classes}), got {int(targets.min())} to {int(targets.max())}")
+
+
+class Learner(nn.Module, ABC):
+    """A network together with the rule that trains it.
+
+    Args:
+        network: the blocks in forward order, without a read-out (see `as_blocks` for how a network is cut).
+        classes: number of classes C.
+        input_shape: shape of one input sample; may be left out when the first layer is a `Linear`.
+
+    Attributes:
+        paper: where the rule comes from.
+        locality: how far a gradient travels: through the "network", a "block" or a "layer".
+        capture_safe: whether `step` can be captured in a CUDA graph.
+    """
+
+    paper: ClassVar[Paper]
+    locality: ClassVar[Locality]
+    capture_safe: ClassVar[bool] = True
+
+    def __init__(
+        self, network: nn.Sequential | Iterable[nn.Module], classes: int, input_shape: Shape | None = None
+    ) -> None:
+        super().__init__()
+        self.network = as_blocks(network)
+        self.classes = classes
+        self.input_shape = tuple(input_shape) if input_shape is not None else infer_input_shape(self.blocks())
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) inputs -> (B, C) class scores, higher is likelier; no labels in reach."""
+
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained in which order: one stage for simultaneous rules, one per block for greedy ones."""
+
+    @abstractmethod
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """What the rule knows about itself on a batch (accuracy of each local head, ...), as 0-d tensors."""
+
+    @property
+    @abstractmethod
+    def variant(self) -> str:
+        """The choices that make this rule differ from its default, in a word or two for a table's row."""
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Whether the rule can train `network`, with a reason if not."""
+
+    @staticmethod
+    @abstractmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """The rule's own hyperparameters for a tuner, as keyword arguments of the learner.
+
+        Those that every rule has (learning rate, weight decay, batch size, ...) are the tuner's.
+        """
+
+    @final
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The ordered units of locality: also the units of audit, timing and placement on devices."""
+        return tuple(self.network)
+
+    @final
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Every optimiser of every stage."""
+        return tuple(optimizer for stage in self.stages() for optimizer in stage.optimizers)
+
+    @final
+    def step(self, batch: Batch) -> Metrics:
+        """One update of everything from one batch; never waits for the device.
+
+        Args:
+            batch: `(inputs, targets)`, (B, *input_shape) floating point and (B,) int64, on the learner's device.
+
+        Returns:
+            0-d tensors on the batch's device, such as each block's loss.
+
+        Raises:
+            UsageError: the batch does not fit, or the schedule trains one stage after another, in which case
+                the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prefix(x), y))`.
+        """
+        stages = self.stages()
+        if len(stages) > 1:
+            raise UsageError(
+                f"this schedule trains {len(stages)} stages one after another; loop over learner.stages() instead"
+            )
+        return stages[0].step(batch)
+
+    @final
+    @torch.no_grad()
+    def scores(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) inputs -> (B, C) class scores, in evaluation mode and without gradient."""
+        with evaluation_mode(self):
+            scores: Tensor = self(inputs)
+        return scores
+
+    @final
+    def get_extra_state(self) -> list[dict[str, Any]]:
+        """Optimiser states, so that `state_dict` holds all that is needed to go on bit for bit."""
+        return [optimizer.state_dict() for optimizer in self.optimizers()]
+
+    @final
+    def set_extra_state(self, state: list[dict[str, Any]]) -> None:
+        optimizers = self.optimizers()
+        if len(state) != len(optimizers):
+            raise UsageError(f"the state has {len(state)} optimisers, this learner {len(optimizers)}")
+        for optimizer, saved in zip(optimizers, state, strict=True):
+            optimizer.load_state_dict(saved)
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in evaluation mode and each submodule back where it was on leaving."""
+    switched = [part for module in modules for part in module.modules() if part.training]
+    for part in switched:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in switched:
+            part.training = True
+
+
+def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
+    """Fraction of samples whose highest score is their class: (B, C) and (B,) -> 0-d float32."""
+    return (scores.argmax(1) == targets).float().mean()

@@ -1,0 +1,339 @@
+"""Mono-Forward: every block learns from a private linear classifier on its own output.
+
+Paper: Gong, Li, Abdulla, "Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network Training
+Harnessing Local Errors", 2025, arXiv 2501.09238 (equations as restated by Spyra, arXiv 2509.19063, 2.7-2.11).
+
+For block i = 1..L with input a_{i-1} (a constant; a_0 = x), projection matrix M_i (C, d_i) without bias:
+
+    z_i = a_{i-1} W_i^T + b_i,  a_i = relu(z_i)        forward (convolution blocks: a_i = f_i(a_{i-1}))
+    G_i = a_i M_i^T                                    goodness, (B, C)
+    loss_i = CE(G_i, y), mean over the batch           the only thing that W_i, b_i and M_i learn from
+
+and in closed form for linear blocks, with every gradient taken before any of them is applied:
+
+    D_i = (softmax(G_i) - onehot(y)) / B               (B, C)
+    dM_i = D_i^T a_i                                   (C, d_i)
+    dz_i = D_i M_i * 1[z_i > 0]                        (B, d_i)
+    dW_i = dz_i^T a_{i-1},  db_i = sum_B dz_i          no product with W_i: nothing goes to block i-1
+
+There is no output layer: the read-out is M_L ("last"), or the sum over blocks of the goodness ("sum").
+
+Deviations from the paper: the paper's text on feature maps could not be verified, so how they reach M_i is an
+option (`head_pool`, default flatten). "sum" is offered over scores and over probabilities for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms.lanes import Lanes
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms.optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.errors import unknown_name
+from bpfree.networks.blocks import Shape, block_output_shapes, linear_relu
+from bpfree.networks.heads import Head
+
+Schedule = Literal["simultaneous", "sequential"]
+PassOn = Literal["pre", "post"]
+Inference = Literal["last", "sum_logits", "sum_probs"]
+SCHEDULES: Final = ("simultaneous", "sequential")
+PASS_ON: Final = ("pre", "post")
+INFERENCES: Final = ("last", "sum_logits", "sum_probs")
+
+
+class MonoForward(Learner):
+    """Mono-Forward over any sequence of blocks.
+
+    Args:
+        network: hidden blocks in forward order. Linear blocks (`Linear`, `ReLU`, after an optional `Flatten`)
+            learn in closed form, all others by autograd inside the block.
+        classes: number of classes C.
+        lr: learning rate.
+        optimizer: "adam", "adamw", "sgd", or a function from parameters to an optimiser.
+        weight_decay: decay of all weights, projections included.
+        schedule: "simultaneous" trains every block on every batch; "sequential" trains block after block, each
+            until it converges, with the blocks before it frozen.
+        pass_on: what a block hands to the next one in the simultaneous schedule: its activations from before
+            its update ("pre") or computed again after it ("post").
+        inference: "last" reads the last block; "sum_logits" adds the goodness of all blocks, "sum_probs" their
+            softmax probabilities (so that no block dominates by its scale).
+        head_pool: how feature maps reach M_i: "flatten", "gap" or "adaptive".
+        input_projection: also train M_0, a classifier on the raw input; it only matters for the sums.
+        input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> blocks = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        >>> learner = MonoForward(blocks, classes=3, lr=1e-2)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['block 0 loss', 'block 1 loss']
+    """
+
+    paper = Paper(
+        title="Mono-Forward: Backpropagation-Free Algorithm for Efficient Neural Network Training Harnessing "
+        "Local Errors",
+        authors="Gong, Li, Abdulla",
+        year=2025,
+        arxiv="2501.09238",
+        follows="equations 2.7-2.11 as restated in arXiv 2509.19063; Algorithm 1 (simultaneous), greedy (sequential)",
+    )
+    locality = "block"
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | OptimizerFactory = "adam",
+        weight_decay: float = 0.0,
+        schedule: Schedule = "simultaneous",
+        pass_on: PassOn = "pre",
+        inference: Inference = "last",
+        head_pool: str = "flatten",
+        input_projection: bool = False,
+        input_shape: Shape | None = None,
+    ) -> None:
+        super().__init__(network, classes, input_shape)
+        for kind, value, known in (
+            ("schedule", schedule, SCHEDULES),
+            ("pass_on", pass_on, PASS_ON),
+            ("inference", inference, INFERENCES),
+        ):
+            if value not in known:
+                raise unknown_name(kind, value, known)
+        self.schedule, self.pass_on, self.inference = schedule, pass_on, inference
+        blocks: list[nn.Module] = list(self.network)
+        shapes = block_output_shapes(blocks, self.input_shape)
+        names = [f"block {index}" for index in range(len(blocks))]
+        if input_projection:  # M_0 is the head of a block that passes its input through
+            blocks, shapes, names = [nn.Identity(), *blocks], [self.input_shape, *shapes], ["input", *names]
+        heads = [Head(shape, classes, pool=head_pool) for shape in shapes]
+        self.heads = nn.ModuleList(heads)
+        self._units = tuple(
+            Unit.of(name, block, head, input_shape)
+            for name, block, head, input_shape in zip(
+                names, blocks, heads, [self.input_shape, *shapes[:-1]], strict=True
+            )
+        )
+        together = schedule == "simultaneous" and pass_on == "pre"
+        groups = [self.parameters()] if together else [unit.parameters for unit in self._units]
+        self._optimizers = tuple(make_optimizer(group, optimizer, lr=lr, weight_decay=weight_decay) for group in groups)
+
+    @torch.no_grad()
+    def _goodness(self, inputs: Tensor) -> list[Tensor]:
+        """G_i of every unit, each (B, C)."""
+        goodness, signal = [], inputs
+        for unit in self._units:
+            signal = unit.block(signal)
+            goodness.append(unit.head(signal))
+        return goodness
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, C) goodness of the last block, or the sum over blocks."""
+        if self.inference == "last":
+            return self._units[-1].head(self._prefix(len(self._units), inputs))
+        goodness = torch.stack(self._goodness(inputs))
+        if self.inference == "sum_logits":
+            return goodness.sum(0)
+        return goodness.softmax(2).mean(0).log()  # logarithm, so that these are log-probabilities too
+
+    @torch.no_grad()
+    def _prefix(self, count: int, inputs: Tensor) -> Tensor:
+        """What the first `count` units make of the inputs."""
+        signal = inputs
+        for unit in self._units[:count]:
+            signal = unit.block(signal)
+        return signal
+
+    def _frozen_prefix(self, count: int, inputs: Tensor) -> Tensor:
+        with evaluation_mode(*(unit.block for unit in self._units[:count])):
+            return self._prefix(count, inputs)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage in the simultaneous schedule, one per block in the sequential one."""
+        if self.schedule == "simultaneous":
+            return (
+                Stage(
+                    name="all blocks",
+                    modules=(self,),
+                    optimizers=self._optimizers,
+                    update=self._update_all,
+                    scores=self,
+                    input_shape=self.input_shape,
+                    classes=self.classes,
+                ),
+            )
+        return tuple(
+            Stage(
+                name=unit.name,
+                modules=(unit.block, unit.head),
+                optimizers=(self._optimizers[index],),
+                update=partial(self._update_one, index),
+                scores=unit.scores,
+                input_shape=unit.input_shape,
+                classes=self.classes,
+                prefix=partial(self._frozen_prefix, index) if index else None,
+            )
+            for index, unit in enumerate(self._units)
+        )
+
+    @property
+    def variant(self) -> str:
+        """Schedule and inference, the two choices that tables tell apart."""
+        return f"{self.schedule}, {self.inference}"
+
+    @torch.no_grad()
+    def _update_all(self, batch: Batch) -> Metrics:
+        signal, targets = batch
+        target_errors = encode_targets(targets, self.classes, self._units[0].head.weight.dtype)
+        metrics = {}
+        lanes = Lanes(signal.device, len(self._units) if self.pass_on == "pre" else 0)
+        signals = [signal]  # referenced until the lanes are joined
+        for index, unit in enumerate(self._units):
+            signal = signals[-1]
+            if unit.linear is None:
+                activations, metrics[f"{unit.name} loss"] = unit.learn_by_autograd(signal, targets)
+            else:
+                activations = unit.activate(signal)
+                with lanes.lane(index):  # nothing below this block waits for its update
+                    metrics[f"{unit.name} loss"] = unit.learn_in_closed_form(signal, activations, target_errors)
+            if self.pass_on == "post":
+                self._optimizers[index].step()
+                activations = unit.block(signal)
+            signals.append(activations)
+        lanes.join()
+        if self.pass_on == "pre":
+            self._optimizers[0].step()
+        return metrics
+
+    @torch.no_grad()
+    def _update_one(self, index: int, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        unit = self._units[index]
+        if unit.linear is None:
+            _, loss = unit.learn_by_autograd(inputs, targets)
+        else:
+            target_errors = encode_targets(targets, self.classes, unit.head.weight.dtype)
+            loss = unit.learn_in_closed_form(inputs, unit.activate(inputs), target_errors)
+        self._optimizers[index].step()
+        return {f"{unit.name} loss": loss}
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Per block: accuracy of its goodness, and the fraction of its units silent on the whole batch."""
+        signal, targets = batch
+        report = {}
+        for unit in self._units:
+            signal = unit.block(signal)
+            report[f"{unit.name} accuracy"] = accuracy(unit.head(signal), targets)
+            report[f"{unit.name} silent"] = (signal.flatten(1) <= 0).all(0).float().mean()
+        return report
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Any sequence of blocks: each must only map a batch to a batch."""
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """The schedule is the only choice of its own that changes training."""
+        return {"schedule": trial.suggest_categorical("schedule", SCHEDULES)}
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One block with its projection M_i: everything that a local loss touches.
+
+    Attributes:
+        name: shown in metrics.
+        block: f_i.
+        head: M_i.
+        input_shape: shape of one sample of a_{i-1}.
+        linear: W_i and b_i if the block learns in closed form, otherwise None.
+        parameters: of the block, then of the head.
+    """
+
+    name: str
+    block: nn.Module
+    head: Head
+    input_shape: Shape
+    linear: nn.Linear | None
+    parameters: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, name: str, block: nn.Module, head: Head, input_shape: Shape) -> Unit:
+        """A unit, with what follows from its block."""
+        return cls(name, block, head, input_shape, linear_relu(block), (*block.parameters(), *head.parameters()))
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) block inputs -> (B, C) goodness."""
+        goodness: Tensor = self.head(self.block(inputs))
+        return goodness
+
+    def activate(self, inputs: Tensor) -> Tensor:
+        """a_i of a linear block, (B, d_i)."""
+        assert self.linear is not None
+        return F.relu(F.linear(inputs.flatten(1), self.linear.weight, self.linear.bias))
+
+    def learn_in_closed_form(self, inputs: Tensor, activations: Tensor, target_errors: Tensor) -> Tensor:
+        """Set the gradients of W_i, b_i and M_i from `inputs` a_{i-1} and `activations` a_i; return the loss."""
+        loss, errors = classifier_errors(self.head.weight, activations, target_errors)
+        gradients = linear_relu_gradients(self.head.weight, inputs.flatten(1), activations, errors)
+        if self.linear is not None and self.linear.bias is None:
+            del gradients[1]
+        set_gradients(self.parameters, gradients)
+        return loss
+
+    def learn_by_autograd(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the gradients of any block with a graph that begins and ends inside it; return a_i and the loss."""
+        with torch.enable_grad():
+            activations = self.block(inputs.detach())
+            loss = F.cross_entropy(self.head(activations), targets)
+        set_gradients(self.parameters, torch.autograd.grad(loss, self.parameters))
+        return activations.detach(), loss.detach()
+
+
+def encode_targets(targets: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """-onehot(y) / B, (B, C): the part of D_i that does not depend on the network, once for all blocks."""
+    encoded = torch.zeros(len(targets), classes, dtype=dtype, device=targets.device)
+    return encoded.scatter_(1, targets[:, None], -1 / len(targets))
+
+
+def classifier_errors(projection: Tensor, activations: Tensor, target_errors: Tensor) -> tuple[Tensor, Tensor]:
+    """loss_i and D_i of a linear classifier.
+
+    Args:
+        projection: M_i, (C, d_i).
+        activations: a_i, (B, d_i).
+        target_errors: -onehot(y) / B, (B, C).
+    """
+    with torch.autocast(activations.device.type, enabled=False):
+        log_probabilities = F.log_softmax(activations.to(projection.dtype) @ projection.T, dim=1)
+    loss = (log_probabilities * target_errors).sum()
+    return loss, torch.add(target_errors, log_probabilities.exp(), alpha=1 / len(activations))
+
+
+def linear_relu_gradients(projection: Tensor, inputs: Tensor, activations: Tensor, errors: Tensor) -> list[Tensor]:
+    """dW_i, db_i and dM_i of one `Linear -> ReLU` block.
+
+    Args:
+        projection: M_i, (C, d_i).
+        inputs: a_{i-1}, (B, d_{i-1}).
+        activations: a_i, (B, d_i).
+        errors: D_i, (B, C).
+    """
+    with torch.autocast(activations.device.type, enabled=False):  # D_i is divided by B: too small for 16 bits
+        projection_gradient = errors.T @ activations.to(errors.dtype)
+        backward = (errors @ projection).to(activations.dtype)
+    backward = torch.ops.aten.threshold_backward(backward, activations, 0)  # * 1[a_i > 0], which is 1[z_i > 0]
+    return [backward.T @ inputs, backward.sum(0), projection_gradient]

@@ -1,0 +1,74 @@
+"""Optimisers by name, built the same way for every learning rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from bpfree.errors import UsageError, unknown_name
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+OPTIMIZERS: Final = ("adam", "adamw", "sgd")
+SGD_MOMENTUM: Final = 0.9
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], optimizer: str | OptimizerFactory, *, lr: float, weight_decay: float = 0.0
+) -> Optimizer:
+    """One optimiser over `parameters`.
+
+    Args:
+        parameters: what it updates.
+        optimizer: "adam", "adamw", "sgd" (Nesterov momentum 0.9), or a function from a parameter list to any
+            `torch.optim.Optimizer`, which then ignores `lr` and `weight_decay`.
+        lr: learning rate.
+        weight_decay: coupled (L2) for "adam" and "sgd", decoupled for "adamw".
+
+    Raises:
+        UsageError: unknown name, or a rate that is not a positive number.
+    """
+    trained = list(parameters)
+    if callable(optimizer):
+        return optimizer(trained)
+    if not lr > 0 or not weight_decay >= 0:
+        raise UsageError(f"lr must be positive and weight_decay not negative, got {lr} and {weight_decay}")
+    if optimizer == "adam":
+        return Adam(trained, lr=lr, weight_decay=weight_decay, fused=True)
+    if optimizer == "adamw":
+        return AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+    if optimizer == "sgd":
+        return SGD(trained, lr=lr, weight_decay=weight_decay, momentum=SGD_MOMENTUM, nesterov=True, fused=True)
+    raise unknown_name("optimizer", optimizer, OPTIMIZERS)
+
+
+def set_gradients(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
+    """Hand each parameter its gradient, in the parameter's precision."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def materialize_state(optimizer: Optimizer) -> None:
+    """Give an optimiser its (all zero) state before the first real step, leaving the parameters as they are.
+
+    A CUDA graph needs state that exists before capture; a step of zero length makes it. State that exists
+    already, after a resumed checkpoint, is left alone.
+    """
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    set_gradients(parameters, (torch.zeros_like(parameter) for parameter in parameters))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()

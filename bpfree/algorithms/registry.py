@@ -1,0 +1,94 @@
+"""Learning rules by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import nn
+
+from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.learner import Learner
+from bpfree.algorithms.mono_forward import MonoForward
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.blocks import Shape
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A rule as the command line knows it.
+
+    Attributes:
+        name: the long name, and the stem of its files.
+        alias: the short name.
+        learner: the class that implements it.
+        defaults: keyword arguments that make the class this rule.
+        description: one line for `bpfree list`.
+    """
+
+    name: str
+    alias: str
+    learner: type[Learner]
+    description: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Any]:
+        """Every keyword argument that a user may set, with its default."""
+        signature = inspect.signature(self.learner.__init__)
+        return {
+            name: self.defaults.get(name, parameter.default)
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "input_shape"
+        }
+
+    def build(self, network: nn.Sequential, classes: int, input_shape: Shape, **parameters: Any) -> Learner:
+        """A learner for `network`.
+
+        Raises:
+            UsageError: a parameter that the rule does not have (with the nearest one it has), a bad value, or a
+                network that the rule cannot train.
+        """
+        known = self.parameters()
+        for name in parameters:
+            if name not in known:
+                raise unknown_name(f"parameter of {self.name}", name, known)
+        support = self.learner.supports(network)
+        if not support.ok:
+            raise UsageError(f"{self.name} cannot train this network: {support.reason}")
+        build: Callable[..., Learner] = self.learner
+        return build(network, classes, input_shape=input_shape, **{**self.defaults, **parameters})
+
+
+ALGORITHMS: Final = (
+    Algorithm("backprop", "bp", Backprop, "back-propagation, the baseline"),
+    Algorithm(
+        "deep_supervision",
+        "bp-ds",
+        Backprop,
+        "control: back-propagation with Mono-Forward's local heads beside the read-out",
+        {"auxiliary_weight": 0.3},
+    ),
+    Algorithm(
+        "mono_forward_joint",
+        "mf-joint",
+        Backprop,
+        "control: Mono-Forward's heads and read-out, but gradients through the whole network",
+        {"auxiliary_weight": 1.0, "readout": "goodness", "optimizer": "adam"},
+    ),
+    Algorithm("mono_forward", "mf", MonoForward, "Mono-Forward: each block learns from its own linear classifier"),
+)
+
+
+def algorithm(name: str) -> Algorithm:
+    """The rule called `name`, by its short or long name; `-` and `_` are the same.
+
+    Raises:
+        UsageError: no such rule; the message names the nearest ones.
+    """
+    by_name = {alias: entry for entry in ALGORITHMS for alias in (entry.alias, entry.name.replace("_", "-"))}
+    wanted = name.lower().replace("_", "-")
+    if wanted not in by_name:
+        raise unknown_name("algorithm", name, by_name)
+    return by_name[wanted]

@@ -1,0 +1,91 @@
+"""Back-propagation and its two controls against the NumPy reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bpfree.algorithms import Backprop, algorithm
+from bpfree.errors import UsageError
+from tests.reference import backprop as reference
+
+LR = 0.1
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LR)
+
+
+def blocks() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()).double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
+
+
+def as_numpy(learner: Backprop) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy().copy() for name, p in learner.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "heads"),
+    [("bp", 0.0, 0), ("bp-ds", 0.7, 3), ("mf-joint", 1.3, 2)],
+    ids=["bp", "bp-ds", "mf-joint"],
+)
+def test_one_step_equals_the_numpy_reference(name: str, weight: float, heads: int) -> None:
+    parameters = {"auxiliary_weight": weight} if heads else {}
+    learner = algorithm(name).build(blocks(), 3, (5,), optimizer=sgd, **parameters).double()
+    x, y = batch()
+    before = as_numpy(learner)
+    metrics = learner.step((x, y))
+    after = as_numpy(learner)
+
+    weights = [before[f"network.{i}.0.weight"] for i in range(3)]
+    biases = [before[f"network.{i}.0.bias"] for i in range(3)]
+    projections = [before[f"heads.{i}.linear.weight"] for i in range(heads)]
+    readout_bias = before.get("readout.linear.bias", np.zeros(3))
+    loss, head_losses, dWs, dbs, dW_out, db_out, dMs = reference.gradients(
+        x.numpy(), y.numpy(), weights, biases, before["readout.linear.weight"], readout_bias, projections, weight
+    )
+    assert metrics["loss"].item() == pytest.approx(loss, rel=1e-9)
+    for i, head_loss in enumerate(head_losses):
+        assert metrics[f"block {i} loss"].item() == pytest.approx(head_loss, rel=1e-9)
+    expected = {"readout.linear.weight": dW_out}
+    if "readout.linear.bias" in before:
+        expected["readout.linear.bias"] = db_out
+    for i in range(3):
+        expected[f"network.{i}.0.weight"], expected[f"network.{i}.0.bias"] = dWs[i], dbs[i]
+    for i in range(heads):
+        expected[f"heads.{i}.linear.weight"] = dMs[i]
+    assert set(expected) == set(after)
+    for key, gradient in expected.items():
+        np.testing.assert_allclose(after[key], before[key] - LR * gradient, rtol=0, atol=1e-9)
+
+
+def test_the_ladder_has_the_heads_it_is_defined_by() -> None:
+    built = {name: algorithm(name).build(blocks(), 3, (5,)) for name in ("bp", "bp-ds", "mf-joint")}
+    assert [len(learner.heads) for learner in built.values()] == [0, 3, 2]
+    assert [learner.readout.linear.bias is not None for learner in built.values()] == [True, True, False]
+
+
+def test_errors_travel_through_the_whole_network() -> None:
+    learner = Backprop(blocks(), 3).double()
+    x, y = batch()
+    learner.step((x, y))
+    gradient_before = [p.grad.clone() for p in learner.network[0].parameters()]
+    with torch.no_grad():
+        learner.readout.linear.weight.mul_(2)
+    learner.step((x, y))
+    assert not all(
+        torch.equal(a, p.grad) for a, p in zip(gradient_before, learner.network[0].parameters(), strict=True)
+    )
+
+
+def test_bad_values_are_refused() -> None:
+    with pytest.raises(UsageError, match="did you mean linear"):
+        Backprop(blocks(), 3, readout="linaer")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="auxiliary_weight"):
+        Backprop(blocks(), 3, auxiliary_weight=float("nan"))

@@ -1,0 +1,353 @@
+"""What every learning rule must do, on every backbone it supports: driven by the registry."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bpfree.algorithms import ALGORITHMS, Algorithm, Learner, algorithm
+from bpfree.data.batches import Batches
+from bpfree.errors import UsageError
+from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.networks import cnn, mlp
+
+CLASSES = 4
+SHAPE = (2, 8, 8)
+BACKBONES: dict[str, Callable[[], nn.Sequential]] = {
+    "mlp": lambda: mlp(SHAPE, (24,) * 3),
+    "cnn": lambda: cnn(SHAPE, (6, 8)),
+    "cnn-bn": lambda: cnn(SHAPE, (6, 8), pool="max", batch_norm=True),
+}
+OPTIONS: dict[str, dict[str, object]] = {
+    "mf": {},
+    "mf-sequential": {"schedule": "sequential"},
+    "mf-post-sums": {"pass_on": "post", "inference": "sum_probs", "input_projection": True},
+}
+RULES = [rule.alias for rule in ALGORITHMS if rule.alias not in OPTIONS] + list(OPTIONS)
+
+
+def entry(rule: str) -> Algorithm:
+    return algorithm("mf" if rule in OPTIONS else rule)
+
+
+LOCAL = [rule for rule in RULES if entry(rule).learner.locality != "network"]
+
+
+def build(rule: str, backbone: str, seed: int = 0, **parameters: object) -> Learner:
+    torch.manual_seed(seed)
+    options = {"lr": 3e-3, **OPTIONS.get(rule, {}), **parameters}
+    return entry(rule).build(BACKBONES[backbone](), CLASSES, SHAPE, **options)
+
+
+def batch(size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose class is the quadrant that is bright: separable, by every backbone."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(CLASSES, (size,), generator=generator)
+    x = 0.3 * torch.randn(size, *SHAPE, generator=generator)
+    for sample, label in zip(x, y.tolist(), strict=True):
+        row, column = divmod(label, 2)
+        sample[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    return x, y
+
+
+def step(learner: Learner, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """One update of everything, whatever the schedule."""
+    metrics = {}
+    for stage in learner.stages():
+        metrics.update(stage.step((x if stage.prefix is None else stage.prefix(x), y)))
+    return metrics
+
+
+def snapshot(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in (*module.parameters(), *module.buffers())]
+
+
+def identical(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+every = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in BACKBONES])
+
+
+@every
+def test_learns_a_separable_set(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    for index in range(60):
+        step(learner, *batch(64, seed=index))
+    x, y = batch(200, seed=1000)
+    assert (learner.scores(x).argmax(1) == y).float().mean() > 0.95
+
+
+@every
+def test_scores_have_one_column_per_class_and_no_gradient(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    x, _ = batch(7)
+    scores = learner.scores(x.requires_grad_())
+    assert scores.shape == (7, CLASSES)
+    assert scores.isfinite().all()
+    assert not scores.requires_grad
+
+
+@every
+def test_labels_are_out_of_reach_at_inference(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    x, y = batch()
+    step(learner, x, y)
+    before = learner.scores(x)
+    y.fill_(-999)  # a learner that kept the labels would now fail or answer otherwise
+    assert torch.equal(before, learner.scores(x))
+    order = torch.arange(len(x) - 1, -1, -1)
+    torch.testing.assert_close(before[order], learner.scores(x[order]))  # nor does a sample see its neighbours
+
+
+@every
+def test_scores_leave_mode_and_state_alone(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    x, y = batch()
+    step(learner, x, y)
+    before = snapshot(learner)
+    modes = [module.training for module in learner.modules()]
+    learner.scores(x)
+    assert modes == [module.training for module in learner.modules()]
+    learner.eval()
+    learner.scores(x)
+    assert not any(module.training for module in learner.modules())
+    assert identical(before, snapshot(learner))
+
+
+@every
+def test_same_seed_same_weights(rule: str, backbone: str) -> None:
+    first, second, other = build(rule, backbone), build(rule, backbone), build(rule, backbone, seed=1)
+    for index in range(3):
+        for learner in (first, second, other):
+            step(learner, *batch(seed=index))
+    assert identical(snapshot(first), snapshot(second))
+    assert not identical(snapshot(first), snapshot(other))
+
+
+@every
+def test_every_rule_starts_from_the_same_network(rule: str, backbone: str) -> None:
+    assert identical(snapshot(build(rule, backbone).network), snapshot(build("bp", backbone).network))
+
+
+@every
+def test_save_and_load_go_on_bit_for_bit(rule: str, backbone: str) -> None:
+    straight = build(rule, backbone)
+    for index in range(6):
+        if index == 3:
+            file = io.BytesIO()
+            torch.save(straight.state_dict(), file)
+        step(straight, *batch(seed=index))
+    resumed = build(rule, backbone, seed=1)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for index in range(3, 6):
+        step(resumed, *batch(seed=index))
+    assert identical(snapshot(straight), snapshot(resumed))
+
+
+@every
+def test_copies_are_independent(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    step(learner, *batch())
+    twin = copy.deepcopy(learner)
+    before = snapshot(learner)
+    step(twin, *batch(seed=1))
+    assert identical(before, snapshot(learner))
+    step(learner, *batch(seed=1))
+    assert identical(snapshot(twin), snapshot(learner))
+
+
+@every
+def test_every_parameter_is_trained_once(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    driven = [id(p) for o in learner.optimizers() for group in o.param_groups for p in group["params"]]
+    assert sorted(driven) == sorted(id(p) for p in learner.parameters())
+    before = snapshot(learner)
+    step(learner, *batch())
+    parameters = len(list(learner.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before[:parameters], snapshot(learner)[:parameters], strict=True))
+
+
+@every
+def test_step_reports_scalars_without_gradient(rule: str, backbone: str) -> None:
+    metrics = step(build(rule, backbone), *batch())
+    assert metrics
+    for value in metrics.values():
+        assert value.shape == ()
+        assert value.isfinite()
+        assert not value.requires_grad
+
+
+@every
+@pytest.mark.parametrize("size", [1, 3])
+def test_small_batches(rule: str, backbone: str, size: int) -> None:
+    assert all(value.isfinite() for value in step(build(rule, backbone), *batch(size)).values())
+
+
+@every
+def test_layout_of_the_input_does_not_matter(rule: str, backbone: str) -> None:
+    x, y = batch()
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    plain, other = build(rule, backbone), build(rule, backbone)
+    a, b = step(plain, x, y), step(other, strided, y)
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name])
+
+
+@every
+def test_float64(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone).double()
+    x, y = batch()
+    assert all(value.dtype == torch.float64 for value in step(learner, x.double(), y).values())
+    assert learner.scores(x.double()).dtype == torch.float64
+
+
+@every
+def test_bfloat16_autocast(rule: str, backbone: str) -> None:
+    plain, reduced = build(rule, backbone), build(rule, backbone)
+    x, y = batch(64)
+    expected = step(plain, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = step(reduced, x, y)
+    for name, value in expected.items():
+        assert got[name].item() == pytest.approx(value.item(), rel=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in reduced.parameters())
+
+
+@every
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x[:, :1], y), "expected"),
+        (lambda x, y: (x[0], y), "expected"),
+        (lambda x, y: (x, y[:-1]), "class indices"),
+        (lambda x, y: (x, y.float()), "class indices"),
+        (lambda x, y: (x, y[:, None]), "class indices"),
+        (lambda x, y: ((255 * x).to(torch.uint8), y), "floating point"),
+        (lambda x, y: (x, y + CLASSES), r"\[0, 4\)"),
+        (lambda x, y: (x[:0], y[:0]), "empty"),
+    ],
+)
+def test_wrong_batches_get_a_clear_error(
+    rule: str, backbone: str, spoil: Callable[..., tuple[Tensor, Tensor]], message: str
+) -> None:
+    learner = build(rule, backbone)
+    before = snapshot(learner)
+    with pytest.raises(UsageError, match=message):
+        learner.stages()[0].step(spoil(*batch()))
+    assert identical(before, snapshot(learner))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails when a step asks for a value on the host, which would stall a GPU, or makes a shape depend on one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert function not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+            torch.ops.aten.equal.default,
+        ), f"{function} reads from the device"
+        return function(*args, **(kwargs or {}))
+
+
+@every
+def test_no_step_reads_from_the_device(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    x, y = batch()
+    step(learner, x, y)
+    for stage in learner.stages():
+        inputs = x if stage.prefix is None else stage.prefix(x)
+        with NoHostReads():
+            stage.update((inputs, y))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("rule", LOCAL)
+def test_a_block_learns_the_same_whatever_the_blocks_after_it_are(rule: str, backbone: str) -> None:
+    """Isolation: perturb everything in block j > i, and block i's update is bit-identical."""
+    reference = build(rule, backbone)
+    depth = len(reference.blocks())
+    x, y = batch()
+    for changed in range(1, depth):
+        learner, plain = build(rule, backbone), build(rule, backbone)
+        with torch.no_grad():
+            for block in learner.blocks()[changed:]:
+                for parameter in block.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+        step(learner, x, y)
+        step(plain, x, y)
+        for index in range(changed):
+            assert identical(snapshot(learner.blocks()[index]), snapshot(plain.blocks()[index]))
+        assert not identical(snapshot(learner.blocks()[changed]), snapshot(plain.blocks()[changed]))
+
+
+@pytest.mark.parametrize("rule", ["bp", "bp-ds", "mf-joint"])
+def test_the_isolation_test_can_fail(rule: str) -> None:
+    learner, plain = build(rule, "mlp", optimizer="sgd"), build(rule, "mlp", optimizer="sgd")
+    with torch.no_grad():
+        for parameter in learner.blocks()[2].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x, y = batch()
+    step(learner, x, y)
+    step(plain, x, y)
+    assert not identical(snapshot(learner.blocks()[0]), snapshot(plain.blocks()[0]))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("rule", LOCAL)
+def test_no_autograd_edge_enters_a_block(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    entered = []
+    for block in learner.blocks():
+        block.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0].requires_grad))
+    step(learner, *batch())
+    assert not any(entered)
+
+
+@pytest.mark.gpu
+@every
+def test_cuda_agrees_with_cpu(rule: str, backbone: str) -> None:
+    """In float64: a ReLU unit or a maximum near a tie may fall either way in float32, and Adam enlarges it."""
+    cpu, cuda = build(rule, backbone).double(), build(rule, backbone).double().cuda()
+    for index in range(3):
+        x, y = batch(seed=index)
+        a, b = step(cpu, x.double(), y), step(cuda, x.double().cuda(), y.cuda())
+        for name, value in a.items():
+            torch.testing.assert_close(value, b[name].cpu(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.gpu
+@every
+def test_no_step_waits_for_the_gpu(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone).cuda()
+    x, y = (tensor.cuda() for tensor in batch())
+    step(learner, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(learner, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@every
+def test_graph_replay_equals_eager_steps(rule: str, backbone: str) -> None:
+    x, y = batch(160)
+    results = []
+    for graph in (False, True):
+        learner = build(rule, backbone).cuda()
+        data = Batches(x, y, device="cuda")
+        config = TrainingConfig(batch_size=16, epochs=3, graph=graph, precision="fp32", lr_schedule="cosine")
+        progress = Trainer(learner, data, data, config).run()
+        assert all(stage["graph"] == graph for stage in progress.finished)
+        results.append(learner.scores(x.cuda()))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
