@@ -1,0 +1,89 @@
+"""Many runs in one process: presets x seeds (x a grid of parameters), interleaved, resumable, one table at the end.
+
+    python benchmarks/campaign.py --out results/foundation --seeds 0 1 2 3 4 --presets mono_forward-mnist backprop-mnist
+    python benchmarks/campaign.py --out tuning --seeds 100 --presets backprop-cifar10 --vary lr=1e-4,2e-4,4e-4
+
+The arms are shuffled within each seed, so that drift of the board's temperature hits all of them alike. Runs that
+are recorded under --out already are not repeated. Weights are not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bpfree import data
+from bpfree.errors import BpfreeError
+from bpfree.experiments import run as runs
+from bpfree.experiments.config import RunConfig, parse_settings, resolve
+from bpfree.experiments.records import CONFIG, RunFolder, find_runs
+from bpfree.experiments.tables import readable, result_rows, text_table
+
+
+def arms(presets: list[str], variations: list[str], training: dict[str, Any]) -> list[RunConfig]:
+    """Every preset with every combination of the varied parameters."""
+    axes = [
+        [f"{name}={value}" for value in values.split(",")]
+        for name, _, values in (variation.partition("=") for variation in variations)
+    ]
+    configs = []
+    for preset in presets:
+        rule = resolve(preset=preset).algorithm
+        for settings in itertools.product(*axes):
+            parameters = parse_settings(settings, rule)
+            configs.append(resolve(preset=preset, parameters=parameters, training=training))
+    return configs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where run folders are made")
+    parser.add_argument("--presets", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--vary", nargs="*", default=[], metavar="KEY=V1,V2,..")
+    parser.add_argument("--epochs", type=int, help="another cap than the presets'")
+    parser.add_argument("--precision", help="another precision than the presets'")
+    parser.add_argument("--idle", type=float, default=0.0, help="seconds of idle baseline before the first run")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no run after this many seconds")
+    options = parser.parse_args()
+
+    training = {k: v for k in ("epochs", "precision") if (v := getattr(options, k)) is not None}
+    configs = arms(options.presets, options.vary, training)
+    load = cache(data.load)
+    done = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(options.out)] if options.out.exists() else []
+    started, failures = time.monotonic(), 0
+    idle_w: tuple[float, ...] = ()
+    for seed in options.seeds:
+        for config in random.Random(seed).sample(configs, len(configs)):
+            config = replace(config, seed=seed)
+            if config.to_dict() in done or time.monotonic() - started > options.budget:
+                continue
+            try:
+                if options.idle and not idle_w:
+                    idle_w = runs.measure_idle(config, options.idle)
+                summary = runs.run(config, options.out, dataset=load(config.dataset), idle_w=idle_w, keep_model=False)
+            except BpfreeError as error:
+                failures += 1
+                print(f"{config.preset} {config.parameters} seed {seed}: {error}", file=sys.stderr)
+                continue
+            joules = summary["energy"]["gross_j"]
+            print(
+                f"{time.monotonic() - started:6.0f} s  {config.preset} {config.parameters} seed {seed}: "
+                f"validation {summary['validation_accuracy']:.2f} %, loss {summary['validation_loss']:.4f}, "
+                f"test {summary['test_accuracy']:.2f} %, {summary['passes']} passes, {summary['seconds']:.1f} s, "
+                f"{'-' if joules is None else round(joules)} J",
+                flush=True,
+            )
+    print(text_table(readable(result_rows(options.out))))
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Time, joules, FLOP/s and bytes/s of a training step, eager and as a CUDA graph, against the card's ceilings.
+
+    python benchmarks/step.py                     MLP 3x2000 on CIFAR-10-sized inputs, batches 128, 1024, 8192
+    python benchmarks/step.py --window 10 --json step.json
+
+Inputs are random and already staged on the device, as the fit loop stages them. "least bytes" counts what an
+ideal step must move through device memory at least once: parameters, gradients and Adam's two moments.
+The epoch line is the whole loop on 45,000 random images: crop and flip, steps, validation on 5,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpfree import build_network
+from bpfree.algorithms import Learner, algorithm
+from bpfree.data.batches import Batches
+from bpfree.energy import EnergyMeter, choose_source
+from bpfree.experiments.records import environment
+from bpfree.experiments.stepper import Stepper, matmul_precision
+from bpfree.experiments.tables import text_table
+from bpfree.experiments.train import Trainer, TrainingConfig
+
+IMAGE = (3, 32, 32)
+STAGED_STEPS = 16
+FLOAT = 4  # bytes
+
+
+def random_images(count: int, device: torch.device) -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, *IMAGE), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(10, (count,), generator=generator)
+    return Batches(images, targets, device=device, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def build(rule: str, network: str, device: torch.device) -> Learner:
+    torch.manual_seed(0)
+    return algorithm(rule).build(build_network(network, IMAGE), 10, IMAGE, lr=1e-4).to(device)
+
+
+def repeat(stepper: Stepper, seconds: float, device: torch.device) -> int:
+    """Replay staged steps for about `seconds`; returns the number of steps."""
+    chunks, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for _ in range(4):
+            stepper.run(stepper.capacity, lambda: False)
+            chunks += 1
+        if device.type == "cuda":  # keep the queue short, so that the loop ends on time
+            torch.cuda.synchronize()
+    return chunks * stepper.capacity
+
+
+def least_bytes(learner: Learner, rule: str, batch: int) -> int:
+    """Forward reads W, the backward pass of BP reads it again behind the first layer, gradients are written, Adam
+    reads p, g, m, v and writes p, m, v; inputs are read twice (forward and weight gradient)."""
+    parameters = sum(p.numel() for p in learner.parameters())
+    first = sum(p.numel() for p in learner.blocks()[0].parameters())
+    backward = parameters - first if rule == "bp" else 0
+    return FLOAT * (parameters * (1 + 1 + 7) + backward + 2 * batch * torch.Size(IMAGE).numel())
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measured copy bandwidth (bytes read plus written, B/s) and TF32 matrix rate (FLOP/s)."""
+    source = torch.rand(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.rand(size, size, device=device), torch.rand(size, size, device=device)
+    found = {}
+    for name, work, amount in (
+        ("bytes_per_s", lambda: target.copy_(source), 2 * source.nbytes),
+        ("flop_per_s", lambda: a @ b, 2 * size**3),
+    ):
+        for _ in range(3):
+            work()
+        _sync(device)
+        started = time.perf_counter()
+        for _ in range(10):
+            work()
+        _sync(device)
+        found[name] = 10 * amount / (time.perf_counter() - started)
+    return found
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_step(
+    rule: str, network: str, batch: int, graph: bool, window: float, device: torch.device, top: dict[str, float]
+) -> dict[str, Any]:
+    learner = build(rule, network, device)
+    data = random_images(batch * STAGED_STEPS, device)
+    stepper = Stepper(
+        learner,
+        learner.stages()[0],
+        data,
+        live_prefix=None,
+        batch_size=batch,
+        precision="tf32",
+        scheduled=False,
+        graph=graph,
+    )
+    draw = data.draw(0)
+    stepper.rehearse(draw)
+    stepper.stage_batches(draw, 0, stepper.capacity, [1.0] * stepper.capacity)
+    repeat(stepper, 1.0, device)  # clocks and caches settle
+    meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
+    with meter.window("steps") as measured:
+        steps = repeat(stepper, window + 0.1, device)
+    result = measured.result
+    seconds = result.seconds / steps
+    return {
+        "rule": rule,
+        "network": network,
+        "batch": batch,
+        "mode": "graph" if stepper.use_graph else "eager",
+        "ms": 1e3 * seconds,
+        "j": None if result.gross_j is None else result.gross_j / steps,
+        "mean_w": result.mean_w,
+        "tflop_per_s": stepper.flops_per_step / seconds / 1e12,
+        "of_flop_ceiling": stepper.flops_per_step / seconds / top["flop_per_s"],
+        "tb_per_s": least_bytes(learner, rule, batch) / seconds / 1e12,
+        "of_byte_ceiling": least_bytes(learner, rule, batch) / seconds / top["bytes_per_s"],
+        "steps": steps,
+        "method": result.method,
+        "flags": list(result.flags),
+    }
+
+
+def measure_epoch(rule: str, network: str, epochs: int, device: torch.device) -> dict[str, Any]:
+    learner = build(rule, network, device)
+    train, validation = random_images(45_000, device), random_images(5_000, device)
+    train.augmentation = "crop-flip"
+    moments: list[float] = []
+    trainer = Trainer(
+        learner,
+        train,
+        validation,
+        TrainingConfig(epochs=epochs, patience=epochs),
+        on_epoch=lambda record: moments.append(time.perf_counter()),
+    )
+    trainer.run()
+    return {"rule": rule, "network": network, "epoch_s": (moments[-1] - moments[0]) / (len(moments) - 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="mlp:3x2000")
+    parser.add_argument("--rules", nargs="+", default=["bp", "mf"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[128, 1024, 8192])
+    parser.add_argument("--window", type=float, default=5.0, help="seconds per measurement")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of the epoch line; 0 leaves it out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    with matmul_precision("tf32"):
+        top = ceilings(device)
+        modes = [False, True] if device.type == "cuda" else [False]
+        steps = [
+            measure_step(rule, options.network, batch, graph, options.window, device, top)
+            for batch in options.batches
+            for rule in options.rules
+            for graph in modes
+        ]
+    epochs = [
+        measure_epoch(rule, options.network, options.epochs, device) for rule in options.rules if options.epochs > 1
+    ]
+    print(f"ceilings: {top['flop_per_s'] / 1e12:.0f} TFLOP/s (TF32), {top['bytes_per_s'] / 1e12:.2f} TB/s")
+    print(
+        text_table(
+            [
+                {
+                    "batch": str(row["batch"]),
+                    "rule": row["rule"],
+                    "mode": row["mode"],
+                    "ms/step": f"{row['ms']:.4f}",
+                    "J/step": "" if row["j"] is None else f"{row['j']:.4f}",
+                    "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
+                    "TFLOP/s": f"{row['tflop_per_s']:.1f} ({row['of_flop_ceiling']:.0%})",
+                    "least TB/s": f"{row['tb_per_s']:.2f} ({row['of_byte_ceiling']:.0%})",
+                    "flags": ", ".join(row["flags"]),
+                }
+                for row in steps
+            ]
+        )
+    )
+    for row in epochs:
+        print(f"{row['rule']}: an epoch of 45,000 images takes {row['epoch_s']:.4f} s")
+    if options.json:
+        record = {"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What a run is made of: presets from the papers, overridden by what the user asks for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from bpfree import data
+from bpfree.algorithms import Algorithm, algorithm
+from bpfree.errors import UsageError, unknown_name
+from bpfree.experiments.train import TrainingConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_NETWORK: Final = "mlp:2x1000"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, resolved: the same config on the same machine gives the same weights.
+
+    Attributes:
+        algorithm: short name of the rule.
+        dataset: name of the data set.
+        network: name of the network.
+        seed: fixes initialisation, order and augmentation; not the validation split, which is always the same.
+        parameters: keyword arguments of the learner that differ from the rule's own defaults.
+        training: how to train.
+        preset: the preset that this started from, if any.
+        device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
+        energy: where joules come from: "auto", "nvml", "rapl", "simulated" or "none".
+    """
+
+    algorithm: str
+    dataset: str
+    network: str
+    seed: int = 0
+    parameters: dict[str, Any] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    preset: str | None = None
+    device: str = "auto"
+    energy: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to a run folder's config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The counterpart of `to_dict`.
+
+        Raises:
+            UsageError: a key that a run does not have.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise unknown_name("configuration key", name, known)
+        return cls(**{**values, "training": training_config(values.get("training", {}))})
+
+    @classmethod
+    def read(cls, path: Path) -> RunConfig:
+        """The configuration in a run folder's config.json.
+
+        Raises:
+            UsageError: the file is missing or does not hold a configuration.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{path} does not hold a run's configuration ({error})") from error
+
+
+def training_config(values: Mapping[str, Any]) -> TrainingConfig:
+    """A `TrainingConfig` from plain values.
+
+    Raises:
+        UsageError: unknown key or bad value.
+    """
+    known = [f.name for f in fields(TrainingConfig)]
+    for name in values:
+        if name not in known:
+            raise unknown_name("training setting", name, known)
+    return TrainingConfig(**values)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Hyperparameters with a source, for one rule, data set and network."""
+
+    name: str
+    description: str
+    source: str
+    algorithm: str
+    dataset: str
+    network: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """Every packaged preset by name."""
+    found = {}
+    folder = resources.files("bpfree.experiments") / "presets"
+    for file in sorted(folder.iterdir(), key=lambda item: item.name):
+        if file.name.endswith(".toml"):
+            name = file.name.removesuffix(".toml")
+            found[name] = Preset(name=name, **tomllib.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def find_preset(rule: Algorithm, dataset: str, network: str | None) -> Preset | None:
+    """The preset for a rule on a data set: that of `network`, or the one named after rule and data set alone."""
+    if network is None:
+        return presets().get(f"{rule.name}-{dataset}")
+    wanted = (rule.alias, dataset, network)
+    return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network) == wanted), None)
+
+
+def resolve(
+    algorithm_name: str | None = None,
+    dataset: str | None = None,
+    network: str | None = None,
+    *,
+    preset: str | None = None,
+    seed: int = 0,
+    parameters: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    energy: str = "auto",
+) -> RunConfig:
+    """A run's configuration: the fitting preset, or the defaults, with everything given on top.
+
+    Args:
+        algorithm_name: short or long name of a rule; may be left to `preset`.
+        dataset: name of a data set; may be left to `preset`.
+        network: name of a network; the preset's or `mlp:2x1000` if left out.
+        preset: name of a preset; "none" for the rule's defaults. Left out, the preset for this rule, data set
+            and network is taken if there is one.
+        seed: see `RunConfig`.
+        parameters: learner parameters that override the preset's.
+        training: training settings that override the preset's.
+        device: see `RunConfig`.
+        energy: see `RunConfig`.
+
+    Raises:
+        UsageError: an unknown name, or neither a rule nor a preset given.
+    """
+    start: Preset | None = None
+    if preset not in (None, "none"):
+        if preset not in presets():
+            raise unknown_name("preset", str(preset), presets())
+        start = presets()[str(preset)]
+    if algorithm_name is None and start is None:
+        raise UsageError("say what to train: --algo NAME or --preset NAME (see `bpfree list`)")
+    rule = algorithm(algorithm_name or (start.algorithm if start else ""))
+    chosen = data.info(dataset or (start.dataset if start else "digits")).name
+    if preset is None:
+        start = find_preset(rule, chosen, network)
+    overrides = dict(parameters or {})
+    for name in overrides:
+        if name not in rule.parameters():
+            raise unknown_name(f"parameter of {rule.name}", name, rule.parameters())
+    return RunConfig(
+        algorithm=rule.alias,
+        dataset=chosen,
+        network=network or (start.network if start else DEFAULT_NETWORK),
+        seed=seed,
+        parameters={**(start.parameters if start else {}), **overrides},
+        training=training_config({**(start.training if start else {}), **(training or {})}),
+        preset=start.name if start else None,
+        device=device,
+        energy=energy,
+    )
+
+
+def command(config: RunConfig) -> str:
+    """The shell command that makes a run again: its preset, and what differs from it."""
+    preset = config.preset or "none"
+    words = ["bpfree", "run", "--algo", config.algorithm, "--dataset", config.dataset]
+    words += ["--network", config.network, "--preset", preset, "--seed", str(config.seed)]
+    start = resolve(config.algorithm, config.dataset, config.network, preset=preset)
+    for name, value in config.parameters.items():
+        if start.parameters.get(name) != value:
+            words += ["--set", f"{name}={value}"]
+    for f in fields(TrainingConfig):
+        value = getattr(config.training, f.name)
+        if value != getattr(start.training, f.name):
+            words += ["--no-graph"] if f.name == "graph" else [f"--{f.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, Any]:
+    """`("lr=1e-3", "schedule=sequential")` as learner parameters of the right types.
+
+    Raises:
+        UsageError: not of the form key=value, a key that the rule does not have (with the nearest it has), or a
+            value of another kind than the parameter's.
+    """
+    rule = algorithm(algorithm_name)
+    known = rule.parameters()
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise UsageError(f"--set takes key=value, got {setting!r}")
+        if name not in known:
+            raise unknown_name(f"parameter of {rule.name}", name, known)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        default = known[name]
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if default is not None and type(value) is not type(default):
+            raise UsageError(f"{name} takes a {type(default).__name__} (default {default!r}), got {text!r}")
+        parsed[name] = value
+    return parsed

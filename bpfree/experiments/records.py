@@ -1,0 +1,201 @@
+"""Run folders: what a run was, what it measured, and what it needs to go on. Written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import torch
+
+from bpfree.errors import CheckpointError
+
+CONFIG: Final = "config.json"
+ENVIRONMENT: Final = "environment.json"
+METRICS: Final = "metrics.jsonl"
+SUMMARY: Final = "summary.json"
+CHECKPOINT: Final = "checkpoint.pt"
+MODEL: Final = "model.pt"
+
+
+class RunFolder:
+    """One run on disk.
+
+    Every file is written beside its place and moved there when complete, so that a run that is killed, or a disk
+    that fills up, leaves the previous version behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, root: Path, *, dataset: str, algorithm: str, network: str, seed: int) -> RunFolder:
+        """A new, empty run folder under `root`; its name is unique.
+
+        Raises:
+            CheckpointError: it cannot be made.
+        """
+        moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        network = re.sub(r"[^A-Za-z0-9]+", "-", network)
+        path = root / f"{dataset}-{algorithm}-{network}-seed{seed}-{moment}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            CheckpointError: there is none, or it holds no configuration.
+        """
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(f"{path} is not a run folder (it has no {CONFIG})")
+        return cls(path)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON object.
+
+        Raises:
+            CheckpointError: it cannot be written; the previous version is still there.
+        """
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        self._write(name, lambda file: file.write(text.encode()))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.path / name} ({error})") from error
+        return value
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Replace the per-epoch metrics, after a resume has gone back to a checkpoint."""
+        text = "".join(json.dumps(record) + "\n" for record in history)
+        self._write(METRICS, lambda file: file.write(text.encode()))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one epoch's metrics as a line of JSON.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            with (self.path / METRICS).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write tensors and plain values.
+
+        Raises:
+            CheckpointError: it cannot be written; the previous version is still there.
+        """
+        self._write(name, lambda file: torch.save(dict(state), file))
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Read what `save` wrote, without executing code from it.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or holds something else.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise CheckpointError(f"{self.path} has no {name}")
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch.load raises whatever a damaged file makes its parts raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
+        return state
+
+    def remove(self, name: str) -> None:
+        """Delete a file if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        path = self.path / name
+        temporary = path.with_name(f".{name}.partial")
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        # torch reports a full disk as a RuntimeError of its stream writer
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = str(error).strip().splitlines()[0]
+            kept = "; the previous version is kept" if path.exists() else ""
+            raise CheckpointError(f"cannot write {path}: {reason}{kept}; free some space and try again") from error
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """Folders of finished runs under `root`, in order of name."""
+    yield from sorted(path.parent for path in root.rglob(SUMMARY))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and source of this process, for the record. Nothing that names the machine or its user."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        versions["cuda"] = torch.version.cuda
+        versions["cudnn"] = torch.backends.cudnn.version()
+    from bpfree import __version__
+
+    return {
+        "bpfree": __version__,
+        "commit": _source_commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "hardware": hardware(device),
+        "arguments": sys.argv[1:],
+        **versions,
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The device that trains, as people call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _source_commit() -> str | None:
+    """Commit of the bpfree source in use ("-dirty" when changed), or BPFREE_COMMIT, or None outside a checkout."""
+    if commit := os.environ.get("BPFREE_COMMIT"):
+        return commit
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

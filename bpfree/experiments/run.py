@@ -1,0 +1,350 @@
+"""One run from configuration to record: data, learner, meter, training, test, run folder."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from bpfree import data
+from bpfree.algorithms import Learner, algorithm
+from bpfree.data import Dataset
+from bpfree.data.batches import Batches
+from bpfree.energy import EnergyMeter, EnergyResult, choose_source
+from bpfree.errors import TrainingError, UsageError
+from bpfree.experiments import records
+from bpfree.experiments.config import RunConfig, command
+from bpfree.experiments.records import RunFolder
+from bpfree.experiments.train import InterruptedRunError, Trainer, evaluate
+from bpfree.networks import build_network
+
+MIB: Final = 2**20
+
+
+class Reporter:
+    """Hears how a run goes; does nothing by itself."""
+
+    def started(self, config: RunConfig, folder: Path, learner: Learner, trainer: Trainer) -> None:
+        """Training is about to begin."""
+
+    def steps(self, stage: str, epoch: int, count: int) -> None:
+        """`count` more steps of an epoch are done."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch has been validated."""
+
+    def finished(self) -> None:
+        """Training has ended, one way or another."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+    return device
+
+
+def build_learner(config: RunConfig, dataset: Dataset, device: torch.device) -> Learner:
+    """The learner of a run: the seed fixes the network first, so that every rule starts from the same one."""
+    torch.manual_seed(config.seed)
+    network = build_network(config.network, dataset.input_shape)
+    learner = algorithm(config.algorithm).build(network, dataset.classes, dataset.input_shape, **config.parameters)
+    convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
+    return learner.to(device)
+
+
+def preferred_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels-last for convolutions on CUDA, where tensor cores want it."""
+    convolutional = any(isinstance(module, nn.Conv2d) for module in network.modules())
+    return torch.channels_last if convolutional and device.type == "cuda" else torch.contiguous_format
+
+
+def run(
+    config: RunConfig,
+    root: Path,
+    *,
+    data_root: Path | None = None,
+    dataset: Dataset | None = None,
+    reporter: Reporter | None = None,
+    idle_w: Sequence[float] = (),
+    keep_model: bool = True,
+) -> dict[str, Any]:
+    """Do a run and record it in a new folder under `root`.
+
+    Args:
+        config: what to run.
+        root: where run folders are made.
+        data_root: where data sets are; the user's default if left out.
+        dataset: a data set that is at hand, instead of the one that `config` names.
+        reporter: hears how it goes.
+        idle_w: power of the idle device, as `measure_idle` found it, for net joules; empty for gross only.
+        keep_model: whether to keep the trained weights in the folder.
+
+    Returns:
+        The run's summary, as written to summary.json.
+
+    Raises:
+        UsageError: something in `config` is unknown or does not fit.
+        DataError: the data set is missing or damaged.
+        TrainingError: a loss is not finite, or memory ran out.
+        InterruptedRunError: a signal asked to stop; the run can be resumed.
+        CheckpointError: the folder cannot be written.
+    """
+    if dataset is None:
+        dataset = data.load(config.dataset, data_root)
+    device = pick_device(config.device)
+    learner = build_learner(config, dataset, device)
+    folder = RunFolder.create(
+        root,
+        dataset=config.dataset,
+        algorithm=algorithm(config.algorithm).alias,
+        network=config.network,
+        seed=config.seed,
+    )
+    folder.write_json(records.CONFIG, config.to_dict())
+    folder.write_json(records.ENVIRONMENT, records.environment(device))
+    return _train(config, folder, dataset, learner, reporter or Reporter(), idle_w, keep_model, state=None)
+
+
+def resume(
+    path: Path,
+    *,
+    data_root: Path | None = None,
+    dataset: Dataset | None = None,
+    reporter: Reporter | None = None,
+    idle_w: Sequence[float] = (),
+    keep_model: bool = True,
+) -> dict[str, Any]:
+    """Go on with an interrupted run; its weights end up as if it had never stopped.
+
+    A run that is finished already just returns its summary. See `run` for arguments and errors.
+
+    Raises:
+        CheckpointError: `path` is not a run folder, or its checkpoint is damaged.
+    """
+    folder = RunFolder.open(path)
+    if (path / records.SUMMARY).is_file():
+        return folder.read_json(records.SUMMARY)
+    config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    if dataset is None:
+        dataset = data.load(config.dataset, data_root)
+    learner = build_learner(config, dataset, pick_device(config.device))
+    # a run that was stopped before its first checkpoint starts over
+    state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None
+    return _train(config, folder, dataset, learner, reporter or Reporter(), idle_w, keep_model, state)
+
+
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    dataset: Dataset,
+    learner: Learner,
+    reporter: Reporter,
+    idle_w: Sequence[float],
+    keep_model: bool,
+    state: dict[str, Any] | None,
+) -> dict[str, Any]:
+    device = next(learner.parameters()).device
+    augmentation = config.training.augmentation or dataset.augmentation
+    parts = dataset.split(config.training.validation)
+    train, validation, test = (
+        Batches(
+            part.inputs,
+            part.targets,
+            device=device,
+            mean=dataset.mean,
+            std=dataset.std,
+            augmentation=augmentation if part is parts[0] else "none",
+            layout=preferred_layout(learner, device),
+        )
+        for part in parts
+    )
+    earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
+    meter = EnergyMeter(choose_source(config.energy, device), device=device, idle_w=idle_w, earlier=earlier)
+    stop = StopRequest()
+
+    def save(progress: dict[str, Any]) -> None:
+        spent = {name: result.as_dict() for name, result in meter.totals().items()}
+        folder.save(records.CHECKPOINT, {**progress, "energy": spent})
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        folder.append_metrics(record)
+        reporter.epoch(record)
+
+    trainer = Trainer(
+        learner,
+        train,
+        validation,
+        config.training,
+        seed=config.seed,
+        meter=meter,
+        on_epoch=on_epoch,
+        on_steps=reporter.steps,
+        save=save,
+        interrupted=stop,
+    )
+    if state is not None:
+        trainer.load_state_dict(state)
+    folder.write_metrics(trainer.progress.history)
+    reporter.started(config, folder.path, learner, trainer)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with stop, meter.window("total"):
+            progress = trainer.run()
+    except InterruptedRunError as error:
+        raise InterruptedRunError(
+            f"{error} ({stop.name}); the run is saved, go on with: bpfree run --resume {folder.path}"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise _out_of_memory(config, device) from None
+    except TrainingError:
+        if keep_model:
+            folder.save(records.MODEL, learner.state_dict())
+        raise
+    finally:
+        reporter.finished()
+    memory = peak_memory(device)
+    total = meter.totals()["total"]
+    energy_source = meter.info()
+    meter.source.close()
+    tested = evaluate(learner, test, config.training.precision)
+    samples = progress.steps * config.training.batch_size
+    diagnostics = {name: value for name, value in tested.items() if name not in {"loss", "accuracy"}}
+    summary = {
+        "algorithm": config.algorithm,
+        "dataset": config.dataset,
+        "network": config.network,
+        "variant": learner.variant,
+        "preset": config.preset,
+        "seed": config.seed,
+        "test_accuracy": tested["accuracy"],
+        "test_loss": tested["loss"],
+        "test_diagnostics": diagnostics,
+        "validation_accuracy": progress.finished[-1]["best_validation_accuracy"],
+        "validation_loss": progress.finished[-1]["best_validation_loss"],
+        "passes": sum(stage["epochs"] for stage in progress.finished),
+        "updates": progress.steps,
+        "seconds": total.seconds,
+        "energy": {
+            **total.as_dict(),
+            "j_per_sample": None if total.gross_j is None else total.gross_j / samples,
+            "j_per_step": None if total.gross_j is None else total.gross_j / progress.steps,
+            "source": energy_source,
+        },
+        "flops": progress.flops,
+        "peak_memory_mib": memory["peak_mib"],
+        "memory": {**memory, "data_mib": (train.nbytes + validation.nbytes + test.nbytes) / MIB},
+        "parameters": sum(parameter.numel() for parameter in learner.parameters()),
+        "stages": progress.finished,
+        "hardware": records.hardware(device),
+        "date": folder.read_json(records.ENVIRONMENT)["date"],
+        "commit": folder.read_json(records.ENVIRONMENT)["commit"],
+        "command": command(config),
+        "run_dir": str(folder.path),
+    }
+    if keep_model:
+        folder.save(records.MODEL, learner.state_dict())
+    folder.write_json(records.SUMMARY, summary)
+    folder.remove(records.CHECKPOINT)
+    return summary
+
+
+def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:
+    """Mean power of the idle device with its context alive, W, for `run`; empty where it cannot be measured.
+
+    Args:
+        config: names the device and the source.
+        seconds: how long to measure; a counter wants at least 10 s.
+    """
+    device = pick_device(config.device)
+    torch.zeros(1, device=device)  # a context draws power even when nothing runs
+    source = choose_source(config.energy, device)
+    try:
+        watts = EnergyMeter(source, device=device).measure_idle(seconds)
+    finally:
+        source.close()
+    return () if watts is None else (watts,)
+
+
+def _out_of_memory(config: RunConfig, device: torch.device) -> TrainingError:
+    peak = torch.cuda.max_memory_allocated(device) / MIB
+    total = torch.cuda.get_device_properties(device).total_memory / MIB
+    gc.collect()
+    torch.cuda.empty_cache()
+    return TrainingError(
+        f"CUDA ran out of memory: {peak:.0f} MiB of {total:.0f} MiB were in use with batches of "
+        f"{config.training.batch_size}; try --batch-size {max(1, config.training.batch_size // 2)}"
+    )
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Peak memory since the last reset, in MiB, and how it was told.
+
+    On CUDA "peak_mib" is what the allocator handed out at most, "reserved_mib" what it held (CUDA graphs keep
+    their buffers there), "device_mib" what is in use on the whole device. On the CPU it is the process's peak.
+    """
+    if device.type == "cpu":
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+        return {"peak_mib": kilobytes / 1024, "method": "peak resident set of the process"}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "peak_mib": torch.cuda.max_memory_allocated(device) / MIB,
+        "reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
+        "device_mib": (total - free) / MIB,
+        "method": "torch allocator",
+    }
+
+
+class StopRequest:
+    """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once.
+
+    Only the main thread can hear signals; elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __call__(self) -> bool:
+        return bool(self.name)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,72 @@
+"""Learning-rate schedules and the stopping rule: the same choice for every arm of a comparison."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from bpfree.errors import unknown_name
+
+SCHEDULES: Final = ("constant", "cosine", "step")
+STEP_MILESTONES: Final = (0.5, 0.75)  # fractions of the epochs at which "step" divides the rate
+STEP_FACTOR: Final = 0.1
+
+
+def learning_rate_factor(schedule: str, epoch: float, epochs: int, warmup_epochs: float = 0.0) -> float:
+    """What the base learning rate is multiplied with at a moment of training.
+
+    A linear warm-up comes first, if any; then "constant" stays at 1, "cosine" falls from 1 to 0 at the end
+    of `epochs`, and "step" is divided by 10 after 1/2 and after 3/4 of `epochs`.
+
+    Args:
+        schedule: "constant", "cosine" or "step".
+        epoch: epochs done so far, with the fraction of the current one.
+        epochs: the cap on epochs.
+        warmup_epochs: length of the warm-up.
+
+    Raises:
+        UsageError: unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown_name("learning-rate schedule", schedule, SCHEDULES)
+    if epoch < warmup_epochs:
+        return epoch / warmup_epochs
+    if schedule == "cosine":
+        done = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if schedule == "step":
+        return STEP_FACTOR ** sum(epoch >= milestone * epochs for milestone in STEP_MILESTONES)
+    return 1.0
+
+
+@dataclass
+class EarlyStopping:
+    """Stop when the validation loss has not improved for `patience` epochs in a row; remember the best epoch.
+
+    Attributes:
+        patience: epochs without improvement that end training; None never stops.
+        min_delta: how much lower than the best a loss must be to count as better.
+        best_loss: lowest validation loss so far.
+        best_epoch: when it was seen (counted from 0); -1 before the first.
+        waited: epochs since then.
+    """
+
+    patience: int | None
+    min_delta: float = 0.0
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    waited: int = 0
+
+    def update(self, epoch: int, loss: float) -> bool:
+        """Take note of an epoch's validation loss; True if it is the best so far."""
+        if loss < self.best_loss - self.min_delta:
+            self.best_loss, self.best_epoch, self.waited = loss, epoch, 0
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def stop(self) -> bool:
+        """Whether patience has run out."""
+        return self.patience is not None and self.waited >= self.patience

@@ -1,0 +1,211 @@
+"""Consecutive training steps over a staging buffer: one by one, or replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bpfree.algorithms.learner import Learner, Stage
+from bpfree.algorithms.optim import materialize_state
+from bpfree.data.batches import Batches, Draw
+from bpfree.errors import unknown_name
+
+PRECISIONS: Final = ("fp32", "tf32", "bf16")
+STAGING_BYTES: Final = 64 * 2**20
+MAX_STAGED_STEPS: Final = 64
+WARMUP_STEPS: Final = 3
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Set what float32 matrix products and convolutions may use, and put it back on leaving.
+
+    "fp32" computes them exactly, "tf32" and "bf16" allow TF32; "bf16" adds `step_precision` around each step.
+
+    Raises:
+        UsageError: unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def step_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Context for one step or evaluation: bfloat16 autocast, or nothing.
+
+    It must be entered anew for each step, because autocast keeps the cast weights until it is left.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+class Stepper:
+    """Runs a stage's steps over batches staged on the device.
+
+    On CUDA, for learners that say they are capture-safe, a whole staging buffer's worth of steps is one graph:
+    no launch overhead, no host in between. Numbers that the steps report stay on the device until asked for.
+
+    Args:
+        learner: the learner that the stage belongs to.
+        stage: what is trained.
+        train: training batches, of stage inputs if they could be computed beforehand, otherwise of network inputs.
+        live_prefix: the stage's frozen prefix when it has to run in every step (augmented inputs), or None.
+        batch_size: samples per step.
+        precision: "fp32", "tf32" or "bf16".
+        scheduled: whether the learning rate changes during training.
+        graph: whether to use CUDA graphs where possible.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        stage: Stage,
+        train: Batches,
+        *,
+        live_prefix: Callable[[Tensor], Tensor] | None,
+        batch_size: int,
+        precision: str,
+        scheduled: bool,
+        graph: bool,
+    ) -> None:
+        self._learner, self._stage, self._train, self._live_prefix = learner, stage, train, live_prefix
+        self._precision, self._scheduled = precision, scheduled
+        device = train.device
+        self.steps_per_epoch = len(train) // batch_size
+        bytes_per_step = batch_size * torch.Size(train.sample_shape).numel() * train.dtype.itemsize
+        most = max(1, min(MAX_STAGED_STEPS, STAGING_BYTES // bytes_per_step))
+        chunks = -(-self.steps_per_epoch // most)
+        self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
+        self._inputs, self._targets = train.staging(self.capacity, batch_size)
+        self._groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
+        for group in self._groups:  # survives in the optimiser's state, as torch's own schedulers do it
+            group.setdefault("initial_lr", float(group["lr"]))
+        self._rates = torch.ones(self.capacity, device=device)
+        self._factors = [1.0] * self.capacity
+        self._metrics = torch.empty(0, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.use_graph = graph and device.type == "cuda" and learner.capture_safe
+        self.metric_names: tuple[str, ...] = ()
+        self.flops_per_step = 0
+
+    def stage_batches(self, draw: Draw, first_step: int, count: int, factors: list[float]) -> None:
+        """Fill the buffer with `count` batches of an epoch, and set their learning-rate factors."""
+        batch_size = self._targets.shape[1]
+        self._train.fill(
+            draw, first_step * batch_size, self._inputs[:count].flatten(0, 1), self._targets[:count].flatten()
+        )
+        if self._scheduled:
+            self._factors[:count] = factors
+            self._rates[:count].copy_(torch.tensor(factors), non_blocking=True)
+
+    def _step(self, position: int) -> dict[str, Tensor]:
+        if self._scheduled:
+            for group in self._groups:
+                if isinstance(group["lr"], Tensor):
+                    torch.mul(self._rates[position], group["initial_lr"], out=group["lr"])
+                else:
+                    group["lr"] = self._factors[position] * group["initial_lr"]
+        inputs = self._inputs[position]
+        with step_precision(self._precision, inputs.device):
+            if self._live_prefix is not None:
+                inputs = self._live_prefix(inputs)
+            return self._stage.step((inputs, self._targets[position]))
+
+    def _record(self, position: int) -> None:
+        torch.stack(list(self._step(position).values()), out=self._metrics[position])
+
+    def run(self, count: int, interrupted: Callable[[], bool]) -> Tensor:
+        """Do the first `count` staged steps.
+
+        Args:
+            count: steps to do.
+            interrupted: asked after every eager step whether to stop early. A graph always runs to its end, so
+                that a resumed run replays the same graphs.
+
+        Returns:
+            (steps done, metrics) tensor on the device, a row per step; valid until the next call.
+        """
+        if self.use_graph:
+            self._graphs[count].replay()
+            return self._metrics[:count]
+        for position in range(count):
+            self._record(position)
+            if interrupted():
+                return self._metrics[: position + 1]
+        return self._metrics[:count]
+
+    def rehearse(self, draw: Draw) -> None:
+        """Run a few steps on a state that is thrown away: counts FLOPs, warms up, captures the graphs.
+
+        Everything that training must not pay for happens here; parameters, buffers, optimiser state and
+        random generators are as before when it returns.
+        """
+        device = self._train.device
+        for optimizer in self._stage.optimizers:
+            materialize_state(optimizer)
+        if self.use_graph:
+            for group in self._groups:
+                group["lr"] = torch.tensor(group["initial_lr"], device=device)
+                if "capturable" in group:
+                    group["capturable"] = True
+        state = [*self._learner.parameters(), *self._learner.buffers()]
+        state += [
+            t for o in self._stage.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)
+        ]
+        saved = [tensor.detach().cpu().clone() for tensor in state]
+        generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+        self.stage_batches(draw, 0, min(self.capacity, self.steps_per_epoch), self._factors)
+        with FlopCounterMode(display=False) as counter:
+            metrics = self._step(0)
+        self.flops_per_step = counter.get_total_flops()
+        self.metric_names = tuple(metrics)
+        self._metrics = torch.zeros(self.capacity, len(metrics), device=device)
+        if self.use_graph:
+            self._capture()
+        with torch.no_grad():
+            for tensor, before in zip(state, saved, strict=True):
+                tensor.copy_(before)
+        torch.set_rng_state(generators[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state_all(generators[1])
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_STEPS):
+                self._record(0)
+        torch.cuda.current_stream().wait_stream(side)
+        pool = torch.cuda.graph_pool_handle()
+        last = self.steps_per_epoch % self.capacity
+        try:
+            for count in sorted({self.capacity, last} - {0}):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    for position in range(count):
+                        self._record(position)
+                self._graphs[count] = graph
+        except RuntimeError as error:  # a user's block may do what a graph cannot hold
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"this step cannot be a CUDA graph and runs eagerly ({reason})", stacklevel=2)
+            self._graphs.clear()
+            self.use_graph = False
+
+    def close(self) -> None:
+        """Free graphs, gradients and optimiser state of a stage that is done."""
+        self._graphs.clear()
+        for optimizer in self._stage.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()

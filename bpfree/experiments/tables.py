@@ -1,0 +1,131 @@
+"""Tables made from run records, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from bpfree.errors import DataError
+from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, find_runs
+
+COLUMNS: Final = {
+    "dataset": "dataset",
+    "network": "network",
+    "algorithm": "algorithm",
+    "variant": "variant",
+    "n": "n",
+    "accuracy": "test accuracy, %",
+    "passes_mean": "passes",
+    "seconds_mean": "time, s",
+    "gross": "energy, J",
+    "net_j_mean": "net, J",
+    "flags": "flags",
+    "hardware": "hardware",
+}
+
+
+def result_rows(root: Path) -> list[dict[str, Any]]:
+    """One row per configuration, over its seeds, from the run folders under `root`.
+
+    Runs belong to one row when everything but the seed is the same. Runs that repeat a seed count once, by their
+    mean, because the spread of repeats is not the spread of seeds.
+
+    Raises:
+        DataError: no finished run under `root`.
+        CheckpointError: a record that cannot be read.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in find_runs(root):
+        folder = RunFolder.open(path)
+        summary, config = folder.read_json(SUMMARY), folder.read_json(CONFIG)
+        config.pop("seed")
+        key = json.dumps([config, summary["variant"], summary["hardware"]], sort_keys=True)
+        groups[key].append({**summary, "run_dir": path.relative_to(root).as_posix()})
+    if not groups:
+        raise DataError(f"no finished run under {root}; make some with `bpfree run`")
+    rows = [_row(runs) for runs in groups.values()]
+    return sorted(rows, key=lambda row: (row["dataset"], row["network"], row["algorithm"], row["variant"]))
+
+
+def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    by_seed: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_seed[run["seed"]].append(run)
+    first = runs[0]
+
+    def per_seed(value: str, inside: str | None = None) -> list[float]:
+        """Mean of a quantity per seed; empty unless every run has it."""
+        numbers = [[(run[inside] if inside else run)[value] for run in repeats] for repeats in by_seed.values()]
+        known = all(number is not None for repeats in numbers for number in repeats)
+        return [statistics.fmean(repeats) for repeats in numbers] if known else []
+
+    accuracies = per_seed("test_accuracy")
+    return {
+        "dataset": first["dataset"],
+        "network": first["network"],
+        "algorithm": first["algorithm"],
+        "variant": first["variant"],
+        "preset": first["preset"],
+        "n": len(by_seed),
+        "seeds": sorted(by_seed),
+        "test_accuracy_mean": statistics.fmean(accuracies),
+        "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "validation_accuracy_mean": _mean(per_seed("validation_accuracy")),
+        "passes_mean": _mean(per_seed("passes")),
+        "seconds_mean": _mean(per_seed("seconds")),
+        "gross_j_mean": _mean(per_seed("gross_j", "energy")),
+        "net_j_mean": _mean(per_seed("net_j", "energy")),
+        "energy_method": " + ".join(dict.fromkeys(run["energy"]["method"] for run in runs)),
+        "flags": list(dict.fromkeys(flag for run in runs for flag in run["energy"]["flags"])),
+        "peak_memory_mib_mean": _mean(per_seed("peak_memory_mib")),
+        "hardware": first["hardware"],
+        "dates": sorted({run["date"][:10] for run in runs}),
+        "command": first["command"],
+        "runs": sorted(run["run_dir"] for run in runs),
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def readable(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows of `result_rows` as a person reads them, one string per column."""
+    table = []
+    for row in rows:
+        spread = "" if row["test_accuracy_sd"] is None else f" ± {row['test_accuracy_sd']:.2f}"
+        energy = (
+            "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f} ({row['energy_method']})"
+        )
+        cells = {**row, "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}", "gross": energy}
+        table.append({title: _cell(cells[key]) for key, title in COLUMNS.items()})
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Columns aligned with spaces, for a terminal."""
+    titles = list(rows[0])
+    widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in titles}
+    lines = ["  ".join(title.ljust(widths[title]) for title in titles)]
+    lines += ["  ".join(row[title].ljust(widths[title]) for title in titles) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same as Markdown."""
+    titles = list(rows[0])
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    lines += ["| " + " | ".join(row[title] for title in titles) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,385 @@
+"""The one fit loop: every learning rule, every stage, the same stopping rule, restore and bookkeeping."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bpfree.algorithms.learner import Learner, Stage, evaluation_mode
+from bpfree.data.batches import Batches
+from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
+from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
+from bpfree.experiments.stepper import Stepper, matmul_precision, step_precision
+
+EVALUATION_BATCH: Final = 2000
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train, apart from the rule: the same for every arm of a comparison.
+
+    Attributes:
+        batch_size: samples per step; the last, smaller batch of an epoch is dropped.
+        epochs: cap on epochs per stage.
+        patience: epochs without a better validation loss after which a stage ends.
+        min_delta: how much lower than the best a validation loss must be to count as better.
+        passes: train for exactly this many data passes instead, shared equally by the stages, without early
+            stopping (the best state is still restored).
+        lr_schedule: "constant", "cosine" or "step", over the cap of each stage.
+        warmup_epochs: linear warm-up at the start of each stage.
+        precision: "fp32", "tf32" or "bf16".
+        augmentation: "none" or "crop-flip"; None takes the data set's own.
+        validation: number of validation samples; None takes the data set's own.
+        graph: replay training steps as CUDA graphs where that is possible.
+        checkpoint_every: seconds between checkpoints.
+    """
+
+    batch_size: int = 128
+    epochs: int = 100
+    patience: int = 20
+    min_delta: float = 0.0
+    passes: int | None = None
+    lr_schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    precision: str = "tf32"
+    augmentation: str | None = None
+    validation: int | None = None
+    graph: bool = True
+    checkpoint_every: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.passes is not None and self.passes < 1:
+            raise UsageError(f"passes must be at least 1, got {self.passes}")
+        if self.min_delta < 0 or self.warmup_epochs < 0 or self.checkpoint_every < 0:
+            raise UsageError("min_delta, warmup_epochs and checkpoint_every must not be negative")
+
+    def epochs_per_stage(self, stages: int) -> int:
+        """The cap on epochs of each of `stages` stages."""
+        return self.epochs if self.passes is None else math.ceil(self.passes / stages)
+
+
+class Meter(Protocol):
+    """What the loop needs of an energy meter."""
+
+    def paused(self) -> AbstractContextManager[Any]: ...
+
+    def joules(self) -> float | None: ...
+
+
+class NoMeter:
+    """A meter that measures nothing."""
+
+    def paused(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def joules(self) -> float | None:
+        return None
+
+
+class InterruptedRunError(BpfreeError):
+    """Training was asked to stop and its state has been saved."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: everything but tensors, as plain values that a checkpoint can hold.
+
+    Attributes:
+        stage: index of the stage in training; the number of stages when done.
+        epoch: epochs of that stage that are complete.
+        step: steps of the current epoch that are complete.
+        steps: updates done in all stages.
+        flops: floating-point operations of all updates, by PyTorch's counter (validation not included).
+        stopping: state of the stage's stopping rule.
+        history: one record per finished epoch.
+        finished: one record per finished stage.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    flops: int = 0
+    stopping: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    finished: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a learner, stage after stage.
+
+    Args:
+        learner: what to train, on the device of the batches.
+        train: training samples.
+        validation: validation samples, never augmented.
+        config: how to train.
+        seed: fixes the order and augmentation of every epoch.
+        meter: energy meter with a window open around `run`.
+        on_epoch: called with each epoch's record.
+        on_steps: called with the stage's name, its epoch and the number of steps just done.
+        save: called with the whole state when a checkpoint is due.
+        interrupted: asked between steps whether to save and stop.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        train: Batches,
+        validation: Batches,
+        config: TrainingConfig,
+        *,
+        seed: int = 0,
+        meter: Meter | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        on_steps: Callable[[str, int, int], None] | None = None,
+        save: Callable[[dict[str, Any]], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+    ) -> None:
+        if len(train) < config.batch_size:
+            raise DataError(
+                f"{len(train)} training samples do not fill one batch of {config.batch_size}; "
+                "use a smaller --batch-size"
+            )
+        if len(validation) == 0:
+            raise DataError("there is no validation sample, so no epoch can be called best; use --validation 1 or more")
+        self.learner, self.train, self.validation, self.config, self.seed = learner, train, validation, config, seed
+        self.meter: Meter = meter or NoMeter()
+        self._on_epoch = on_epoch or (lambda record: None)
+        self._on_steps = on_steps or (lambda stage, epoch, steps: None)
+        self._save = save
+        self._interrupted = interrupted or (lambda: False)
+        self.progress = Progress()
+        self._best: list[Tensor] = []
+        self._epoch_metrics: Tensor | None = None  # (steps, metrics) of the epoch in training
+        self._epoch_joules: float | None = None  # gross joules spent when that epoch began
+        self._last_save = time.monotonic()
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit: tensors and plain values only."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.train.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.train.device)
+        return {
+            "learner": self.learner.state_dict(),
+            "progress": asdict(self.progress),
+            "best": self._best,
+            "epoch_metrics": self._epoch_metrics,
+            "generators": generators,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of an interrupted training; the counterpart of `state_dict`."""
+        self.learner.load_state_dict(state["learner"])
+        self.progress = Progress(**state["progress"])
+        self._best = [tensor.to(self.train.device) for tensor in state["best"]]
+        metrics = state["epoch_metrics"]
+        self._epoch_metrics = None if metrics is None else metrics.to(self.train.device)
+        torch.set_rng_state(state["generators"]["cpu"])
+        if "cuda" in state["generators"] and self.train.device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.train.device)
+
+    def _save_if(self, due: bool) -> None:
+        if self._save is not None and due:
+            with self.meter.paused():
+                self._save(self.state_dict())
+            self._last_save = time.monotonic()
+
+    def _checkpoint_due(self) -> bool:
+        return time.monotonic() - self._last_save >= self.config.checkpoint_every
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def run(self) -> Progress:
+        """Train all stages to their end, from wherever the state stands.
+
+        Raises:
+            InterruptedRunError: `interrupted` said so; the state has been saved.
+            TrainingError: a loss is not finite, or memory ran out.
+        """
+        stages = self.learner.stages()
+        with matmul_precision(self.config.precision):
+            while self.progress.stage < len(stages):
+                self._run_stage(stages[self.progress.stage], len(stages))
+                self._start_next_stage()
+        return self.progress
+
+    def _start_next_stage(self) -> None:
+        self.progress.stage += 1
+        self.progress.epoch = self.progress.step = 0
+        self.progress.stopping = {}
+        self._best, self._epoch_metrics = [], None
+
+    def _prefixed(self, stage: Stage, batches: Batches) -> tuple[Batches, int]:
+        """Batches of stage inputs, computed once, and the FLOPs that took."""
+        if stage.prefix is None:
+            return batches, 0
+        with step_precision(self.config.precision, batches.device), FlopCounterMode(display=False) as counter:
+            return batches.map(stage.prefix, EVALUATION_BATCH), counter.get_total_flops()
+
+    def _run_stage(self, stage: Stage, stages: int) -> None:
+        config, progress = self.config, self.progress
+        keep_prefix = self.train.augmentation == "none"
+        train, flops = self._prefixed(stage, self.train) if keep_prefix else (self.train, 0)
+        validation, _ = self._prefixed(stage, self.validation)
+        if progress.epoch == progress.step == 0:  # not again after a resume
+            progress.flops += flops
+        stepper = Stepper(
+            self.learner,
+            stage,
+            train,
+            live_prefix=None if keep_prefix else stage.prefix,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            scheduled=config.lr_schedule != "constant" or config.warmup_epochs > 0,
+            graph=config.graph,
+        )
+        with self.meter.paused():
+            stepper.rehearse(train.draw(self.seed, progress.stage, 0))
+        if self._epoch_metrics is None:
+            self._epoch_metrics = torch.zeros(stepper.steps_per_epoch, len(stepper.metric_names), device=train.device)
+        epochs = config.epochs_per_stage(stages)
+        patience = config.patience if config.passes is None else None
+        stopping = (
+            EarlyStopping(**progress.stopping) if progress.stopping else EarlyStopping(patience, config.min_delta)
+        )
+        trained = [t for m in stage.modules for t in (*m.parameters(), *m.buffers())]
+        while progress.epoch < epochs and not stopping.stop:
+            self._run_epoch(stage, stepper, train, epochs)
+            record = self._close_epoch(stage, stepper, validation, epochs)
+            record["best"] = stopping.update(progress.epoch, record["validation_loss"])
+            if record["best"]:
+                self._best = [tensor.detach().clone() for tensor in trained]
+            progress.stopping = asdict(stopping)
+            progress.history.append(record)
+            progress.epoch, progress.step = progress.epoch + 1, 0
+            self._on_epoch(record)
+            self._save_if(self._checkpoint_due())
+        self._restore_best(trained)
+        progress.finished.append(
+            {
+                "stage": stage.name,
+                "epochs": progress.epoch,
+                "updates": progress.epoch * stepper.steps_per_epoch,
+                "best_epoch": stopping.best_epoch + 1,
+                "best_validation_loss": stopping.best_loss,
+                "best_validation_accuracy": self._best_record(stage)["validation_accuracy"],
+                "stopped_early": stopping.stop,
+                "graph": stepper.use_graph,
+            }
+        )
+        stepper.close()
+
+    def _best_record(self, stage: Stage) -> dict[str, Any]:
+        return [record for record in self.progress.history if record["stage"] == stage.name and record["best"]][-1]
+
+    @torch.no_grad()
+    def _restore_best(self, trained: list[Tensor]) -> None:
+        for tensor, best in zip(trained, self._best, strict=False):  # no best yet: nothing to restore
+            tensor.copy_(best)
+
+    def _run_epoch(self, stage: Stage, stepper: Stepper, train: Batches, epochs: int) -> None:
+        progress, metrics = self.progress, self._epoch_metrics
+        assert metrics is not None
+        draw = train.draw(self.seed, progress.stage, progress.epoch)
+        while progress.step < stepper.steps_per_epoch:
+            first = progress.step
+            count = min(stepper.capacity, stepper.steps_per_epoch - first)
+            factors = [self._factor(first + position, stepper, epochs) for position in range(count)]
+            stepper.stage_batches(draw, first, count, factors)
+            rows = stepper.run(count, self._interrupted)
+            metrics[first : first + len(rows)] = rows
+            if first == 0:  # read while the device works: a counter takes milliseconds to answer
+                self._epoch_joules = self.meter.joules()
+            progress.step += len(rows)
+            progress.steps += len(rows)
+            progress.flops += len(rows) * stepper.flops_per_step
+            self._on_steps(stage.name, progress.epoch, len(rows))
+            interrupted = self._interrupted()
+            self._save_if(interrupted or self._checkpoint_due())
+            if interrupted:
+                raise InterruptedRunError(
+                    f"stopped in {stage.name}, epoch {progress.epoch + 1}, after step {progress.step}"
+                )
+
+    def _factor(self, step: int, stepper: Stepper, epochs: int) -> float:
+        moment = self.progress.epoch + (step + 0.5) / stepper.steps_per_epoch
+        return learning_rate_factor(self.config.lr_schedule, moment, epochs, self.config.warmup_epochs)
+
+    def _close_epoch(self, stage: Stage, stepper: Stepper, validation: Batches, epochs: int) -> dict[str, Any]:
+        """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
+        metrics, progress = self._epoch_metrics, self.progress
+        assert metrics is not None
+        rating = rate(stage.scores, validation, self.config.precision, self.learner)
+        numbers = torch.cat([rating, metrics.double().flatten()]).cpu()
+        validation_loss, validation_accuracy = numbers[:2].tolist()
+        steps = numbers[2:].view(metrics.shape)
+        bad = (~steps.isfinite()).nonzero()
+        if len(bad) or not math.isfinite(validation_loss):
+            self._restore_best([t for m in stage.modules for t in (*m.parameters(), *m.buffers())])
+            where = (
+                f"{stepper.metric_names[bad[0, 1]]} is {steps[bad[0, 0], bad[0, 1]].item()} at step {bad[0, 0] + 1}"
+                if len(bad)
+                else f"validation loss is {validation_loss}"
+            )
+            raise TrainingError(
+                f"{where} of epoch {progress.epoch + 1} of {stage.name}; the last good state is kept; "
+                "lower the learning rate or check the inputs"
+            )
+        return {
+            "stage": stage.name,
+            "epoch": progress.epoch + 1,
+            **dict(zip(stepper.metric_names, steps.mean(0).tolist(), strict=True)),
+            "validation_loss": validation_loss,
+            "validation_accuracy": 100 * validation_accuracy,
+            "lr_factor": self._factor(stepper.steps_per_epoch - 1, stepper, epochs),
+            "steps": progress.steps,
+            "joules_at_start": self._epoch_joules,
+        }
+
+
+@torch.no_grad()
+def rate(scores: Callable[[Tensor], Tensor], batches: Batches, precision: str, learner: Learner) -> Tensor:
+    """Mean cross-entropy and accuracy (fraction) over all samples: (2,) float64 on the device."""
+    total = torch.zeros(2, dtype=torch.float64, device=batches.device)
+    with evaluation_mode(learner):
+        for inputs, targets in batches.in_order(EVALUATION_BATCH):
+            with step_precision(precision, batches.device):
+                logits = scores(inputs).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            total += torch.stack([loss, (logits.argmax(1) == targets).sum()])
+    return total / len(batches)
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, batches: Batches, precision: str) -> dict[str, float]:
+    """Accuracy and loss of the learner's scores, and the rule's own diagnostics, averaged over all samples.
+
+    Returns:
+        "loss", "accuracy" (in %), and the learner's diagnostics by name (accuracies in %).
+    """
+    with matmul_precision(precision):
+        loss, fraction = rate(learner, batches, precision, learner).tolist()
+        sums: dict[str, Tensor] = {}
+        with evaluation_mode(learner):
+            for inputs, targets in batches.in_order(EVALUATION_BATCH):
+                with step_precision(precision, batches.device):
+                    report = learner.diagnostics((inputs, targets))
+                for name, value in report.items():
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
+    percent = {name: 100 if name.endswith("accuracy") else 1 for name in sums}
+    means = {name: percent[name] * (value / len(batches)).item() for name, value in sums.items()}
+    return {"loss": loss, "accuracy": 100 * fraction, **means}

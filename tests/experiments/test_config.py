@@ -1,0 +1,128 @@
+"""Configurations: presets, overrides, and commands that repeat a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bpfree import data
+from bpfree.algorithms import ALGORITHMS, algorithm
+from bpfree.errors import UsageError
+from bpfree.experiments.config import RunConfig, command, parse_settings, presets, resolve
+from bpfree.experiments.train import TrainingConfig
+from bpfree.networks import build_network
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_build_what_they_name(name: str) -> None:
+    config = resolve(preset=name)
+    info = data.info(config.dataset)
+    rule = algorithm(config.algorithm)
+    assert name.split("-")[:2] == [rule.name, info.name]
+    rule.build(build_network(config.network, info.input_shape), info.classes, info.input_shape, **config.parameters)
+    assert presets()[name].source
+
+
+def test_no_two_presets_share_a_tuned_rate() -> None:
+    """A rate that was tuned for one configuration and copied to another is a mistake of the reference study."""
+    rates = [p.parameters["lr"] for p in presets().values() if p.dataset != "digits"]
+    assert len(rates) == len(set(rates))
+
+
+def test_the_fitting_preset_is_taken_and_overridden() -> None:
+    plain = resolve("mf", "cifar10")
+    assert plain.preset == "mono_forward-cifar10"
+    assert plain.network == "mlp:3x2000"
+    assert resolve("mf", "cifar10", "cnn:mf").preset == "mono_forward-cifar10-cnn"
+    assert resolve("mf", "cifar10", "mlp:1x10").preset is None
+    assert resolve("mf", "cifar10", preset="none").parameters == {}
+    changed = resolve("mono-forward", "CIFAR10", parameters={"lr": 1.0}, training={"epochs": 2})
+    assert (changed.parameters["lr"], changed.training.epochs) == (1.0, 2)
+    assert changed.parameters["schedule"] == plain.parameters["schedule"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"algorithm_name": "mff"}, "did you mean mf"),
+        ({"algorithm_name": "mf", "dataset": "cifar11"}, "did you mean cifar10"),
+        ({"preset": "mono_forward-mnst"}, "did you mean mono_forward-mnist"),
+        ({}, "say what to train"),
+        ({"algorithm_name": "mf", "parameters": {"schedul": "x"}}, "did you mean schedule"),
+        ({"algorithm_name": "mf", "training": {"epoch": 3}}, "did you mean epochs"),
+    ],
+)
+def test_unknown_names_come_with_the_nearest(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(**arguments)  # type: ignore[arg-type]
+
+
+def test_settings_are_typed() -> None:
+    assert parse_settings(("lr=1e-3", "schedule=sequential", "input-projection=true", "weight_decay=1"), "mf") == {
+        "lr": 1e-3,
+        "schedule": "sequential",
+        "input_projection": True,
+        "weight_decay": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lr", "key=value"),
+        ("lrr=1", "did you mean lr"),
+        ("lr=fast", "lr takes a float"),
+        ("lr=true", "lr takes a float"),
+        ("schedule=1", "schedule takes a str"),
+        ("input_projection=1", "input_projection takes a bool"),
+    ],
+)
+def test_bad_settings(setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_settings((setting,), "mf")
+
+
+def test_config_survives_json(tmp_path: Path) -> None:
+    config = resolve("mf", "cifar10", seed=3, training={"epochs": 7})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert RunConfig.read(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"algorithm": "mf"}', '{"algorythm": "mf"}'])
+def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError):
+        RunConfig.read(tmp_path / "config.json")
+
+
+def test_the_command_of_a_run_repeats_it() -> None:
+    from bpfree.cli import cli
+
+    config = replace(
+        resolve("mf", "mnist", seed=4, parameters={"lr": 0.5, "schedule": "simultaneous"}),
+        training=TrainingConfig(epochs=3, lr_schedule="cosine", graph=False, passes=8, augmentation="none"),
+    )
+    words = shlex.split(command(config))
+    assert words[:2] == ["bpfree", "run"]
+    context = cli.commands["run"].make_context("run", words[2:])
+    given = context.params
+    again = resolve(
+        given["algorithm_name"],
+        given["dataset"],
+        given["network"],
+        preset=given["preset"],
+        seed=given["seeds"][0],
+        parameters=parse_settings(given["settings"], given["algorithm_name"]),
+        training={k: given[k] for k in vars(config.training) if given[k] is not None},
+    )
+    assert again == config
+
+
+def test_every_rule_names_its_source_and_parameters() -> None:
+    for entry in ALGORITHMS:
+        assert entry.learner.paper.title
+        assert "lr" in entry.parameters()

@@ -1,0 +1,113 @@
+"""Run folders: atomic, loadable without trust, honest about failures."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpfree.errors import CheckpointError
+from bpfree.experiments import records
+from bpfree.experiments.records import RunFolder
+
+
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path, dataset="digits", algorithm="mf", network="mlp:2x10", seed=3)
+
+
+def test_names_are_unique_and_plain(tmp_path: Path) -> None:
+    paths = {folder(tmp_path).path.name for _ in range(20)}
+    assert len(paths) == 20
+    assert all(name.startswith("digits-mf-mlp-2x10-seed3-") for name in paths)
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    state = {"tensor": torch.randn(3), "list": [1, 2.5, None, "x"], "nested": {"a": torch.arange(2)}}
+    run.save("state.pt", state)
+    loaded = run.load("state.pt")
+    assert torch.equal(loaded["tensor"], state["tensor"])
+    assert loaded["list"] == state["list"]
+    run.write_json("x.json", {"a": 1.5})
+    assert run.read_json("x.json") == {"a": 1.5}
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("make", ["truncated", "garbage", "empty", "hostile", "hostile zip"])
+def test_damaged_or_hostile_checkpoints_are_refused(tmp_path: Path, make: str) -> None:
+    run = folder(tmp_path)
+    run.save("state.pt", {"tensor": torch.randn(100)})
+    path, marker = run.path / "state.pt", tmp_path / "executed"
+    if make == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif make == "garbage":
+        path.write_bytes(b"not a checkpoint" * 50)
+    elif make == "empty":
+        path.write_bytes(b"")
+    elif make == "hostile":
+        path.write_bytes(pickle.dumps(Evil(marker)))
+    else:
+        torch.save({"x": Evil(marker)}, path)
+    with pytest.raises(CheckpointError, match=r"state\.pt"):
+        run.load("state.pt")
+    assert not marker.exists()
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        RunFolder.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint\.pt"):
+        folder(tmp_path).load(records.CHECKPOINT)
+    run = folder(tmp_path)
+    (run.path / records.SUMMARY).write_text("{broken")
+    with pytest.raises(CheckpointError, match=r"summary\.json"):
+        run.read_json(records.SUMMARY)
+
+
+def test_a_full_disk_leaves_the_previous_version(tmp_path: Path) -> None:
+    """A real limit of the operating system on the size of a file, in a process of its own."""
+    run = folder(tmp_path)
+    run.save("state.pt", {"tensor": torch.zeros(10)})
+    code = f"""
+        import resource, sys, torch
+        from pathlib import Path
+        from bpfree.errors import CheckpointError
+        from bpfree.experiments.records import RunFolder
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            RunFolder(Path({str(run.path)!r})).save("state.pt", {{"tensor": torch.ones(10_000_000)}})
+        except CheckpointError as error:
+            print(error)
+            sys.exit(7)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert "the previous version is kept" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert torch.equal(run.load("state.pt")["tensor"], torch.zeros(10))
+    assert [path.name for path in run.path.iterdir()] == ["state.pt"]
+
+
+def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot make the run folder"):
+        folder(tmp_path / "file")
+
+
+def test_environment_names_no_machine(tmp_path: Path) -> None:
+    described = records.environment(torch.device("cpu"))
+    assert described["torch"] == torch.__version__
+    assert described["hardware"].startswith("CPU")
+    assert not {"hostname", "user", "cwd", "path"} & set(described)

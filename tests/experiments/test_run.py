@@ -1,0 +1,164 @@
+"""Whole runs: what they record, and that killing a real process loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bpfree.data import Dataset
+from bpfree.experiments import records
+from bpfree.experiments.config import resolve
+from bpfree.experiments.run import resume, run
+from bpfree.experiments.tables import result_rows
+
+RUN = [sys.executable, "-m", "bpfree", "run", "--algo", "mf", "--network", "mlp:2x64", "--batch-size", "16"]
+
+
+def start(results: Path, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BPFREE_RUN_EPOCHS": "12", "BPFREE_RUN_PATIENCE": "12"}
+    command = [*RUN, "--results", str(results), "--energy", "simulated", "--format", "json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def only_run(results: Path) -> Path:
+    (path,) = results.iterdir()
+    return path
+
+
+def wait_for_epoch(process: subprocess.Popen[str], results: Path, epochs: int) -> Path:
+    """Wait until a run has recorded some epochs; the process is still running then."""
+    for _ in range(6000):
+        found = list(results.glob(f"*/{records.METRICS}"))
+        if found and len(found[0].read_text().splitlines()) >= epochs:
+            return found[0].parent
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError("the run records nothing")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    results = tmp_path_factory.mktemp("straight")
+    out, err = (process := start(results, "--quiet", "--set", "schedule=sequential")).communicate()
+    assert process.returncode == 0, err
+    return only_run(results), json.loads(out)
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(path / records.MODEL, weights_only=True)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_killed_process_resumes_to_the_same_weights(
+    number: signal.Signals, tmp_path: Path, straight: tuple[Path, dict[str, Any]]
+) -> None:
+    # SIGKILL leaves no time to save, so there the checkpoint is the one of the clock
+    every = "0" if number == signal.SIGKILL else "1000"
+    process = start(tmp_path, "--set", "schedule=sequential", "--checkpoint-every", every)
+    path = wait_for_epoch(process, tmp_path, 5)
+    process.send_signal(number)
+    out, err = process.communicate()
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 1
+        assert out == ""
+        last = err.strip().splitlines()[-1]
+        assert f"bpfree run --resume {path}" in last
+        assert number.name in last
+    assert not (path / records.SUMMARY).exists()
+    assert (path / records.CHECKPOINT).exists()
+
+    done = start(tmp_path, "--resume", str(path))
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    expected_path, expected = straight
+    got, reference = final_weights(path), final_weights(expected_path)
+    assert got.keys() == reference.keys()
+    assert all(torch.equal(got[name], reference[name]) for name in reference)
+    summary = json.loads(out)
+    for key in ("test_accuracy", "passes", "updates", "flops", "stages"):
+        assert summary[key] == expected[key]
+    lines = [json.loads(line) for line in (path / records.METRICS).read_text().splitlines()]
+    reference_lines = [json.loads(line) for line in (expected_path / records.METRICS).read_text().splitlines()]
+    assert [{**line, "joules_at_start": None} for line in lines] == [
+        {**line, "joules_at_start": None} for line in reference_lines
+    ]
+    joules = [line["joules_at_start"] for line in lines if line["joules_at_start"] is not None]
+    assert joules == sorted(joules)
+    assert summary["energy"]["gross_j"] > joules[-1]
+    assert not (path / records.CHECKPOINT).exists()
+
+
+def test_json_result_has_what_is_promised(straight: tuple[Path, dict[str, Any]]) -> None:
+    path, summary = straight
+    promised = (
+        "algorithm dataset network variant seed test_accuracy passes seconds energy peak_memory_mib hardware run_dir"
+    )
+    assert set(promised.split()) <= set(summary)
+    assert {"gross_j", "net_j", "method", "flags"} <= set(summary["energy"])
+    assert summary["algorithm"] == "mf"
+    assert summary["energy"]["method"] == "simulated"
+    assert 90 < summary["test_accuracy"] <= 100
+    assert json.loads((path / records.SUMMARY).read_text()) == summary
+    for name in (records.CONFIG, records.ENVIRONMENT, records.METRICS, records.MODEL):
+        assert (path / name).is_file()
+
+
+def test_finished_runs_are_not_trained_again(straight: tuple[Path, dict[str, Any]]) -> None:
+    path, summary = straight
+    before = (path / records.MODEL).stat().st_mtime_ns
+    assert resume(path) == summary
+    assert (path / records.MODEL).stat().st_mtime_ns == before
+
+
+def own_data() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (600,), generator=generator)
+    x = torch.randn(600, 5, generator=generator) + 3 * torch.nn.functional.one_hot(y, 5)
+    return Dataset.from_arrays((x[:500], y[:500]), (x[500:], y[500:]), name="mine")
+
+
+def test_own_data_sets_and_tables(tmp_path: Path) -> None:
+    accuracies = []
+    for seed in (0, 1, 2):
+        config = resolve("mf", "digits", "mlp:1x16", preset="none", seed=seed, training={"epochs": 5, "batch_size": 50})
+        accuracies.append(run(config, tmp_path, dataset=own_data(), keep_model=False)["test_accuracy"])
+    config = resolve("bp", "digits", "mlp:1x16", preset="none", training={"epochs": 5, "batch_size": 50})
+    run(config, tmp_path, dataset=own_data(), keep_model=False)
+    assert not list(tmp_path.rglob("*.pt"))
+    bp, mf = result_rows(tmp_path)
+    assert (bp["algorithm"], bp["n"], bp["test_accuracy_sd"]) == ("bp", 1, None)
+    assert (mf["algorithm"], mf["n"], mf["seeds"]) == ("mf", 3, [0, 1, 2])
+    mean = sum(accuracies) / 3
+    assert mf["test_accuracy_mean"] == pytest.approx(mean)
+    variance = sum((value - mean) ** 2 for value in accuracies) / 2
+    assert mf["test_accuracy_sd"] == pytest.approx(variance**0.5)
+    assert len(mf["runs"]) == 3
+
+
+def test_repeats_of_a_seed_count_once(tmp_path: Path) -> None:
+    for seed in (0, 0, 1):
+        config = resolve("mf", "digits", "mlp:1x8", preset="none", seed=seed, training={"epochs": 1, "batch_size": 50})
+        run(config, tmp_path, dataset=own_data(), keep_model=False)
+    (row,) = result_rows(tmp_path)
+    assert (row["n"], len(row["runs"])) == (2, 3)
+
+
+def test_seeds_change_initialisation_and_order_but_not_the_split(tmp_path: Path) -> None:
+    configs = [resolve("mf", "digits", "mlp:1x8", preset="none", seed=s, training={"epochs": 1}) for s in (0, 1)]
+    first, second = (run(config, tmp_path, dataset=own_data()) for config in configs)
+    weights = [final_weights(Path(summary["run_dir"]))["network.0.1.weight"] for summary in (first, second)]
+    assert not torch.equal(*weights)
+    parts = [own_data().split()[1].targets for _ in range(2)]
+    assert torch.equal(*parts)

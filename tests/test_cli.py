@@ -1,0 +1,222 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bpfree.algorithms import ALGORITHMS
+from bpfree.cli import cli
+
+QUICK = ("run", "--algo", "mf", "--network", "mlp:1x32", "--epochs", "2", "--batch-size", "64", "--energy", "none")
+
+
+def bpfree(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(cli, arguments, env=environment, catch_exceptions=False)
+
+
+def test_result_line(tmp_path: Path) -> None:
+    result = bpfree(*QUICK, "--results", str(tmp_path))
+    assert result.exit_code == 0
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("digits mlp:1x32 mf (simultaneous, last) seed 0: test accuracy ")
+    assert "energy not measured (no energy measurement was asked for)" in line
+    assert str(tmp_path) in line
+
+
+def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
+    result = bpfree(*QUICK, "--results", str(tmp_path), "--seed", "3", "--seed", "4", "--format", "json", "--quiet")
+    assert [json.loads(line)["seed"] for line in result.stdout.splitlines()] == [3, 4]
+    assert result.stderr == ""
+    rows = json.loads(bpfree("table", str(tmp_path), "--format", "json").stdout)
+    assert [(row["n"], row["seeds"]) for row in rows] == [(2, [3, 4])]
+    promised = (
+        "dataset network algorithm variant n seeds test_accuracy_mean test_accuracy_sd seconds_mean gross_j_mean "
+        "hardware runs"
+    )
+    assert set(promised.split()) <= set(rows[0])
+    assert "± " in bpfree("table", str(tmp_path)).stdout
+    assert bpfree("table", str(tmp_path), "--format", "markdown").stdout.startswith("| dataset |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run", "--algo", "mono"), 2, "unknown algorithm 'mono'; did you mean mono-forward"),
+        (("run", "--dataset", "digit"), 2, "unknown data set 'digit'; did you mean digits"),
+        (("run", "--network", "mpl:2x10"), 2, "unknown network 'mpl'; did you mean mlp"),
+        (
+            ("run", "--preset", "mono_forward-digit"),
+            2,
+            "unknown preset 'mono_forward-digit'; did you mean mono_forward-digits",
+        ),
+        (
+            ("run", "--set", "shedule=sequential"),
+            2,
+            "unknown parameter of mono_forward 'shedule'; did you mean schedule",
+        ),
+        (("run", "--set", "lr=-1"), 2, "lr must be positive"),
+        (("run", "--device", "tpu"), 2, "unknown device 'tpu'"),
+        (("run", "--network", "cnn:mf"), 2, "too small for 4 pooled blocks"),
+        (("run", "--batch-size", "5000"), 1, "do not fill one batch of 5000"),
+        (("run", "--energy", "nvml", "--device", "cpu"), 2, "nvml"),
+        (("run", "--resume", "nowhere"), 1, "not a run folder"),
+        (("run", "--config", "nowhere.json"), 2, "nowhere.json"),
+        (("data", "path", "minst"), 2, "did you mean mnist"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_code(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+    results = ("--results", str(tmp_path)) if arguments[0] == "run" else ()
+    result = bpfree(*arguments, *results)
+    assert result.exit_code == code
+    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    result = bpfree(*QUICK, "--results", str(tmp_path), "--device", "cuda:99")
+    assert result.exit_code == 2
+    assert "use --device cpu" in result.stderr
+
+
+def test_click_reports_usage_errors_with_code_2() -> None:
+    assert bpfree("run", "--epochs", "0").exit_code == 2
+    assert bpfree("run", "--no-such-option").exit_code == 2
+    assert bpfree("nothing").exit_code == 2
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    from bpfree.errors import UsageError
+
+    with pytest.raises(UsageError):
+        bpfree("run", "--algo", "mono", "--debug")
+
+
+def test_missing_data_says_what_to_fetch_and_where(tmp_path: Path) -> None:
+    result = bpfree("run", "--dataset", "cifar10", "--no-download", "--data", str(tmp_path), "--results", str(tmp_path))
+    assert result.exit_code == 1
+    assert "bpfree data fetch cifar10" in result.stderr
+    assert str(tmp_path) in result.stderr
+
+
+def test_corrupt_data_names_file_and_checksum(tmp_path: Path) -> None:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(b"not gzip")
+    result = bpfree("run", "--dataset", "mnist", "--data", str(tmp_path), "--results", str(tmp_path))
+    assert result.exit_code == 1
+    assert "ubyte.gz" in result.stderr
+    verified = bpfree("data", "verify", "mnist", "--data", str(tmp_path), "--format", "json")
+    assert verified.exit_code == 1
+    assert {row["state"] for row in json.loads(verified.stdout)} == {"corrupt"}
+
+
+def test_missed_target_exits_with_3(tmp_path: Path) -> None:
+    assert bpfree(*QUICK, "--results", str(tmp_path), "--target-accuracy", "1").exit_code == 0
+    result = bpfree(*QUICK, "--results", str(tmp_path), "--target-accuracy", "100")
+    assert result.exit_code == 3
+    assert "below the target of 100 %" in result.stderr
+    assert result.stdout.startswith("digits")
+
+
+def test_options_are_environment_variables_too(tmp_path: Path) -> None:
+    result = bpfree(
+        "run",
+        BPFREE_RUN_NETWORK="mlp:1x16",
+        BPFREE_RUN_EPOCHS="1",
+        BPFREE_RUN_RESULTS=str(tmp_path),
+        BPFREE_RUN_FORMAT="json",
+    )
+    summary = json.loads(result.stdout)
+    assert (summary["network"], summary["passes"]) == ("mlp:1x16", 1)
+
+
+def test_nan_stops_with_step_and_block_and_keeps_the_run(tmp_path: Path) -> None:
+    result = bpfree(*QUICK, "--results", str(tmp_path), "--set", "lr=1e30", "--set", "optimizer=sgd")
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert "block 0 loss is" in error
+    assert "step" in error
+    assert "lower the learning rate" in error
+
+
+def test_config_repeats_a_run(tmp_path: Path) -> None:
+    first = json.loads(bpfree(*QUICK, "--results", str(tmp_path), "--format", "json", "--seed", "5").stdout)
+    config = str(Path(first["run_dir"]) / "config.json")
+    again = json.loads(bpfree("run", "--config", config, "--results", str(tmp_path), "--format", "json").stdout)
+    assert again["run_dir"] != first["run_dir"]
+    assert again["seed"] == 5
+    assert again["test_loss"] == first["test_loss"]
+
+
+def test_list_shows_what_there_is() -> None:
+    things = json.loads(bpfree("list", "--format", "json").stdout)
+    assert set(things) == {"algorithms", "datasets", "networks", "presets"}
+    assert {row["name"] for row in things["algorithms"]} == {entry.alias for entry in ALGORITHMS}
+    for row in things["algorithms"]:
+        assert row["locality"] in {"network", "block", "layer"}
+        assert row["paper"]
+        assert "lr" in row["parameters"]
+    assert {"digits", "cifar10"} <= {row["name"] for row in things["datasets"]}
+    text = bpfree("list", "algorithms").stdout
+    assert "mf" in text
+    assert "datasets" not in text
+
+
+def test_every_command_explains_itself() -> None:
+    for command in (
+        (), ("run",), ("list",), ("table",), ("data",), ("data", "fetch"), ("data", "verify"), ("data", "path"),
+    ):  # fmt: skip
+        result = bpfree(*command, "--help")
+        assert result.exit_code == 0
+        assert len(result.stdout.splitlines()) > 5
+
+
+def test_tables_of_nothing_say_so(tmp_path: Path) -> None:
+    result = bpfree("table", str(tmp_path))
+    assert result.exit_code == 1
+    assert "no finished run" in result.stderr
+
+
+def test_data_path_follows_the_environment(tmp_path: Path) -> None:
+    assert bpfree("data", "path", BPFREE_DATA=str(tmp_path)).stdout.strip() == str(tmp_path)
+    assert bpfree("data", "path", "mnist", BPFREE_DATA=str(tmp_path)).stdout.strip() == str(tmp_path / "mnist")
+    verified = bpfree("data", "verify", "digits", "fashion-mini")
+    assert verified.exit_code == 0
+    assert verified.stdout.count("ok") == 2
+
+
+def test_no_colour_off_a_terminal(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "bpfree", "list"], capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
+
+
+def test_import_is_cheap() -> None:
+    """By what it pulls in, not by the clock: heavy libraries stay out until they are used."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import bpfree; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} "
+        "& {'pynvml', 'pooch', 'tqdm', 'click', 'optuna', 'matplotlib', 'codecarbon', 'torch_geometric', 'requests'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.data
+def test_mnist_reaches_the_smoke_target(tmp_path: Path) -> None:
+    result = bpfree(
+        "run", "--algo", "mf", "--dataset", "mnist", "--network", "mlp:2x1000", "--epochs", "2", "--format", "json",
+        "--results", str(tmp_path), "--preset", "none", "--target-accuracy", "96.5", "--no-keep-model",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout
