@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import sys
 import time
@@ -48,13 +49,12 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--vary", nargs="*", default=[], metavar="KEY=V1,V2,..")
-    parser.add_argument("--epochs", type=int, help="another cap than the presets'")
-    parser.add_argument("--precision", help="another precision than the presets'")
+    parser.add_argument("--training", nargs="*", default=[], metavar="KEY=VALUE", help="instead of the presets'")
     parser.add_argument("--idle", type=float, default=0.0, help="seconds of idle baseline before the first run")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no run after this many seconds")
     options = parser.parse_args()
 
-    training = {k: v for k in ("epochs", "precision") if (v := getattr(options, k)) is not None}
+    training = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.training)}
     configs = arms(options.presets, options.vary, training)
     load = cache(data.load)
     done = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(options.out)] if options.out.exists() else []

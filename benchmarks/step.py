@@ -23,7 +23,7 @@ from bpfree.algorithms import Learner, algorithm
 from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, choose_source
 from bpfree.experiments.records import environment
-from bpfree.experiments.stepper import Stepper, matmul_precision
+from bpfree.experiments.stepper import Stepper, numerics
 from bpfree.experiments.tables import text_table
 from bpfree.experiments.train import Trainer, TrainingConfig
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     options = parser.parse_args()
     device = torch.device(options.device)
-    with matmul_precision("tf32"):
+    with numerics("tf32"):
         top = ceilings(device)
         modes = [False, True] if device.type == "cuda" else [False]
         steps = [

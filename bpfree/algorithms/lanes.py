@@ -10,8 +10,9 @@ import torch
 
 
 @cache
-def _side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(count)]
+def side_stream(device: torch.device, index: int) -> torch.cuda.Stream:
+    """The side stream of this number, always the same: cuBLAS keeps a workspace of 32 MiB for each it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Lanes:
@@ -31,8 +32,9 @@ class Lanes:
 
     def __init__(self, device: torch.device, count: int) -> None:
         # made (and kept) at the first eager step, so that a capture never has to
-        streams = _side_streams(device, count) if device.type == "cuda" and count > 1 else []
+        streams = [side_stream(device, i) for i in range(count)] if device.type == "cuda" and count > 1 else []
         self._streams = streams if streams and torch.cuda.is_current_stream_capturing() else []
+        self._used: list[torch.cuda.Stream] = []
 
     @contextmanager
     def lane(self, index: int) -> Iterator[None]:
@@ -42,10 +44,11 @@ class Lanes:
             return
         stream = self._streams[index]
         stream.wait_stream(torch.cuda.current_stream())
+        self._used.append(stream)
         with torch.cuda.stream(stream):
             yield
 
     def join(self) -> None:
-        """Let the current stream wait for all lanes."""
-        for stream in self._streams:
+        """Let the current stream wait for the lanes that were used."""
+        for stream in self._used:
             torch.cuda.current_stream().wait_stream(stream)

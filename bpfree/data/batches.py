@@ -110,9 +110,8 @@ class Batches:
         return inputs, torch.empty(count, batch_size, dtype=torch.int64, device=self.device)
 
     def _normalized(self, samples: Tensor, out: Tensor) -> Tensor:
-        if self._plain:
-            return out.copy_(samples)
-        return torch.addcmul(self._shift, samples.to(self.dtype), self._scale, out=out)
+        out.copy_(samples)
+        return out if self._plain else torch.addcmul(self._shift, out, self._scale, out=out)
 
     def draw(self, *seed: int) -> Draw:
         """An epoch's order and augmentation: the same seed gives the same epoch, on every device."""

@@ -8,7 +8,6 @@ import platform
 import re
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -171,7 +170,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _source_commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hardware": hardware(device),
-        "arguments": sys.argv[1:],
         **versions,
     }
 

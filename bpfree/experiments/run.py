@@ -103,7 +103,7 @@ def run(
         keep_model: whether to keep the trained weights in the folder.
 
     Returns:
-        The run's summary, as written to summary.json.
+        The run's summary, as written to summary.json, and where that is ("run_dir").
 
     Raises:
         UsageError: something in `config` is unknown or does not fit.
@@ -146,7 +146,7 @@ def resume(
     """
     folder = RunFolder.open(path)
     if (path / records.SUMMARY).is_file():
-        return folder.read_json(records.SUMMARY)
+        return {**folder.read_json(records.SUMMARY), "run_dir": str(path)}
     config = RunConfig.from_dict(folder.read_json(records.CONFIG))
     if dataset is None:
         dataset = data.load(config.dataset, data_root)
@@ -263,13 +263,12 @@ def _train(
         "date": folder.read_json(records.ENVIRONMENT)["date"],
         "commit": folder.read_json(records.ENVIRONMENT)["commit"],
         "command": command(config),
-        "run_dir": str(folder.path),
     }
     if keep_model:
         folder.save(records.MODEL, learner.state_dict())
     folder.write_json(records.SUMMARY, summary)
     folder.remove(records.CHECKPOINT)
-    return summary
+    return {**summary, "run_dir": str(folder.path)}
 
 
 def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:

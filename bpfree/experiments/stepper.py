@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bpfree.algorithms.lanes import side_stream
 from bpfree.algorithms.learner import Learner, Stage
 from bpfree.algorithms.optim import materialize_state
 from bpfree.data.batches import Batches, Draw
@@ -23,24 +24,26 @@ WARMUP_STEPS: Final = 3
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Set what float32 matrix products and convolutions may use, and put it back on leaving.
+def numerics(precision: str) -> Iterator[None]:
+    """Set how matrix products and convolutions compute, and put it back on leaving.
 
-    "fp32" computes them exactly, "tf32" and "bf16" allow TF32; "bf16" adds `step_precision` around each step.
+    "fp32" computes float32 products exactly, "tf32" and "bf16" allow TF32; "bf16" adds `step_precision` around each
+    step. Convolutions are deterministic, so that a resumed run ends in the same bits.
 
     Raises:
         UsageError: unknown precision.
     """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    cudnn.allow_tf32, cudnn.deterministic = precision != "fp32", True
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        cudnn.allow_tf32, cudnn.deterministic = before[1:]
 
 
 def step_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -182,12 +185,14 @@ class Stepper:
             torch.cuda.set_rng_state_all(generators[1])
 
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
+        side = side_stream(self._train.device, 0)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARMUP_STEPS):
                 self._record(0)
         torch.cuda.current_stream().wait_stream(side)
+        for optimizer in self._stage.optimizers:  # gradients live in the graphs' own memory from here on
+            optimizer.zero_grad(set_to_none=True)
         pool = torch.cuda.graph_pool_handle()
         last = self.steps_per_epoch % self.capacity
         try:

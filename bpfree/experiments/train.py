@@ -18,7 +18,7 @@ from bpfree.algorithms.learner import Learner, Stage, evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
-from bpfree.experiments.stepper import Stepper, matmul_precision, step_precision
+from bpfree.experiments.stepper import Stepper, numerics, step_precision
 
 EVALUATION_BATCH: Final = 2000
 
@@ -211,7 +211,7 @@ class Trainer:
             TrainingError: a loss is not finite, or memory ran out.
         """
         stages = self.learner.stages()
-        with matmul_precision(self.config.precision):
+        with numerics(self.config.precision):
             while self.progress.stage < len(stages):
                 self._run_stage(stages[self.progress.stage], len(stages))
                 self._start_next_stage()
@@ -371,7 +371,7 @@ def evaluate(learner: Learner, batches: Batches, precision: str) -> dict[str, fl
     Returns:
         "loss", "accuracy" (in %), and the learner's diagnostics by name (accuracies in %).
     """
-    with matmul_precision(precision):
+    with numerics(precision):
         loss, fraction = rate(learner, batches, precision, learner).tolist()
         sums: dict[str, Tensor] = {}
         with evaluation_mode(learner):

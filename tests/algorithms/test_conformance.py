@@ -340,6 +340,20 @@ def test_no_step_waits_for_the_gpu(rule: str, backbone: str) -> None:
 
 @pytest.mark.gpu
 @every
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_two_runs_on_a_gpu_end_in_the_same_bits(rule: str, backbone: str, graph: bool) -> None:
+    x, y = batch(160)
+    results = []
+    for _ in range(2):
+        learner = build(rule, backbone).cuda()
+        data = Batches(x, y, device="cuda")
+        Trainer(learner, data, data, TrainingConfig(batch_size=16, epochs=2, graph=graph)).run()
+        results.append(snapshot(learner))
+    assert identical(*results)
+
+
+@pytest.mark.gpu
+@every
 def test_graph_replay_equals_eager_steps(rule: str, backbone: str) -> None:
     x, y = batch(160)
     results = []

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pooch
 import pytest
 import torch
 
@@ -26,6 +25,8 @@ from bpfree import data
 from bpfree.data import readers
 from bpfree.data.catalog import DATASETS, PACKAGED, DatasetInfo, File, Layout
 from bpfree.errors import DataError, UsageError
+
+pooch = pytest.importorskip("pooch")
 
 needs_data = pytest.mark.skipif(not os.environ.get("BPFREE_DATA"), reason="BPFREE_DATA is not set")
 

@@ -110,7 +110,7 @@ def test_json_result_has_what_is_promised(straight: tuple[Path, dict[str, Any]])
     assert summary["algorithm"] == "mf"
     assert summary["energy"]["method"] == "simulated"
     assert 90 < summary["test_accuracy"] <= 100
-    assert json.loads((path / records.SUMMARY).read_text()) == summary
+    assert {**json.loads((path / records.SUMMARY).read_text()), "run_dir": str(path)} == summary
     for name in (records.CONFIG, records.ENVIRONMENT, records.METRICS, records.MODEL):
         assert (path / name).is_file()
 
