@@ -281,7 +281,7 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
     if kind == "algorithms":
         rows: list[dict[str, Any]] = []
         for entry in ALGORITHMS:
-            paper = entry.learner.paper
+            paper = entry.paper
             source = f"{paper.authors} {paper.year}" + (f", arXiv {paper.arxiv}" if paper.arxiv else "")
             row = {
                 "name": entry.alias,

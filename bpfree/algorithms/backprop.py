@@ -35,6 +35,21 @@ from bpfree.networks.heads import Head
 Readout = Literal["linear", "goodness"]
 READOUTS: Final = ("linear", "goodness")
 
+DEEP_SUPERVISION: Final = Paper(
+    title="Deeply-Supervised Nets",
+    authors="Lee, Xie, Gallagher, Zhang, Tu",
+    year=2015,
+    arxiv="1409.5185",
+    follows="a classifier on every hidden layer, its loss added to that of the read-out",
+)
+LADDER: Final = Paper(
+    title="Energy-Efficient Deep Learning Without Backpropagation",
+    authors="Spyra, Dzwinel",
+    year=2026,
+    arxiv="2511.01061",
+    follows="the step MF-Joint of the ablation ladder in the PPAM 2026 version",
+)
+
 
 class Backprop(Learner):
     """Back-propagation through the blocks and a linear read-out.

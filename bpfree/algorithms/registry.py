@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from bpfree.algorithms.backprop import Backprop
-from bpfree.algorithms.learner import Learner
+from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
+from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
@@ -24,14 +24,16 @@ class Algorithm:
         name: the long name, and the stem of its files.
         alias: the short name.
         learner: the class that implements it.
-        defaults: keyword arguments that make the class this rule.
         description: one line for `bpfree list`.
+        paper: where the rule comes from.
+        defaults: keyword arguments that make the class this rule.
     """
 
     name: str
     alias: str
     learner: type[Learner]
     description: str
+    paper: Paper
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Any]:
@@ -62,12 +64,13 @@ class Algorithm:
 
 
 ALGORITHMS: Final = (
-    Algorithm("backprop", "bp", Backprop, "back-propagation, the baseline"),
+    Algorithm("backprop", "bp", Backprop, "back-propagation, the baseline", Backprop.paper),
     Algorithm(
         "deep_supervision",
         "bp-ds",
         Backprop,
         "control: back-propagation with Mono-Forward's local heads beside the read-out",
+        DEEP_SUPERVISION,
         {"auxiliary_weight": 0.3},
     ),
     Algorithm(
@@ -75,9 +78,16 @@ ALGORITHMS: Final = (
         "mf-joint",
         Backprop,
         "control: Mono-Forward's heads and read-out, but gradients through the whole network",
+        LADDER,
         {"auxiliary_weight": 1.0, "readout": "goodness", "optimizer": "adam"},
     ),
-    Algorithm("mono_forward", "mf", MonoForward, "Mono-Forward: each block learns from its own linear classifier"),
+    Algorithm(
+        "mono_forward",
+        "mf",
+        MonoForward,
+        "Mono-Forward: each block learns from its own linear classifier",
+        MonoForward.paper,
+    ),
 )
 
 

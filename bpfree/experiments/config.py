@@ -111,13 +111,12 @@ class Preset:
 @cache
 def presets() -> dict[str, Preset]:
     """Every packaged preset by name."""
-    found = {}
     folder = resources.files("bpfree.experiments") / "presets"
-    for file in sorted(folder.iterdir(), key=lambda item: item.name):
-        if file.name.endswith(".toml"):
-            name = file.name.removesuffix(".toml")
-            found[name] = Preset(name=name, **tomllib.loads(file.read_text(encoding="utf-8")))
-    return found
+    files = {item.name.removesuffix(".toml"): item for item in folder.iterdir() if item.name.endswith(".toml")}
+    return {
+        name: Preset(name=name, **tomllib.loads(file.read_text(encoding="utf-8")))
+        for name, file in sorted(files.items())  # a plain name comes before the same name with a suffix
+    }
 
 
 def find_preset(rule: Algorithm, dataset: str, network: str | None) -> Preset | None:
