@@ -150,6 +150,32 @@ def measure_epoch(rule: str, network: str, epochs: int, device: torch.device) ->
     return {"rule": rule, "network": network, "epoch_s": (moments[-1] - moments[0]) / (len(moments) - 1)}
 
 
+def show(record: dict[str, Any]) -> None:
+    """Print a record's tables."""
+    top, described = record["ceilings"], record["environment"]
+    print(
+        f"{described['hardware']}, torch {described['torch']}, {described['date'][:10]}, commit {described['commit']}"
+    )
+    print(f"ceilings: {top['flop_per_s'] / 1e12:.0f} TFLOP/s (TF32), {top['bytes_per_s'] / 1e12:.2f} TB/s")
+    rows = [
+        {
+            "batch": str(row["batch"]),
+            "rule": row["rule"],
+            "mode": row["mode"],
+            "ms/step": f"{row['ms']:.4f}",
+            "J/step": "" if row["j"] is None else f"{row['j']:.4f}",
+            "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
+            "TFLOP/s": f"{row['tflop_per_s']:.1f} ({row['of_flop_ceiling']:.0%})",
+            "least TB/s": f"{row['tb_per_s']:.2f} ({row['of_byte_ceiling']:.0%})",
+            "flags": ", ".join(row["flags"]),
+        }
+        for row in record["steps"]
+    ]
+    print(text_table(rows))
+    for row in record["epochs"]:
+        print(f"{row['rule']}: an epoch of 45,000 images takes {row['epoch_s']:.4f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="mlp:3x2000")
@@ -159,7 +185,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="epochs of the epoch line; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file instead of measuring")
     options = parser.parse_args()
+    if options.show:
+        show(json.loads(options.show.read_text()))
+        return
     device = torch.device(options.device)
     with numerics("tf32"):
         top = ceilings(device)
@@ -173,29 +203,9 @@ def main() -> None:
     epochs = [
         measure_epoch(rule, options.network, options.epochs, device) for rule in options.rules if options.epochs > 1
     ]
-    print(f"ceilings: {top['flop_per_s'] / 1e12:.0f} TFLOP/s (TF32), {top['bytes_per_s'] / 1e12:.2f} TB/s")
-    print(
-        text_table(
-            [
-                {
-                    "batch": str(row["batch"]),
-                    "rule": row["rule"],
-                    "mode": row["mode"],
-                    "ms/step": f"{row['ms']:.4f}",
-                    "J/step": "" if row["j"] is None else f"{row['j']:.4f}",
-                    "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
-                    "TFLOP/s": f"{row['tflop_per_s']:.1f} ({row['of_flop_ceiling']:.0%})",
-                    "least TB/s": f"{row['tb_per_s']:.2f} ({row['of_byte_ceiling']:.0%})",
-                    "flags": ", ".join(row["flags"]),
-                }
-                for row in steps
-            ]
-        )
-    )
-    for row in epochs:
-        print(f"{row['rule']}: an epoch of 45,000 images takes {row['epoch_s']:.4f} s")
+    record = {"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}
+    show(record)
     if options.json:
-        record = {"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -20,7 +20,7 @@ from bpfree.errors import BpfreeError
 from bpfree.experiments.config import RunConfig, parse_settings, presets, resolve, training_config
 from bpfree.experiments.schedules import SCHEDULES
 from bpfree.experiments.stepper import PRECISIONS
-from bpfree.experiments.tables import markdown_table, readable, result_rows, text_table
+from bpfree.experiments.tables import COLUMNS, markdown_table, readable, result_rows, text_table
 from bpfree.networks import describe_networks
 
 EXIT_TARGET_MISSED = 3
@@ -321,14 +321,16 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
 
 @cli.command()
 @click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("results"))
+@click.option("--columns", metavar="A,B,..", help="Columns to show, in this order (not for json).  [default: all]")
 @_format_option("table", "markdown", "json")
-def table(root: Path, form: str) -> None:
+def table(root: Path, columns: str | None, form: str) -> None:
     """Show the runs recorded under ROOT, one row per configuration, over its seeds."""
     rows = result_rows(root)
     if form == "json":
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        click.echo((text_table if form == "table" else markdown_table)(readable(rows)))
+        return
+    shown = readable(rows, columns.split(",") if columns else tuple(COLUMNS))
+    click.echo(text_table(shown) if form == "table" else markdown_table(shown))
 
 
 @cli.group("data", cls=_Group)

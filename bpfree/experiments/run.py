@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import resource
-import signal
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -25,7 +22,8 @@ from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.records import RunFolder
-from bpfree.experiments.train import InterruptedRunError, Trainer, evaluate
+from bpfree.experiments.signals import StopRequest
+from bpfree.experiments.train import InterruptedRunError, Progress, Trainer, evaluate
 from bpfree.networks import build_network
 
 MIB: Final = 2**20
@@ -166,109 +164,124 @@ def _train(
     keep_model: bool,
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    """Train from the start or from a checkpoint's state, test, and write the record."""
     device = next(learner.parameters()).device
-    augmentation = config.training.augmentation or dataset.augmentation
-    parts = dataset.split(config.training.validation)
-    train, validation, test = (
-        Batches(
-            part.inputs,
-            part.targets,
-            device=device,
-            mean=dataset.mean,
-            std=dataset.std,
-            augmentation=augmentation if part is parts[0] else "none",
-            layout=preferred_layout(learner, device),
-        )
-        for part in parts
-    )
-    earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
-    meter = EnergyMeter(choose_source(config.energy, device), device=device, idle_w=idle_w, earlier=earlier)
     stop = StopRequest()
+    with told_of_memory(config, device), closing(choose_source(config.energy, device)) as source:
+        train, validation, test = load_batches(config, dataset, device, preferred_layout(learner, device))
+        earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
+        meter = EnergyMeter(source, device=device, idle_w=idle_w, earlier=earlier)
 
-    def save(progress: dict[str, Any]) -> None:
-        spent = {name: result.as_dict() for name, result in meter.totals().items()}
-        folder.save(records.CHECKPOINT, {**progress, "energy": spent})
+        def save(progress: dict[str, Any]) -> None:
+            spent = {name: result.as_dict() for name, result in meter.totals().items()}
+            folder.save(records.CHECKPOINT, {**progress, "energy": spent})
 
-    def on_epoch(record: dict[str, Any]) -> None:
-        folder.append_metrics(record)
-        reporter.epoch(record)
+        def on_epoch(record: dict[str, Any]) -> None:
+            folder.append_metrics(record)
+            reporter.epoch(record)
 
-    trainer = Trainer(
-        learner,
-        train,
-        validation,
-        config.training,
-        seed=config.seed,
-        meter=meter,
-        on_epoch=on_epoch,
-        on_steps=reporter.steps,
-        save=save,
-        interrupted=stop,
+        trainer = Trainer(
+            learner,
+            train,
+            validation,
+            config.training,
+            seed=config.seed,
+            meter=meter,
+            on_epoch=on_epoch,
+            on_steps=reporter.steps,
+            save=save,
+            interrupted=stop,
+        )
+        if state is not None:
+            trainer.load_state_dict(state)
+        folder.write_metrics(trainer.progress.history)
+        reporter.started(config, folder.path, learner, trainer)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            with stop, meter.window("total"):
+                progress = trainer.run()
+        except InterruptedRunError as error:
+            how = f"the run is saved, go on with: bpfree run --resume {folder.path}"
+            raise InterruptedRunError(f"{error} ({stop.name}); {how}") from None
+        except TrainingError:
+            if keep_model:
+                folder.save(records.MODEL, learner.state_dict())
+            raise
+        finally:
+            reporter.finished()
+        data_mib = (train.nbytes + validation.nbytes + test.nbytes) / MIB
+        measured = {
+            "energy": _energy(meter, progress, config.training.batch_size),
+            "memory": {**peak_memory(device), "data_mib": data_mib},
+        }
+        summary = _summary(
+            config, folder, learner, progress, measured, evaluate(learner, test, config.training.precision)
+        )
+    if keep_model:
+        folder.save(records.MODEL, learner.state_dict())
+    folder.write_json(records.SUMMARY, summary)
+    folder.remove(records.CHECKPOINT)
+    return {**summary, "run_dir": str(folder.path)}
+
+
+def load_batches(
+    config: RunConfig, dataset: Dataset, device: torch.device, layout: torch.memory_format
+) -> tuple[Batches, Batches, Batches]:
+    """Training, validation and test samples on the device; only training samples are augmented."""
+    train, validation, test = dataset.split(config.training.validation)
+    shared: dict[str, Any] = {"device": device, "mean": dataset.mean, "std": dataset.std, "layout": layout}
+    augmentation = config.training.augmentation or dataset.augmentation
+    return (
+        Batches(train.inputs, train.targets, augmentation=augmentation, **shared),
+        Batches(validation.inputs, validation.targets, **shared),
+        Batches(test.inputs, test.targets, **shared),
     )
-    if state is not None:
-        trainer.load_state_dict(state)
-    folder.write_metrics(trainer.progress.history)
-    reporter.started(config, folder.path, learner, trainer)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        with stop, meter.window("total"):
-            progress = trainer.run()
-    except InterruptedRunError as error:
-        raise InterruptedRunError(
-            f"{error} ({stop.name}); the run is saved, go on with: bpfree run --resume {folder.path}"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise _out_of_memory(config, device) from None
-    except TrainingError:
-        if keep_model:
-            folder.save(records.MODEL, learner.state_dict())
-        raise
-    finally:
-        reporter.finished()
-    memory = peak_memory(device)
+
+
+def _energy(meter: EnergyMeter, progress: Progress, batch_size: int) -> dict[str, Any]:
+    """The energy of the whole run, per step and per sample, and where it comes from."""
     total = meter.totals()["total"]
-    energy_source = meter.info()
-    meter.source.close()
-    tested = evaluate(learner, test, config.training.precision)
-    samples = progress.steps * config.training.batch_size
-    diagnostics = {name: value for name, value in tested.items() if name not in {"loss", "accuracy"}}
-    summary = {
+    per_step = None if total.gross_j is None else total.gross_j / progress.steps
+    per_sample = None if per_step is None else per_step / batch_size
+    return {**total.as_dict(), "j_per_step": per_step, "j_per_sample": per_sample, "source": meter.info()}
+
+
+def _summary(
+    config: RunConfig,
+    folder: RunFolder,
+    learner: Learner,
+    progress: Progress,
+    measured: dict[str, Any],
+    tested: dict[str, float],
+) -> dict[str, Any]:
+    environment = folder.read_json(records.ENVIRONMENT)
+    kept = progress.finished[-1]
+    return {
         "algorithm": config.algorithm,
         "dataset": config.dataset,
         "network": config.network,
         "variant": learner.variant,
         "preset": config.preset,
         "seed": config.seed,
-        "test_accuracy": tested["accuracy"],
-        "test_loss": tested["loss"],
-        "test_diagnostics": diagnostics,
-        "validation_accuracy": progress.finished[-1]["best_validation_accuracy"],
-        "validation_loss": progress.finished[-1]["best_validation_loss"],
+        "test_accuracy": tested.pop("accuracy"),
+        "test_loss": tested.pop("loss"),
+        "test_diagnostics": tested,
+        "validation_accuracy": kept["best_validation_accuracy"],
+        "validation_loss": kept["best_validation_loss"],
         "passes": sum(stage["epochs"] for stage in progress.finished),
         "updates": progress.steps,
-        "seconds": total.seconds,
-        "energy": {
-            **total.as_dict(),
-            "j_per_sample": None if total.gross_j is None else total.gross_j / samples,
-            "j_per_step": None if total.gross_j is None else total.gross_j / progress.steps,
-            "source": energy_source,
-        },
+        "seconds": measured["energy"]["seconds"],
+        "peak_memory_mib": measured["memory"]["peak_mib"],
+        **measured,
         "flops": progress.flops,
-        "peak_memory_mib": memory["peak_mib"],
-        "memory": {**memory, "data_mib": (train.nbytes + validation.nbytes + test.nbytes) / MIB},
         "parameters": sum(parameter.numel() for parameter in learner.parameters()),
         "stages": progress.finished,
-        "hardware": records.hardware(device),
-        "date": folder.read_json(records.ENVIRONMENT)["date"],
-        "commit": folder.read_json(records.ENVIRONMENT)["commit"],
+        "hardware": environment["hardware"],
+        "date": environment["date"],
+        "commit": environment["commit"],
         "command": command(config),
     }
-    if keep_model:
-        folder.save(records.MODEL, learner.state_dict())
-    folder.write_json(records.SUMMARY, summary)
-    folder.remove(records.CHECKPOINT)
-    return {**summary, "run_dir": str(folder.path)}
 
 
 def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:
@@ -280,23 +293,24 @@ def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:
     """
     device = pick_device(config.device)
     torch.zeros(1, device=device)  # a context draws power even when nothing runs
-    source = choose_source(config.energy, device)
-    try:
+    with closing(choose_source(config.energy, device)) as source:
         watts = EnergyMeter(source, device=device).measure_idle(seconds)
-    finally:
-        source.close()
     return () if watts is None else (watts,)
 
 
-def _out_of_memory(config: RunConfig, device: torch.device) -> TrainingError:
-    peak = torch.cuda.max_memory_allocated(device) / MIB
-    total = torch.cuda.get_device_properties(device).total_memory / MIB
-    gc.collect()
-    torch.cuda.empty_cache()
-    return TrainingError(
-        f"CUDA ran out of memory: {peak:.0f} MiB of {total:.0f} MiB were in use with batches of "
-        f"{config.training.batch_size}; try --batch-size {max(1, config.training.batch_size // 2)}"
-    )
+@contextmanager
+def told_of_memory(config: RunConfig, device: torch.device) -> Iterator[None]:
+    """Turn running out of device memory into one line that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated(device) / MIB
+        whole = torch.cuda.get_device_properties(device).total_memory / MIB
+        size = config.training.batch_size
+        raise TrainingError(
+            f"CUDA ran out of memory: {peak:.0f} MiB of {whole:.0f} MiB were in use with batches of {size}; "
+            f"try --batch-size {max(1, size // 2)}"
+        ) from None
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
@@ -315,35 +329,3 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
         "device_mib": (total - free) / MIB,
         "method": "torch allocator",
     }
-
-
-class StopRequest:
-    """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once.
-
-    Only the main thread can hear signals; elsewhere this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __call__(self) -> bool:
-        return bool(self.name)
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._hear)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bpfree.errors import DataError
+from bpfree.errors import DataError, unknown_name
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, find_runs
 
 COLUMNS: Final = {
@@ -17,15 +17,19 @@ COLUMNS: Final = {
     "network": "network",
     "algorithm": "algorithm",
     "variant": "variant",
-    "n": "n",
+    "preset": "preset",
+    "seeds": "seeds",
     "accuracy": "test accuracy, %",
-    "passes_mean": "passes",
-    "seconds_mean": "time, s",
-    "gross": "energy, J",
-    "net_j_mean": "net, J",
+    "passes": "passes",
+    "time": "time, s",
+    "energy": "energy, J",
+    "net": "net, J",
+    "method": "method",
     "flags": "flags",
     "hardware": "hardware",
+    "dates": "date",
 }
+"""What `readable` shows: the name of a column and its title."""
 
 
 def result_rows(root: Path) -> list[dict[str, Any]]:
@@ -93,25 +97,37 @@ def _mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def readable(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows of `result_rows` as a person reads them, one string per column."""
-    table = []
-    for row in rows:
-        spread = "" if row["test_accuracy_sd"] is None else f" ± {row['test_accuracy_sd']:.2f}"
-        energy = (
-            "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f} ({row['energy_method']})"
-        )
-        cells = {**row, "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}", "gross": energy}
-        table.append({title: _cell(cells[key]) for key, title in COLUMNS.items()})
-    return table
+def readable(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = tuple(COLUMNS)) -> list[dict[str, str]]:
+    """Rows of `result_rows` as a person reads them, one string per column.
+
+    Raises:
+        UsageError: a column that does not exist.
+    """
+    for column in columns:
+        if column not in COLUMNS:
+            raise unknown_name("column", column, COLUMNS)
+    return [{COLUMNS[column]: cells[column] for column in columns} for cells in map(_cells, rows)]
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    spread = "" if row["test_accuracy_sd"] is None else f" ± {row['test_accuracy_sd']:.2f}"
+    return {
+        "dataset": row["dataset"],
+        "network": row["network"],
+        "algorithm": row["algorithm"],
+        "variant": row["variant"],
+        "preset": row["preset"] or "",
+        "seeds": f"{', '.join(map(str, row['seeds']))} (n = {row['n']})",
+        "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}",
+        "passes": f"{row['passes_mean']:.1f}",
+        "time": f"{row['seconds_mean']:.1f}",
+        "energy": "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f}",
+        "net": "" if row["net_j_mean"] is None else f"{row['net_j_mean']:.0f}",
+        "method": row["energy_method"],
+        "flags": ", ".join(row["flags"]),
+        "hardware": row["hardware"],
+        "dates": ", ".join(row["dates"]),
+    }
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:

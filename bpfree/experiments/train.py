@@ -262,7 +262,7 @@ class Trainer:
             record = self._close_epoch(stage, stepper, validation, epochs)
             record["best"] = stopping.update(progress.epoch, record["validation_loss"])
             if record["best"]:
-                self._best = [tensor.detach().clone() for tensor in trained]
+                self._keep_best(trained)
             progress.stopping = asdict(stopping)
             progress.history.append(record)
             progress.epoch, progress.step = progress.epoch + 1, 0
@@ -285,6 +285,13 @@ class Trainer:
 
     def _best_record(self, stage: Stage) -> dict[str, Any]:
         return [record for record in self.progress.history if record["stage"] == stage.name and record["best"]][-1]
+
+    @torch.no_grad()
+    def _keep_best(self, trained: list[Tensor]) -> None:
+        if not self._best:
+            self._best = [torch.empty_like(tensor) for tensor in trained]
+        for best, tensor in zip(self._best, trained, strict=True):
+            best.copy_(tensor)
 
     @torch.no_grad()
     def _restore_best(self, trained: list[Tensor]) -> None:

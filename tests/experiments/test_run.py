@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bpfree.data import Dataset
+from bpfree.errors import TrainingError
 from bpfree.experiments import records
 from bpfree.experiments.config import resolve
-from bpfree.experiments.run import resume, run
+from bpfree.experiments.run import resume, run, told_of_memory
 from bpfree.experiments.tables import result_rows
 
 RUN = [sys.executable, "-m", "bpfree", "run", "--algo", "mf", "--network", "mlp:2x64", "--batch-size", "16"]
@@ -162,3 +164,15 @@ def test_seeds_change_initialisation_and_order_but_not_the_split(tmp_path: Path)
     assert not torch.equal(*weights)
     parts = [own_data().split()[1].targets for _ in range(2)]
     assert torch.equal(*parts)
+
+
+def test_running_out_of_device_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The board is faked: 1 GiB, all of it in use."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**30))
+    config = resolve("mf", "digits", training={"batch_size": 4096})
+    with (
+        pytest.raises(TrainingError, match=r"1024 MiB of 1024 MiB .* batches of 4096; try --batch-size 2048"),
+        told_of_memory(config, torch.device("cuda")),
+    ):
+        raise torch.OutOfMemoryError
