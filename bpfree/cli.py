@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -73,7 +74,8 @@ class _Group(click.Group):
     epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE,
 )
 @click.version_option(__version__, prog_name="bpfree")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train neural networks without back-propagation, and measure what that costs and saves.
 
     \b
@@ -82,6 +84,8 @@ def cli() -> None:
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
     """
+    if os.environ.get("NO_COLOR"):  # https://no-color.org; click itself only looks for a terminal
+        context.color = False
 
 
 def _format_option(*choices: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

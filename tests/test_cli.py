@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -197,9 +202,42 @@ def test_data_path_follows_the_environment(tmp_path: Path) -> None:
     assert verified.stdout.count("ok") == 2
 
 
-def test_no_colour_off_a_terminal(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "bpfree", "list"], capture_output=True, text=True, check=True)
+def on_a_terminal(command: list[str], **environment: str) -> str:
+    """What a command shows on a real pseudo-terminal, standard output and error together."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, env={**os.environ, **environment}
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with an error
+        while chunk := os.read(controller, 4096):
+            shown += chunk
+    os.close(controller)
+    assert process.wait() == 0
+    return shown.decode()
+
+
+def test_colour_is_for_terminals_that_want_it() -> None:
+    command = [sys.executable, "-m", "bpfree", "list", "networks"]
+    assert "\x1b" in on_a_terminal(command, NO_COLOR="", TERM="xterm")
+    assert "\x1b" not in on_a_terminal(command, NO_COLOR="1", TERM="xterm")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "\x1b" not in done.stdout
+
+
+def test_progress_is_live_on_a_terminal_and_plain_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bpfree", *QUICK, "--results", str(tmp_path), "--set", "schedule=sequential"]
+    shown = on_a_terminal(command, TERM="xterm")
+    assert "block 0 (1/1)" in shown
+    assert "validation loss" in shown
+    assert "\r" in shown
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\r" not in done.stderr
+    assert "block 0, epoch 1: validation loss" in done.stderr
+    quiet = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True)
+    assert quiet.stderr == ""
 
 
 def test_import_is_cheap() -> None:

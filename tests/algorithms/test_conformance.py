@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,29 @@ def test_every_parameter_is_trained_once(rule: str, backbone: str) -> None:
     step(learner, *batch())
     parameters = len(list(learner.parameters()))
     assert not any(torch.equal(a, b) for a, b in zip(before[:parameters], snapshot(learner)[:parameters], strict=True))
+
+
+class FirstChoice:
+    """A tuner's trial that takes the first or lowest value offered."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        assert low < high
+        return low
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return choices[0]
+
+
+@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
+def test_search_space_holds_parameters_of_the_rule(rule: str) -> None:
+    found = entry(rule).learner.search_space(FirstChoice())
+    assert set(found) <= set(entry(rule).parameters())
+    build(rule, "mlp", **found)
+
+
+@every
+def test_supported_networks_are_said_to_be(rule: str, backbone: str) -> None:
+    assert entry(rule).learner.supports(BACKBONES[backbone]()).ok
 
 
 @every
