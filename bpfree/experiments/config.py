@@ -185,19 +185,23 @@ def resolve(
 
 
 def command(config: RunConfig) -> str:
-    """The shell command that makes a run again: its preset, and what differs from it."""
-    preset = config.preset or "none"
-    words = ["bpfree", "run", "--algo", config.algorithm, "--dataset", config.dataset]
-    words += ["--network", config.network, "--preset", preset, "--seed", str(config.seed)]
-    start = resolve(config.algorithm, config.dataset, config.network, preset=preset)
+    """The shell command that makes a run again, with every setting spelt out, so that no later preset changes it."""
+    words = ["bpfree", "run", "--algo", config.algorithm, "--dataset", config.dataset, "--network", config.network]
+    words += ["--preset", "none", "--seed", str(config.seed)]
     for name, value in config.parameters.items():
-        if start.parameters.get(name) != value:
-            words += ["--set", f"{name}={value}"]
-    for f in fields(TrainingConfig):
-        value = getattr(config.training, f.name)
-        if value != getattr(start.training, f.name):
-            words += ["--no-graph"] if f.name == "graph" else [f"--{f.name.replace('_', '-')}", str(value)]
+        words += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    for name, value in differing(config.training).items():
+        words += ["--no-graph"] if name == "graph" else [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
+
+
+def differing(training: TrainingConfig) -> dict[str, Any]:
+    """The training settings that are not the default."""
+    return {
+        f.name: getattr(training, f.name)
+        for f in fields(TrainingConfig)
+        if getattr(training, f.name) != getattr(TrainingConfig, f.name)
+    }
 
 
 def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bpfree.errors import DataError, unknown_name
+from bpfree.experiments.config import RunConfig, differing
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, find_runs
 
 COLUMNS: Final = {
@@ -18,6 +19,7 @@ COLUMNS: Final = {
     "algorithm": "algorithm",
     "variant": "variant",
     "preset": "preset",
+    "settings": "settings",
     "seeds": "seeds",
     "accuracy": "test accuracy, %",
     "passes": "passes",
@@ -43,19 +45,29 @@ def result_rows(root: Path) -> list[dict[str, Any]]:
         CheckpointError: a record that cannot be read.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    configs: dict[str, RunConfig] = {}
     for path in find_runs(root):
         folder = RunFolder.open(path)
         summary, config = folder.read_json(SUMMARY), folder.read_json(CONFIG)
         config.pop("seed")
         key = json.dumps([config, summary["variant"], summary["hardware"]], sort_keys=True)
+        configs[key] = RunConfig.from_dict(config)
         groups[key].append({**summary, "run_dir": path.relative_to(root).as_posix()})
     if not groups:
         raise DataError(f"no finished run under {root}; make some with `bpfree run`")
-    rows = [_row(runs) for runs in groups.values()]
+    rows = [_row(runs, configs[key]) for key, runs in groups.items()]
     return sorted(rows, key=lambda row: (row["dataset"], row["network"], row["algorithm"], row["variant"]))
 
 
-def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _settings(config: RunConfig) -> str:
+    """The rule's parameters and what is not usual in training, as key=value."""
+    given = {**config.parameters, **differing(config.training)}
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in given.items()
+    )
+
+
+def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]:
     by_seed: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
         by_seed[run["seed"]].append(run)
@@ -74,6 +86,7 @@ def _row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "algorithm": first["algorithm"],
         "variant": first["variant"],
         "preset": first["preset"],
+        "settings": _settings(config),
         "n": len(by_seed),
         "seeds": sorted(by_seed),
         "test_accuracy_mean": statistics.fmean(accuracies),
@@ -117,6 +130,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "algorithm": row["algorithm"],
         "variant": row["variant"],
         "preset": row["preset"] or "",
+        "settings": row["settings"],
         "seeds": f"{', '.join(map(str, row['seeds']))} (n = {row['n']})",
         "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}",
         "passes": f"{row['passes_mean']:.1f}",
