@@ -154,6 +154,8 @@ def test_nan_stops_with_step_and_block_and_keeps_the_run(tmp_path: Path) -> None
     assert "block 0 loss is" in error
     assert "step" in error
     assert "lower the learning rate" in error
+    (run,) = tmp_path.iterdir()
+    assert not (run / "model.pt").exists()  # no epoch was good
 
 
 def test_config_repeats_a_run(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def _train(
             how = f"the run is saved, go on with: bpfree run --resume {folder.path}"
             raise InterruptedRunError(f"{error} ({stop.name}); {how}") from None
         except TrainingError:
-            if keep_model:
+            if keep_model and trainer.has_best:
                 folder.save(records.MODEL, learner.state_dict())
             raise
         finally:

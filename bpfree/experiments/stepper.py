@@ -95,14 +95,18 @@ class Stepper:
         chunks = -(-self.steps_per_epoch // most)
         self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
         self._inputs, self._targets = train.staging(self.capacity, batch_size)
+        self.use_graph = graph and device.type == "cuda" and learner.capture_safe
         self._groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
-        for group in self._groups:  # survives in the optimiser's state, as torch's own schedulers do it
-            group.setdefault("initial_lr", float(group["lr"]))
+        for group in self._groups:
+            # kept in the optimiser's state, as torch's own schedulers do it; a graph reads the rate from the device
+            rate = group.setdefault("initial_lr", float(group["lr"]))
+            group["lr"] = torch.tensor(rate, device=device) if self.use_graph else rate
+            if "capturable" in group:
+                group["capturable"] = self.use_graph
         self._rates = torch.ones(self.capacity, device=device)
         self._factors = [1.0] * self.capacity
         self._metrics = torch.empty(0, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.use_graph = graph and device.type == "cuda" and learner.capture_safe
         self.metric_names: tuple[str, ...] = ()
         self.flops_per_step = 0
 
@@ -161,11 +165,6 @@ class Stepper:
         device = self._train.device
         for optimizer in self._stage.optimizers:
             materialize_state(optimizer)
-        if self.use_graph:
-            for group in self._groups:
-                group["lr"] = torch.tensor(group["initial_lr"], device=device)
-                if "capturable" in group:
-                    group["capturable"] = True
         state = [*self._learner.parameters(), *self._learner.buffers()]
         state += [
             t for o in self._stage.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)

@@ -192,6 +192,11 @@ class Trainer:
         if "cuda" in state["generators"] and self.train.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.train.device)
 
+    @property
+    def has_best(self) -> bool:
+        """Whether the stage in training has a best state, so that a failure leaves good weights."""
+        return bool(self._best)
+
     def _save_if(self, due: bool) -> None:
         if self._save is not None and due:
             with self.meter.paused():
@@ -337,13 +342,14 @@ class Trainer:
         bad = (~steps.isfinite()).nonzero()
         if len(bad) or not math.isfinite(validation_loss):
             self._restore_best([t for m in stage.modules for t in (*m.parameters(), *m.buffers())])
+            kept = f"the best state, of epoch {self._best_record(stage)['epoch']}, is kept; " if self._best else ""
             where = (
                 f"{stepper.metric_names[bad[0, 1]]} is {steps[bad[0, 0], bad[0, 1]].item()} at step {bad[0, 0] + 1}"
                 if len(bad)
                 else f"validation loss is {validation_loss}"
             )
             raise TrainingError(
-                f"{where} of epoch {progress.epoch + 1} of {stage.name}; the last good state is kept; "
+                f"{where} of epoch {progress.epoch + 1} of {stage.name}; {kept}"
                 "lower the learning rate or check the inputs"
             )
         return {

@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_with_place_and_best_state(where: str) -
             (train if where == "loss" else validation).inputs[7] = math.nan
 
     trainer = Trainer(learner, train, validation, TrainingConfig(batch_size=16, epochs=9), on_epoch=poison)
-    with pytest.raises(TrainingError, match=r"(loss is nan at step [1-4]|validation loss is nan) of epoch 3 of all"):
+    with pytest.raises(TrainingError, match=r"loss is nan.* of epoch 3 of all; the best state, of epoch 2, is kept"):
         trainer.run()
     assert all(record["best"] for record in trainer.progress.history)
     assert same(weights(learner), best)
