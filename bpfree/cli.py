@@ -6,18 +6,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from bpfree import __version__, data
 from bpfree.algorithms import ALGORITHMS
 from bpfree.console import Console, energy_words
 from bpfree.data.batches import AUGMENTATIONS
 from bpfree.energy import KINDS
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.experiments.config import RunConfig, parse_settings, presets, resolve, training_config
 from bpfree.experiments.schedules import SCHEDULES
 from bpfree.experiments.stepper import PRECISIONS
@@ -50,7 +52,7 @@ class _Command(click.Command):
         if parent is not None and parent.auto_envvar_prefix and info_name:
             for option in self.params:  # click would take the variable's name from the function's argument
                 if isinstance(option, click.Option) and option.envvar is None:
-                    words = (parent.auto_envvar_prefix, info_name, option.opts[-1].lstrip("-"))
+                    words = (parent.auto_envvar_prefix, info_name, max(option.opts, key=len).lstrip("-"))
                     option.envvar = "_".join(words).upper().replace("-", "_")
         return super().make_context(info_name, args, parent, **extra)
 
@@ -209,16 +211,22 @@ def run(
         "keep_model": keep_model,
     }
     if resumed is not None:
+        _refuse_others("--resume", allowed={"resumed", "target_accuracy", "data_root", "keep_model", "quiet", "form"})
         summaries = [runs.resume(resumed, **options)]
         _print_summary(summaries[0], form)
     else:
         given = {name: value for name, value in training.items() if value is not None}
         if config_file is not None:
+            _refuse_others("--config", refused={"algorithm_name", "dataset", "network", "preset"})
             start = RunConfig.read(config_file)
-            merged = training_config({**vars(start.training), **given})
-            parameters = {**start.parameters, **parse_settings(settings, start.algorithm)}
-            config = replace(start, training=merged, parameters=parameters)
-            seeds = seeds if _was_given("seeds") else (start.seed,)
+            config = replace(
+                start,
+                training=training_config({**vars(start.training), **given}),
+                parameters={**start.parameters, **parse_settings(settings, start.algorithm)},
+                device=start.device if _is_default("device") else device,
+                energy=start.energy if _is_default("energy") else energy,
+            )
+            seeds = (start.seed,) if _is_default("seeds") else seeds
         else:
             rule = algorithm_name or (None if preset not in (None, "none") else "mf")
             named = rule or _preset_rule(str(preset))
@@ -244,9 +252,23 @@ def run(
         sys.exit(EXIT_TARGET_MISSED)
 
 
-def _was_given(parameter: str) -> bool:
-    source = click.get_current_context().get_parameter_source(parameter)
-    return source is not click.core.ParameterSource.DEFAULT
+def _is_default(parameter: str) -> bool:
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.DEFAULT
+
+
+def _refuse_others(
+    option: str, *, allowed: AbstractSet[str] = frozenset(), refused: AbstractSet[str] = frozenset()
+) -> None:
+    """Refuse options that `option` would have to ignore: those in `refused`, or else all but those in `allowed`.
+
+    Variables of the environment may stay set.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        ignored = name in refused if refused else name not in allowed
+        if ignored and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option} takes the run as it was recorded; leave out {max(parameter.opts, key=len)}")
 
 
 def _preset_rule(name: str) -> str:

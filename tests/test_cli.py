@@ -73,12 +73,12 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
         (("run", "--energy", "nvml", "--device", "cpu"), 2, "nvml"),
         (("run", "--resume", "nowhere"), 1, "not a run folder"),
         (("run", "--config", "nowhere.json"), 2, "nowhere.json"),
+        (("run", "--config", "x.json", "--algo", "bp"), 2, "leave out --algo"),
         (("data", "path", "minst"), 2, "did you mean mnist"),
     ],
 )
 def test_bad_input_is_one_line_and_a_code(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
-    results = ("--results", str(tmp_path)) if arguments[0] == "run" else ()
-    result = bpfree(*arguments, *results)
+    result = bpfree(*arguments, BPFREE_RUN_RESULTS=str(tmp_path))
     assert result.exit_code == code
     lines = [line for line in result.stderr.splitlines() if "error" in line]
     assert len(lines) == 1
@@ -136,15 +136,18 @@ def test_missed_target_exits_with_3(tmp_path: Path) -> None:
 
 
 def test_options_are_environment_variables_too(tmp_path: Path) -> None:
-    result = bpfree(
-        "run",
-        BPFREE_RUN_NETWORK="mlp:1x16",
-        BPFREE_RUN_EPOCHS="1",
-        BPFREE_RUN_RESULTS=str(tmp_path),
-        BPFREE_RUN_FORMAT="json",
-    )
-    summary = json.loads(result.stdout)
-    assert (summary["network"], summary["passes"]) == ("mlp:1x16", 1)
+    environment = {
+        "BPFREE_RUN_ALGO": "bp",
+        "BPFREE_RUN_NETWORK": "mlp:1x16",
+        "BPFREE_RUN_SEED": "4",
+        "BPFREE_RUN_SET": "lr=0.01",
+        "BPFREE_RUN_EPOCHS": "1",
+        "BPFREE_RUN_RESULTS": str(tmp_path),
+        "BPFREE_RUN_FORMAT": "json",
+    }
+    summary = json.loads(bpfree("run", **environment).stdout)
+    assert (summary["algorithm"], summary["network"], summary["seed"]) == ("bp", "mlp:1x16", 4)
+    assert (summary["passes"], "--set lr=0.01" in summary["command"]) == (1, True)
 
 
 def test_nan_stops_with_step_and_block_and_keeps_the_run(tmp_path: Path) -> None:
@@ -188,6 +191,13 @@ def test_every_command_explains_itself() -> None:
         result = bpfree(*command, "--help")
         assert result.exit_code == 0
         assert len(result.stdout.splitlines()) > 5
+
+
+def test_resume_takes_the_run_as_it_was() -> None:
+    for option in (("--epochs", "3"), ("--set", "lr=1"), ("--seed", "1"), ("--device", "cpu")):
+        result = bpfree("run", "--resume", "somewhere", *option)
+        assert result.exit_code == 2
+        assert f"leave out {option[0]}" in result.stderr
 
 
 def test_tables_of_nothing_say_so(tmp_path: Path) -> None:

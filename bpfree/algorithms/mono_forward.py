@@ -260,7 +260,7 @@ class Unit:
         head: M_i.
         input_shape: shape of one sample of a_{i-1}.
         linear: W_i and b_i if the block learns in closed form, otherwise None.
-        parameters: of the block, then of the head.
+        parameters: of the block, then of the head, without those that the user has frozen.
     """
 
     name: str
@@ -273,7 +273,10 @@ class Unit:
     @classmethod
     def of(cls, name: str, block: nn.Module, head: Head, input_shape: Shape) -> Unit:
         """A unit, with what follows from its block."""
-        return cls(name, block, head, input_shape, linear_relu(block), (*block.parameters(), *head.parameters()))
+        parameters = (*block.parameters(), *head.parameters())
+        trained = tuple(parameter for parameter in parameters if parameter.requires_grad)
+        linear = linear_relu(block) if len(trained) == len(parameters) else None
+        return cls(name, block, head, input_shape, linear, trained)
 
     def scores(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) block inputs -> (B, C) goodness."""

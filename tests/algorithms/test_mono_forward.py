@@ -399,6 +399,20 @@ def test_linear_layers_without_bias() -> None:
     np.testing.assert_allclose(model.heads[0].linear.weight.detach().numpy(), M - LR * dM, atol=1e-12)
 
 
+def test_what_the_user_froze_stays_as_it_is() -> None:
+    network = blocks()
+    network[0].weight.requires_grad_(False)
+    model = MonoForward(network, 3, lr=0.1).double()
+    before = copy.deepcopy(model)
+    model.step(batch())
+    changed = {
+        name
+        for (name, a), b in zip(model.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {name for name, _ in model.named_parameters()} - {"network.0.0.weight"}
+
+
 @pytest.mark.parametrize(("pool", "features"), [("flatten", 4 * 4 * 4), ("gap", 4), ("adaptive", 4 * 4)])
 def test_head_sizes_on_feature_maps(pool: str, features: int) -> None:
     model = MonoForward(cnn((1, 8, 8), (4,)), 3, head_pool=pool, input_shape=(1, 8, 8))

@@ -22,12 +22,21 @@ from bpfree.experiments.config import resolve
 from bpfree.experiments.run import resume, run, told_of_memory
 from bpfree.experiments.tables import result_rows
 
-RUN = [sys.executable, "-m", "bpfree", "run", "--algo", "mf", "--network", "mlp:2x64", "--batch-size", "16"]
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "BPFREE_RUN_NETWORK": "mlp:2x64",
+    "BPFREE_RUN_SET": "schedule=sequential",
+    "BPFREE_RUN_BATCH_SIZE": "16",
+    "BPFREE_RUN_EPOCHS": "12",
+    "BPFREE_RUN_PATIENCE": "12",
+    "BPFREE_RUN_ENERGY": "simulated",
+    "BPFREE_RUN_FORMAT": "json",
+}
 
 
 def start(results: Path, *options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BPFREE_RUN_EPOCHS": "12", "BPFREE_RUN_PATIENCE": "12"}
-    command = [*RUN, "--results", str(results), "--energy", "simulated", "--format", "json", *options]
+    environment = {**os.environ, **SETTINGS, "BPFREE_RUN_RESULTS": str(results)}
+    command = [sys.executable, "-m", "bpfree", "run", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -50,7 +59,7 @@ def wait_for_epoch(process: subprocess.Popen[str], results: Path, epochs: int) -
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     results = tmp_path_factory.mktemp("straight")
-    out, err = (process := start(results, "--quiet", "--set", "schedule=sequential")).communicate()
+    out, err = (process := start(results, "--quiet")).communicate()
     assert process.returncode == 0, err
     return only_run(results), json.loads(out)
 
@@ -66,7 +75,7 @@ def test_a_killed_process_resumes_to_the_same_weights(
 ) -> None:
     # SIGKILL leaves no time to save, so there the checkpoint is the one of the clock
     every = "0" if number == signal.SIGKILL else "1000"
-    process = start(tmp_path, "--set", "schedule=sequential", "--checkpoint-every", every)
+    process = start(tmp_path, "--checkpoint-every", every)
     path = wait_for_epoch(process, tmp_path, 5)
     process.send_signal(number)
     out, err = process.communicate()
