@@ -1,9 +1,9 @@
 """Learning rules, one file each, behind one contract."""
 
+from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
-from bpfree.algorithms.registry import ALGORITHMS, Algorithm, algorithm
 
 __all__ = [
     "ALGORITHMS",

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
-from bpfree.algorithms.optim import OptimizerFactory, make_optimizer
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.heads import Head

@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms.lanes import Lanes
+from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
-from bpfree.algorithms.optim import OptimizerFactory, make_optimizer, set_gradients
 from bpfree.errors import unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes, linear_relu
 from bpfree.networks.heads import Head

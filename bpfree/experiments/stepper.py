@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpfree.algorithms.lanes import side_stream
+from bpfree.algorithms._lanes import side_stream
+from bpfree.algorithms._optim import materialize_state
 from bpfree.algorithms.learner import Learner, Stage
-from bpfree.algorithms.optim import materialize_state
 from bpfree.data.batches import Batches, Draw
 from bpfree.errors import unknown_name
 
