@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,6 +113,7 @@ def run(
     """
     if dataset is None:
         dataset = data.load(config.dataset, data_root)
+    config = replace(config, dataset=dataset.name)  # the record names what was trained on
     device = pick_device(config.device)
     learner = build_learner(config, dataset, device)
     folder = RunFolder.create(
