@@ -14,7 +14,8 @@ from bpfree.cli import cli
 from bpfree.experiments.records import find_runs
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*/README.md"))]
+STUDIES = sorted(path.parent for path in (ROOT / "results").glob("*/README.md"))  # not results/runs, a user's own
+PAGES = [ROOT / "README.md", *(study / "README.md" for study in STUDIES)]
 TABLE = re.compile(r"<!-- made by: bpfree (table .+?) -->\n\n((?:\|.*\n)+)")
 
 
@@ -29,7 +30,9 @@ def test_tables_are_made_from_the_records(page: Path, monkeypatch: pytest.Monkey
 
 
 def test_records_name_hardware_seed_date_source_and_command_but_no_place() -> None:
-    for path in find_runs(ROOT / "results"):
+    paths = [path for study in STUDIES for path in find_runs(study)]
+    assert paths
+    for path in paths:
         summary = json.loads((path / "summary.json").read_text())
         assert summary["hardware"]
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", summary["date"])
