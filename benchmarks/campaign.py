@@ -68,7 +68,13 @@ def main() -> None:
             try:
                 if options.idle and not idle_w:
                     idle_w = runs.measure_idle(config, options.idle)
-                summary = runs.run(config, options.out, dataset=load(config.dataset), idle_w=idle_w, keep_model=False)
+                summary = runs.run(
+                    config,
+                    options.out,
+                    dataset=load(config.dataset),
+                    measuring=runs.Measuring(idle_w),
+                    keep_model=False,
+                )
             except BpfreeError as error:
                 failures += 1
                 print(f"{config.preset} {config.parameters} seed {seed}: {error}", file=sys.stderr)

@@ -92,10 +92,8 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_step(
-    rule: str, network: str, batch: int, graph: bool, window: float, device: torch.device, top: dict[str, float]
-) -> dict[str, Any]:
-    learner = build(rule, network, device)
+def staged_stepper(learner: Learner, batch: int, graph: bool, device: torch.device) -> Stepper:
+    """Steps on random images, ready to be repeated."""
     data = random_images(batch * STAGED_STEPS, device)
     stepper = Stepper(
         learner,
@@ -111,11 +109,20 @@ def measure_step(
     stepper.rehearse(draw)
     stepper.stage_batches(draw, 0, stepper.capacity, [1.0] * stepper.capacity)
     repeat(stepper, 1.0, device)  # clocks and caches settle
+    return stepper
+
+
+def measure_step(
+    rule: str, network: str, batch: int, graph: bool, window: float, device: torch.device, top: dict[str, float]
+) -> dict[str, Any]:
+    learner = build(rule, network, device)
+    stepper = staged_stepper(learner, batch, graph, device)
     meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
     with meter.window("steps") as measured:
         steps = repeat(stepper, window + 0.1, device)
     result = measured.result
     seconds = result.seconds / steps
+    bytes_per_s = least_bytes(learner, rule, batch) / seconds
     return {
         "rule": rule,
         "network": network,
@@ -126,8 +133,8 @@ def measure_step(
         "mean_w": result.mean_w,
         "tflop_per_s": stepper.flops_per_step / seconds / 1e12,
         "of_flop_ceiling": stepper.flops_per_step / seconds / top["flop_per_s"],
-        "tb_per_s": least_bytes(learner, rule, batch) / seconds / 1e12,
-        "of_byte_ceiling": least_bytes(learner, rule, batch) / seconds / top["bytes_per_s"],
+        "tb_per_s": bytes_per_s / 1e12,
+        "of_byte_ceiling": bytes_per_s / top["bytes_per_s"],
         "steps": steps,
         "method": result.method,
         "flags": list(result.flags),

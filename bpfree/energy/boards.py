@@ -46,7 +46,7 @@ def nvml_handle(device: torch.device) -> Any:
     if hasattr(properties, "pci_bus_id"):
         address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
         return pynvml.nvmlDeviceGetHandleByPciBusId(address)
-    return _handle_by_environment(index)
+    return handle_by_environment(torch.device("cuda", index))
 
 
 def visible_boards(variable: str | None, boards: int) -> list[int | str]:
@@ -73,9 +73,30 @@ def visible_boards(variable: str | None, boards: int) -> list[int | str]:
     return shown
 
 
-def _handle_by_environment(index: int) -> Any:
+def count_visible() -> int:
+    """Number of boards that a CUDA program started now would see. NVML must have been initialised.
+
+    Raises:
+        pynvml.NVMLError: NVML fails.
+    """
     import pynvml
 
+    return len(visible_boards(os.environ.get(VISIBLE), pynvml.nvmlDeviceGetCount()))
+
+
+def handle_by_environment(device: torch.device) -> Any:
+    """The NVML handle of a CUDA device as `CUDA_VISIBLE_DEVICES` numbers them, without asking CUDA.
+
+    For other programs' boards: asking CUDA would make a context, which takes memory and power.
+
+    Raises:
+        SourceUnavailableError: there is no such device, it is a MIG slice, or numbers cannot be trusted because
+            boards of several kinds are ordered by speed.
+        pynvml.NVMLError: NVML fails otherwise.
+    """
+    import pynvml
+
+    index = device.index or 0
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     shown = visible_boards(os.environ.get(VISIBLE), len(handles))
     if index >= len(shown):

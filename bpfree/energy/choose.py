@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
+from bpfree.energy.boards import count_visible, handle_by_environment
+from bpfree.energy.calibration import use_calibration
 from bpfree.energy.combined import CombinedSource
 from bpfree.energy.nvml import NvmlSource
 from bpfree.energy.rapl import RaplSource
@@ -37,19 +40,88 @@ def choose_source(kind: str = "auto", device: Device | Sequence[Device] = "cpu")
     """
     if kind not in KINDS:
         raise unknown_name("energy source", kind, KINDS)
-    if kind == "simulated":
-        return SimulatedSource(SIMULATED_W)
+    if kind in {"nvml", "auto"}:
+        boards = _cuda_devices(device)
+        if kind == "nvml" and not boards:
+            raise UsageError("nvml measures CUDA devices and this run uses none; choose auto, rapl or none")
+        if boards:
+            return _or_reason(kind, lambda: _joined(_open_boards(boards)))
+    return _or_reason(kind, lambda: _open_host(kind))
+
+
+def choose_for_program(kind: str = "auto", is_ours: Callable[[int], bool] | None = None) -> PowerSource:
+    """Open the power source for a program that will be started by this process.
+
+    "auto" takes all boards that the program can see (`CUDA_VISIBLE_DEVICES`), and RAPL where there is no board.
+    No CUDA context is made here.
+
+    Args:
+        kind: see `choose_source`.
+        is_ours: whether a process belongs to the program.
+
+    Raises:
+        UsageError: unknown kind.
+        SourceUnavailableError: the kind was asked for by name and cannot be had; the message says why.
+    """
+    if kind not in KINDS:
+        raise unknown_name("energy source", kind, KINDS)
+    no_board = ""
+    if kind in {"nvml", "auto"}:
+        try:
+            return _joined(visible_sources(is_ours))
+        except SourceUnavailableError as error:
+            if kind == "nvml":
+                raise
+            no_board = str(error)
+    source = _or_reason(kind, lambda: _open_host(kind))
+    if no_board and isinstance(source, NullSource):
+        source.reason = f"{no_board}; {source.reason}"
+    return source
+
+
+def visible_sources(is_ours: Callable[[int], bool] | None = None) -> list[PowerSource]:
+    """A source for each board that a program started now would see, in CUDA's order; no CUDA context is made.
+
+    Args:
+        is_ours: whether a process is ours; all others on a board are foreign.
+
+    Raises:
+        SourceUnavailableError: there is no board, or one cannot be measured; the message says why.
+    """
+    import pynvml
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            count = count_visible()
+        finally:
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise SourceUnavailableError(f"NVML cannot be started: {error}") from error
+    if count == 0:
+        raise SourceUnavailableError("no NVIDIA board is visible")
+    devices = [torch.device("cuda", index) for index in range(count)]
+    return _open_boards(devices, find=handle_by_environment, is_ours=is_ours)
+
+
+def _or_reason(kind: str, open_source: Callable[[], PowerSource]) -> PowerSource:
+    """The source; a null source with the reason if there is none and "auto" was asked for."""
+    try:
+        return open_source()
+    except SourceUnavailableError as error:
+        if kind != "auto":
+            raise
+        return NullSource(str(error))
+
+
+def _open_host(kind: str) -> PowerSource:
     if kind == "none":
         return NullSource("no energy measurement was asked for")
-    if kind == "rapl":
-        return RaplSource()
-    boards = _cuda_devices(device)
-    if kind == "nvml":
-        return _open_boards(boards)
-    try:
-        return _open_boards(boards) if boards else RaplSource()
-    except SourceUnavailableError as error:
-        return NullSource(str(error))
+    source = SimulatedSource(SIMULATED_W) if kind == "simulated" else RaplSource()
+    use_calibration(source)
+    return source
 
 
 def _cuda_devices(device: Device | Sequence[Device]) -> list[torch.device]:
@@ -63,15 +135,19 @@ def _cuda_devices(device: Device | Sequence[Device]) -> list[torch.device]:
     return [d for d in dict.fromkeys(devices) if d.type == "cuda"]
 
 
-def _open_boards(devices: Sequence[torch.device]) -> PowerSource:
-    if not devices:
-        raise UsageError("nvml measures CUDA devices and this run uses none; choose auto, rapl or none")
+def _open_boards(devices: Sequence[torch.device], **how: Any) -> list[PowerSource]:
     sources: list[PowerSource] = []
     try:
         for device in devices:
-            sources.append(NvmlSource(device))  # noqa: PERF401 - those opened before a failure must be closed
+            sources.append(NvmlSource(device, **how))  # noqa: PERF401 - those opened before a failure must be closed
     except SourceUnavailableError:
         for source in sources:
             source.close()
         raise
+    for source in sources:
+        use_calibration(source)
+    return sources
+
+
+def _joined(sources: list[PowerSource]) -> PowerSource:
     return sources[0] if len(sources) == 1 else CombinedSource(sources)

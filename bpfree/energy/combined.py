@@ -23,6 +23,8 @@ class CombinedSource(PowerSource):
         self.scope = _label(part.scope for part in parts)
         self.update_period_s = max(part.update_period_s for part in parts)
         self.standing_flags = frozenset[Flag]().union(*(part.standing_flags for part in parts))
+        self.idle_w = _all_known(sum, [part.idle_w for part in parts])
+        self.calibrated = "; ".join(dict.fromkeys(part.calibrated for part in parts if part.calibrated)) or None
         self.reason = "; ".join(dict.fromkeys(part.reason for part in parts if part.reason))
 
     def energy_j(self) -> float | None:
@@ -30,6 +32,9 @@ class CombinedSource(PowerSource):
 
     def power_w(self) -> float | None:
         return _all_known(sum, [part.power_w() for part in self._parts])
+
+    def powers(self) -> dict[str, Callable[[], float | None]]:
+        return {self.power_name: self.power_w}
 
     def status(self) -> Status:
         """Sums of watts and processes, means of clock and utilisation, the hottest temperature."""

@@ -9,7 +9,8 @@
 
 A window begins with sync, clock, counter and ends with sync, counter, clock: its joules never belong to more
 time than is stated. In between nothing runs, unless a trace of sampled power is asked for, or is all there
-is. Each end waits for the device, so windows are for epochs and stages, not for single steps.
+is. Each end waits for the device, so windows are for runs and stages, not for single steps; `phase` marks pieces
+of a window without waiting.
 
 Named windows, this order and the preference for the counter are those of ml-energy/zeus.
 """
@@ -28,6 +29,7 @@ from bpfree.energy.choose import choose_source
 from bpfree.energy.counter import CounterReader
 from bpfree.energy.flags import Flag
 from bpfree.energy.judge import judge
+from bpfree.energy.phases import Phases, edges_for
 from bpfree.energy.result import EnergyResult
 from bpfree.energy.sampler import Sampler
 from bpfree.energy.sources import Device, PowerSource, Status, device_list
@@ -58,13 +60,15 @@ class EnergyMeter:
         sync: waits for the device; None waits for `device`.
         clock: a time in s that never goes back.
         sleep: waits for a number of seconds, used by `measure_idle`.
-        poll_hz: rate of sampling the power in a thread, 1/s, as a cross-check of the counter; 0 turns it off,
-            except on devices without a counter.
+        poll_hz: rate of sampling in a thread, 1/s: the power as a cross-check of the counter, the counter for
+            phases, and once a second the state of the device. 0 turns it off, except on devices without a counter;
+            nothing is sampled on devices that do not tell their power.
         align: let both ends of a window wait for the counter to change, at most two update periods. It makes
             short windows exact to the time of one reading, and puts the wait at the end, up to one period,
             into the window.
         start_temperature_c: the temperature at which runs are meant to start, °C.
-        idle_w: powers of the idle device measured before, W, as if `measure_idle` had found them.
+        idle_w: powers of the idle device measured before, W, as if `measure_idle` had found them. Without any, the
+            device's calibration is asked.
         earlier: totals of the part of this run that an interruption ended; they count in `totals` and `joules`.
 
     Attributes:
@@ -88,10 +92,15 @@ class EnergyMeter:
     ) -> None:
         self._owns_source = source is None
         self.source = source or choose_source("auto", device or _default_device())
-        if Flag.COUNTER_UNSUPPORTED in self.source.standing_flags and self.source.power_w() is not None:
-            poll_hz = poll_hz or FALLBACK_POLL_HZ
-        self._sampler = Sampler(self.source, clock, poll_hz, self._share_status) if poll_hz else None
         self._counter = CounterReader(self.source, clock, align=align)
+        counts = Flag.COUNTER_UNSUPPORTED not in self.source.standing_flags
+        if not counts:
+            poll_hz = poll_hz or FALLBACK_POLL_HZ
+        self._sampler: Sampler | None = None
+        if poll_hz and self.source.power_w() is not None:
+            on_sample = self._counter.now if counts else None
+            self._sampler = Sampler(self.source, clock, poll_hz, self._share_status, on_sample)
+        self._phases = Phases(lambda: edges_for(device, self._counter, clock))
         self._min_window_s = min_window_s
         self._sync = sync or _synchroniser(device)
         self._sleep = sleep
@@ -122,10 +131,32 @@ class EnergyMeter:
             self._end(window)
 
     @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Mark the block as a phase of the open window, without waiting for the device: see `totals`.
+
+        For pieces that come often or are short. Their energy is as exact as the counter and `poll_hz` are fine:
+        phases of less than the minimum window are flagged, and below the counter's update period their joules are
+        integrated from the sampled power.
+
+        Raises:
+            UsageError: no window is open, or another phase is running.
+        """
+        if not self._open or self._phases.name is not None:
+            raise UsageError(f"phase {name!r} must lie in a window, and in no other phase")
+        self._phases.begin(name)
+        try:
+            yield
+        finally:
+            self._phases.end()
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the block out of all windows that are open: writing checkpoints, for example."""
+        phase = self._phases.name
+        self._phases.end()
         self._sync()
         reading = self._counter.at_end()
+        self._settle_phases()
         pausing = [window for window in self._open.values() if window.running]
         for window in pausing:
             window.pause(reading, self.trace)
@@ -136,6 +167,8 @@ class EnergyMeter:
             reading = self._counter.at_start()
             for window in pausing:
                 window.run(reading)
+            if phase is not None:
+                self._phases.begin(phase)
 
     def joules(self) -> float | None:
         """Gross energy of the outermost open window until now, J, without paused spans and without waiting.
@@ -149,12 +182,12 @@ class EnergyMeter:
         return self._with_earlier(outermost.name, outermost.so_far(self._counter.now(), self.trace)).gross_j
 
     def totals(self) -> dict[str, EnergyResult]:
-        """All windows summed by name, those of `measure_idle` under "idle", without waiting for the device.
+        """All windows and phases summed by name, without waiting for the device; `measure_idle` is "idle".
 
         A window that is still open counts with what it has so far, so that a checkpoint can hold what the run
-        has cost. Windows less than a millisecond apart share a reading, so that no energy is lost between,
-        say, epochs: such a row is as accurate as one long window, and only its whole length counts against
-        the minimum.
+        has cost; phases count up to the latest pause or end of a window. Windows less than a millisecond apart
+        share a reading, so that no energy is lost between, say, epochs: such a row is as accurate as one long
+        window, and only its whole length counts against the minimum.
         """
         tallies = dict(self._totals)
         if self._open:
@@ -195,7 +228,9 @@ class EnergyMeter:
             **self.source.info(),
             "min_window_s": self._min_window_s,
             "poll_hz": 1 / self.trace.period_s if self.trace else 0.0,
-            "idle_w": list(self._idle_w),
+            "idle_w": list(self._baseline()),
+            "idle_from": "measured" if self._idle_w else "calibration" if self._baseline() else None,
+            "calibration": self.source.calibrated,
         }
 
     def close(self) -> None:
@@ -248,10 +283,21 @@ class EnergyMeter:
         outermost = not self._open
         if outermost and self._sampler is not None:
             self._sampler.stop()
+        self._settle_phases()
         if outermost:
             window.tally.add_status(self.source.status(), at_edge=True)
         window.end(reading, self.trace)
         self._totals.setdefault(window.name, Tally()).merge(window.tally)
+
+    def _baseline(self) -> Sequence[float]:
+        """Powers of the idle device, W: measured with the run, else by the calibration, else none."""
+        if self._idle_w or self.source.idle_w is None:
+            return self._idle_w
+        return [self.source.idle_w]
+
+    def _settle_phases(self) -> None:
+        for name, tally in self._phases.settle(self.trace).items():
+            self._totals.setdefault(name, Tally()).merge(tally)
 
     def _share_status(self, status: Status) -> None:
         with self._lock:
@@ -268,7 +314,7 @@ class EnergyMeter:
             tally,
             self.source,
             min_window_s=self._min_window_s,
-            idle_w=self._idle_w,
+            idle_w=self._baseline(),
             start_temperature_c=self._start_temperature_c,
         )
 

@@ -12,12 +12,16 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bpfree.energy.boards import MIG_REASON, nvml_handle
 from bpfree.energy.flags import Flag
 from bpfree.energy.sources import Device, PowerSource, SourceUnavailableError, Status
 from bpfree.errors import unknown_name
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -35,6 +39,8 @@ class NvmlSource(PowerSource):
         device: the torch CUDA device whose board is measured.
         power: "instant" (power now), "average" (over 1 s), "usage" (whichever of the two the board offers;
             the only one with old drivers). None takes the first of these that the board has.
+        find: finds the board's handle.
+        is_ours: whether a process counts as ours; all others on the board are foreign.
 
     Raises:
         UsageError: unknown kind of power.
@@ -44,20 +50,28 @@ class NvmlSource(PowerSource):
 
     scope = "gpu board"
 
-    def __init__(self, device: Device, *, power: str | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        power: str | None = None,
+        find: Callable[[torch.device], Any] = nvml_handle,
+        is_ours: Callable[[int], bool] | None = None,
+    ) -> None:
         import pynvml
         import torch
 
         if power is not None and power not in POWER_PERIOD_S:
             raise unknown_name("kind of power", power, POWER_PERIOD_S)
         self._nvml = pynvml
+        self._is_ours = is_ours
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
             raise SourceUnavailableError(f"NVML cannot be started: {error}") from error
         self._open = True
         try:
-            self._handle = nvml_handle(torch.device(device))
+            self._handle = find(torch.device(device))
             self._refuse_mig()
             self._power = self._choose_power(power)
             self._choose_method()
@@ -74,6 +88,9 @@ class NvmlSource(PowerSource):
 
     def power_w(self) -> float | None:
         return None if self._power is None else self._read_power(self._power)
+
+    def powers(self) -> dict[str, Callable[[], float | None]]:
+        return {f"nvml-power-{kind}": partial(self._read_power, kind) for kind in POWER_PERIOD_S}
 
     def status(self) -> Status:
         nvml = self._nvml
@@ -163,6 +180,8 @@ class NvmlSource(PowerSource):
         processes = self._ask(self._nvml.nvmlDeviceGetComputeRunningProcesses)
         if processes is None:
             return None
+        if self._is_ours is not None:
+            return sum(not self._is_ours(process.pid) for process in processes)
         others = {process.pid for process in processes} - {os.getpid()}
         # In a container NVML may give the host's numbers, where we cannot find ourselves: one of them is us.
         unseen = len(others) == len(processes) and _computes_on_cuda()

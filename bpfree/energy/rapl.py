@@ -7,6 +7,7 @@ on a busy server, sooner on some. A small thread therefore looks at it every hal
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ class RaplSource(PowerSource):
 
     def power_w(self) -> float | None:
         return None
+
+    def powers(self) -> dict[str, Callable[[], float | None]]:
+        return {}
 
     def status(self) -> Status:
         return Status()

@@ -20,18 +20,25 @@ class Sampler:
         clock: a time in s that never goes back.
         hz: samples per second.
         on_status: is given the state of the device about once a second, in the sampling thread.
+        on_sample: called with every sample, in the sampling thread.
 
     Attributes:
         trace: the samples so far.
     """
 
     def __init__(
-        self, source: PowerSource, clock: Callable[[], float], hz: float, on_status: Callable[[Status], None]
+        self,
+        source: PowerSource,
+        clock: Callable[[], float],
+        hz: float,
+        on_status: Callable[[Status], None],
+        on_sample: Callable[[], object] | None = None,
     ) -> None:
         self.trace = PowerTrace(1 / hz)
         self._source = source
         self._clock = clock
         self._on_status = on_status
+        self._on_sample = on_sample or (lambda: None)
         self._next_status_s = 0.0
         self._heartbeat: Heartbeat | None = None
 
@@ -51,6 +58,7 @@ class Sampler:
     def _sample(self) -> None:
         now = self._clock()
         self.trace.add(now, self._source.power_w())
+        self._on_sample()
         if now >= self._next_status_s:
             self._next_status_s = now + STATUS_PERIOD_S
             self._on_status(self._source.status())

@@ -59,6 +59,9 @@ class SimulatedSource(PowerSource):
     def power_w(self) -> float | None:
         return self._course.watts(self._now())
 
+    def powers(self) -> dict[str, Callable[[], float | None]]:
+        return {self.power_name: self.power_w}
+
     def status(self) -> Status:
         return Status()
 

@@ -8,7 +8,7 @@ exception: a sensor must not be able to end a training run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -64,6 +64,8 @@ class PowerSource(ABC):
         update_period_s: how stale a reading of the counter can be, s.
         standing_flags: what is true of every number of this source.
         reason: why there is no counter; empty when there is one.
+        idle_w: power of the idle device with its context alive, W, if a calibration tells.
+        calibrated: date of the calibration in use, or why the one there is was not used; None if there is none.
     """
 
     name: str
@@ -72,6 +74,8 @@ class PowerSource(ABC):
     update_period_s: float
     standing_flags: frozenset[Flag] = frozenset()
     reason: str = ""
+    idle_w: float | None = None
+    calibrated: str | None = None
 
     @abstractmethod
     def energy_j(self) -> float | None:
@@ -80,6 +84,10 @@ class PowerSource(ABC):
     @abstractmethod
     def power_w(self) -> float | None:
         """Power now, W; None if it cannot be read."""
+
+    @abstractmethod
+    def powers(self) -> dict[str, Callable[[], float | None]]:
+        """Every kind of power that the device may tell, by name, for calibration."""
 
     @abstractmethod
     def status(self) -> Status:
@@ -111,6 +119,9 @@ class NullSource(PowerSource):
 
     def power_w(self) -> float | None:
         return None
+
+    def powers(self) -> dict[str, Callable[[], float | None]]:
+        return {}
 
     def status(self) -> Status:
         return Status()

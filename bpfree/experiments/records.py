@@ -101,6 +101,17 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One record per epoch, in order.
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        try:
+            return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.path / METRICS} ({error})") from error
+
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write tensors and plain values.
 
@@ -149,6 +160,19 @@ class RunFolder:
 def find_runs(root: Path) -> Iterator[Path]:
     """Folders of finished runs under `root`, in order of name."""
     yield from sorted(path.parent for path in root.rglob(SUMMARY))
+
+
+def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
+    """Gross joules spent up to each validation, with that validation, and its accuracy in %; for energy to accuracy.
+
+    The loop reads the counter when it has launched the next epoch's first steps, and for the last epoch at the end.
+
+    Raises:
+        CheckpointError: a record is missing or damaged.
+    """
+    epochs = folder.read_metrics()
+    spent = [epoch["joules_at_start"] for epoch in epochs[1:]] + [folder.read_json(SUMMARY)["energy"]["gross_j"]]
+    return [(joules, epoch["validation_accuracy"]) for joules, epoch in zip(spent, epochs, strict=True)]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

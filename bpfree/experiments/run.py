@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,15 +19,35 @@ from bpfree.algorithms import Learner, algorithm
 from bpfree.data import Dataset
 from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, EnergyResult, choose_source
+from bpfree.energy.carbon import CarbonTracker, carbon_intensity
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
-from bpfree.experiments.train import InterruptedRunError, Progress, Trainer, evaluate
+from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate
 from bpfree.networks import build_network
 
 MIB: Final = 2**20
+
+POLL_HZ: Final = 10.0
+"""Rate at which runs sample power and counter, 1/s: that of the sensors; it costs a step less than 0.5 %."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured beside the run itself.
+
+    Attributes:
+        idle_w: powers of the idle device, W, as `measure_idle` found them before the run, for net joules; empty for
+            those of the device's calibration, if any.
+        idle_after_s: measure the idle device again this long after the run, s; 0 for not at all.
+        carbon: country (ISO 3166, three letters) for CO2 equivalents by CodeCarbon; None for none.
+    """
+
+    idle_w: tuple[float, ...] = ()
+    idle_after_s: float = 0.0
+    carbon: str | None = None
 
 
 class Reporter:
@@ -87,7 +107,7 @@ def run(
     data_root: Path | None = None,
     dataset: Dataset | None = None,
     reporter: Reporter | None = None,
-    idle_w: Sequence[float] = (),
+    measuring: Measuring = Measuring(),
     keep_model: bool = True,
 ) -> dict[str, Any]:
     """Do a run and record it in a new folder under `root`.
@@ -98,7 +118,7 @@ def run(
         data_root: where data sets are; the user's default if left out.
         dataset: a data set that is at hand, instead of the one that `config` names.
         reporter: hears how it goes.
-        idle_w: power of the idle device, as `measure_idle` found it, for net joules; empty for gross only.
+        measuring: what is measured beside the run itself.
         keep_model: whether to keep the trained weights in the folder.
 
     Returns:
@@ -111,6 +131,8 @@ def run(
         InterruptedRunError: a signal asked to stop; the run can be resumed.
         CheckpointError: the folder cannot be written.
     """
+    if measuring.carbon is not None:
+        carbon_intensity(measuring.carbon)  # refused before anything is made
     if dataset is None:
         dataset = data.load(config.dataset, data_root)
     config = replace(config, dataset=dataset.name)  # the record names what was trained on
@@ -125,7 +147,7 @@ def run(
     )
     folder.write_json(records.CONFIG, config.to_dict())
     folder.write_json(records.ENVIRONMENT, records.environment(device))
-    return _train(config, folder, dataset, learner, reporter or Reporter(), idle_w, keep_model, state=None)
+    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, state=None)
 
 
 def resume(
@@ -134,7 +156,7 @@ def resume(
     data_root: Path | None = None,
     dataset: Dataset | None = None,
     reporter: Reporter | None = None,
-    idle_w: Sequence[float] = (),
+    measuring: Measuring = Measuring(),
     keep_model: bool = True,
 ) -> dict[str, Any]:
     """Go on with an interrupted run; its weights end up as if it had never stopped.
@@ -153,7 +175,7 @@ def resume(
     learner = build_learner(config, dataset, pick_device(config.device))
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None
-    return _train(config, folder, dataset, learner, reporter or Reporter(), idle_w, keep_model, state)
+    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, state)
 
 
 def _train(
@@ -162,7 +184,7 @@ def _train(
     dataset: Dataset,
     learner: Learner,
     reporter: Reporter,
-    idle_w: Sequence[float],
+    measuring: Measuring,
     keep_model: bool,
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -172,7 +194,7 @@ def _train(
     with told_of_memory(config, device), closing(choose_source(config.energy, device)) as source:
         train, validation, test = load_batches(config, dataset, device, preferred_layout(learner, device))
         earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
-        meter = EnergyMeter(source, device=device, idle_w=idle_w, earlier=earlier)
+        meter = EnergyMeter(source, device=device, idle_w=measuring.idle_w, earlier=earlier, poll_hz=POLL_HZ)
 
         def save(progress: dict[str, Any]) -> None:
             spent = {name: result.as_dict() for name, result in meter.totals().items()}
@@ -200,8 +222,13 @@ def _train(
         reporter.started(config, folder.path, learner, trainer)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        tracker = None if measuring.carbon is None else CarbonTracker(measuring.carbon, folder=folder.path)
         try:
-            with stop, meter.window("total"):
+            with ExitStack() as running:
+                if tracker is not None:
+                    running.enter_context(tracker)
+                running.enter_context(stop)
+                running.enter_context(meter.window("total"))
                 progress = trainer.run()
         except InterruptedRunError as error:
             how = f"the run is saved, go on with: bpfree run --resume {folder.path}"
@@ -212,11 +239,15 @@ def _train(
             raise
         finally:
             reporter.finished()
+        if measuring.idle_after_s:
+            meter.measure_idle(measuring.idle_after_s)
         data_mib = (train.nbytes + validation.nbytes + test.nbytes) / MIB
         measured = {
             "energy": _energy(meter, progress, config.training.batch_size),
             "memory": {**peak_memory(device), "data_mib": data_mib},
         }
+        if tracker is not None:
+            measured["carbon"] = tracker.report(meter.totals()["total"])
         summary = _summary(
             config, folder, learner, progress, measured, evaluate(learner, test, config.training.precision)
         )
@@ -242,11 +273,18 @@ def load_batches(
 
 
 def _energy(meter: EnergyMeter, progress: Progress, batch_size: int) -> dict[str, Any]:
-    """The energy of the whole run, per step and per sample, and where it comes from."""
-    total = meter.totals()["total"]
+    """The energy of the whole run, of its training and validation, per step and per sample, and its source."""
+    totals = meter.totals()
+    total = totals["total"]
     per_step = None if total.gross_j is None else total.gross_j / progress.steps
     per_sample = None if per_step is None else per_step / batch_size
-    return {**total.as_dict(), "j_per_step": per_step, "j_per_sample": per_sample, "source": meter.info()}
+    return {
+        **total.as_dict(),
+        "phases": {name: totals[name].as_dict() for name in (TRAIN, VALIDATION)},
+        "j_per_step": per_step,
+        "j_per_sample": per_sample,
+        "source": meter.info(),
+    }
 
 
 def _summary(

@@ -22,6 +22,10 @@ from bpfree.experiments.stepper import Stepper, numerics, step_precision
 
 EVALUATION_BATCH: Final = 2000
 
+TRAIN: Final = "train"
+VALIDATION: Final = "validation"
+"""Names of the phases of the energy meter's window."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -75,6 +79,8 @@ class Meter(Protocol):
 
     def paused(self) -> AbstractContextManager[Any]: ...
 
+    def phase(self, name: str) -> AbstractContextManager[Any]: ...
+
     def joules(self) -> float | None: ...
 
 
@@ -82,6 +88,9 @@ class NoMeter:
     """A meter that measures nothing."""
 
     def paused(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def joules(self) -> float | None:
@@ -238,8 +247,10 @@ class Trainer:
     def _run_stage(self, stage: Stage, stages: int) -> None:
         config, progress = self.config, self.progress
         keep_prefix = self.train.augmentation == "none"
-        train, flops = self._prefixed(stage, self.train) if keep_prefix else (self.train, 0)
-        validation, _ = self._prefixed(stage, self.validation)
+        with self.meter.phase(TRAIN):
+            train, flops = self._prefixed(stage, self.train) if keep_prefix else (self.train, 0)
+        with self.meter.phase(VALIDATION):
+            validation, _ = self._prefixed(stage, self.validation)
         if progress.epoch == progress.step == 0:  # not again after a resume
             progress.flops += flops
         stepper = Stepper(
@@ -263,8 +274,10 @@ class Trainer:
         )
         trained = [t for m in stage.modules for t in (*m.parameters(), *m.buffers())]
         while progress.epoch < epochs and not stopping.stop:
-            self._run_epoch(stage, stepper, train, epochs)
-            record = self._close_epoch(stage, stepper, validation, epochs)
+            with self.meter.phase(TRAIN):
+                self._run_epoch(stage, stepper, train, epochs)
+            with self.meter.phase(VALIDATION):
+                record = self._close_epoch(stage, stepper, validation, epochs)
             record["best"] = stopping.update(progress.epoch, record["validation_loss"])
             if record["best"]:
                 self._keep_best(trained)

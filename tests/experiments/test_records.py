@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import secrets
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,3 +115,25 @@ def test_environment_names_no_machine(tmp_path: Path) -> None:
     assert described["torch"] == torch.__version__
     assert described["hardware"].startswith("CPU")
     assert not {"hostname", "user", "cwd", "path"} & set(described)
+
+
+def test_runs_that_start_together_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name is drawn four times, by threads that start at once in a root that is not there yet."""
+    names = itertools.cycle(f"{number // 4:04x}" for number in range(64))
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(names))
+    start = threading.Barrier(64)
+
+    def run(number: int) -> Path | None:
+        start.wait()
+        try:
+            made = folder(tmp_path / "runs")
+        except CheckpointError:  # refused, which is not shared
+            return None
+        made.write_json(records.CONFIG, {"number": number})
+        return made.path
+
+    with ThreadPoolExecutor(64) as pool:
+        made = {number: path for number, path in enumerate(pool.map(run, range(64))) if path}
+    assert len(made) >= 16
+    assert len(set(made.values())) == len(made) == len(list((tmp_path / "runs").iterdir()))
+    assert all(RunFolder.open(path).read_json(records.CONFIG) == {"number": n} for n, path in made.items())

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from bpfree.data import Dataset
-from bpfree.errors import TrainingError
+from bpfree.energy import EnergyMeter
+from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import resolve
-from bpfree.experiments.run import resume, run, told_of_memory
+from bpfree.experiments.records import RunFolder
+from bpfree.experiments.run import Measuring, resume, run, told_of_memory
 from bpfree.experiments.tables import result_rows
 
 SETTINGS = {
@@ -125,6 +127,62 @@ def test_json_result_has_what_is_promised(straight: tuple[Path, dict[str, Any]])
     assert {**json.loads((path / records.SUMMARY).read_text()), "run_dir": str(path)} == summary
     for name in (records.CONFIG, records.ENVIRONMENT, records.METRICS, records.MODEL):
         assert (path / name).is_file()
+
+
+def test_training_and_validation_are_told_apart(straight: tuple[Path, dict[str, Any]]) -> None:
+    path, summary = straight
+    energy = summary["energy"]
+    phases = energy["phases"]
+    assert list(phases) == ["train", "validation"]
+    for phase in phases.values():  # the simulated board takes 100 W
+        assert phase["gross_j"] == pytest.approx(100 * phase["seconds"], rel=1e-2)
+    parts = sum(phase["gross_j"] for phase in phases.values())
+    assert 0.5 * energy["gross_j"] < parts < energy["gross_j"]
+    assert energy["j_per_step"] == pytest.approx(energy["gross_j"] / summary["updates"])
+    curve = records.energy_curve(RunFolder.open(path))
+    joules = [spent for spent, _ in curve if spent is not None]
+    assert len(joules) == len(curve) == summary["passes"]
+    assert joules == sorted(joules)
+    assert joules[-1] == energy["gross_j"]
+    assert max(accuracy for _, accuracy in curve) >= summary["validation_accuracy"]
+
+
+def test_idle_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    config = resolve(
+        "mf", "digits", "mlp:1x16", preset="none", training={"epochs": 1}, device="cpu", energy="simulated"
+    )
+
+    def idle(meter: EnergyMeter, seconds: float) -> float:
+        slept.append(seconds)
+        meter._idle_w.append(90.0)
+        return 90.0
+
+    monkeypatch.setattr(EnergyMeter, "measure_idle", idle)
+    measuring = Measuring(idle_w=(80.0,), idle_after_s=12.0)
+    energy = run(config, tmp_path, dataset=own_data(), measuring=measuring, keep_model=False)["energy"]
+    assert slept == [12.0]
+    assert energy["source"]["idle_w"] == [80.0, 90.0]
+    assert energy["net_j"] == pytest.approx(energy["gross_j"] - 85.0 * energy["seconds"])
+    assert "IDLE_DRIFT" in energy["flags"]
+
+
+def test_co2_of_a_run_in_its_folder(tmp_path: Path) -> None:
+    pytest.importorskip("codecarbon")
+    config = resolve("mf", "digits", "mlp:1x16", preset="none", training={"epochs": 1}, device="cpu", energy="none")
+    summary = run(config, tmp_path, dataset=own_data(), measuring=Measuring(carbon="POL"), keep_model=False)
+    carbon = summary["carbon"]
+    assert carbon["parts"]["cpu"]["how"].startswith(("modelled", "measured"))
+    assert carbon["g_co2e"] == pytest.approx(carbon["kwh"] * 661.926)  # energy_protocol, section 5
+    assert (Path(summary["run_dir"]) / carbon["file"]).is_file()
+
+
+def test_an_unknown_country_leaves_nothing_behind(tmp_path: Path) -> None:
+    pytest.importorskip("codecarbon")
+    config = resolve("mf", "digits", "mlp:1x16", preset="none", device="cpu", energy="none")
+    with pytest.raises(UsageError, match="no carbon intensity for country 'XYZ'"):
+        run(config, tmp_path / "runs", dataset=own_data(), measuring=Measuring(carbon="XYZ"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_finished_runs_are_not_trained_again(straight: tuple[Path, dict[str, Any]]) -> None:

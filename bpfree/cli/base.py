@@ -1,0 +1,93 @@
+"""What all commands share: one-line errors, variables of the environment, common options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from bpfree.errors import BpfreeError, UsageError
+
+ENVIRONMENT_NOTE = (
+    "Every option can also be given as an environment variable BPFREE_COMMAND_OPTION, such as "
+    "BPFREE_RUN_EPOCHS=10; BPFREE_DATA names the folder of the data sets."
+)
+EXIT_NOTE = "Exit codes: 0 done, 1 failure, 2 usage, 3 target accuracy missed."
+
+
+def fail(error: BpfreeError) -> NoReturn:
+    click.echo(f"bpfree: error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+class Command(click.Command):
+    """A command whose errors are one line; `--debug` shows where they came from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the stack trace of an error."))
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if parent is not None and parent.auto_envvar_prefix and info_name:
+            for option in self.params:  # click would take the variable's name from the function's argument
+                if isinstance(option, click.Option) and option.envvar is None:
+                    words = (parent.auto_envvar_prefix, info_name, max(option.opts, key=len).lstrip("-"))
+                    option.envvar = "_".join(words).upper().replace("-", "_")
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, context: click.Context) -> Any:
+        debug = context.params.pop("debug")
+        try:
+            return super().invoke(context)
+        except BpfreeError as error:
+            if debug:
+                raise
+            fail(error)
+
+
+class Group(click.Group):
+    command_class = Command
+
+
+def format_option(*choices: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--format", "form", type=click.Choice(choices), default=choices[0], help="How to print the result."
+    )
+
+
+def data_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--data",
+        "data_root",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="BPFREE_DATA",
+        show_envvar=True,
+        show_default="a folder in the user's cache",
+        help="Folder of the data sets.",
+    )(function)
+
+
+def is_default(parameter: str) -> bool:
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.DEFAULT
+
+
+def refuse_others(
+    option: str, *, allowed: AbstractSet[str] = frozenset(), refused: AbstractSet[str] = frozenset()
+) -> None:
+    """Refuse options that `option` would have to ignore: those in `refused`, or else all but those in `allowed`.
+
+    Variables of the environment may stay set.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        ignored = name in refused if refused else name not in allowed
+        if ignored and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option} takes the run as it was recorded; leave out {max(parameter.opts, key=len)}")
