@@ -8,8 +8,8 @@ agreement   60 s of matrix products: the counter against power sampled at 10 Hz 
 idle        60 s of an idle board with a context, the same comparison
 repeat      ten windows of 15 s of one training step (Mono-Forward, MLP 3x2000, batch 128, CUDA graph): J per step
 edges       windows of 1, 2, 5 and 10 s of that step, with and without waiting for the counter to change
-overhead    whole trainings with the meter on (10 Hz, phases) and off, in the order ABBA: seconds and J per step,
-            by an outer window that does not sample
+overhead    trainings of 60 epochs with the meter on as in `bpfree run` and off, in the order ABBA: time and J per step,
+            by a second window around epochs 2 to 60, which does not sample
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from step import build, random_images, repeat, staged_stepper
 
-from bpfree.energy import KINDS, EnergyMeter, PowerSource, choose_source
+from bpfree.energy import KINDS, EnergyMeter, PowerSource, Window, choose_source
 from bpfree.energy.calibration import SETTLE_S
 from bpfree.energy.load import MatrixLoad
 from bpfree.experiments.records import environment
 from bpfree.experiments.run import POLL_HZ
 from bpfree.experiments.stepper import Stepper, numerics
 from bpfree.experiments.tables import markdown_table
-from bpfree.experiments.train import NoMeter, Trainer, TrainingConfig
+from bpfree.experiments.train import Trainer, TrainingConfig
 
 NETWORK, BATCH = "mlp:3x2000", 128
 EDGE_WINDOWS = {1.0: 12, 2.0: 10, 5.0: 6, 10.0: 4}
@@ -110,25 +110,36 @@ class Bench:
             }
 
     def overhead(self) -> dict[str, Any]:
+        self._training(True)  # warms up
         return {"runs": [self._training(metered) for metered in (True, False, False, True) * 3]}
 
     def _training(self, metered: bool) -> dict[str, Any]:
-        """A training of some seconds, and what it took by a window around it."""
+        """A training of some seconds, and what all its epochs but the first took by a window around them."""
         torch.manual_seed(0)
-        epochs = max(1, round(self.seconds))  # of about 0.15 s
+        epochs = max(2, round(self.seconds))  # of about 0.12 s
         train, validation = random_images(45_000, self.device), random_images(5_000, self.device)
-        config = TrainingConfig(epochs=epochs, patience=epochs)
         outer = self.meter()
+        window = outer.window("epochs")
         inner = self.meter(poll_hz=POLL_HZ) if metered else None
+        entered: list[Window] = []
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            if record["epoch"] == 1:
+                entered.append(window.__enter__())
+            elif record["epoch"] == epochs:
+                window.__exit__(None, None, None)
+
         trainer = Trainer(
-            build("bp", NETWORK, self.device), train, validation, config, meter=_Paused(outer, inner or NoMeter())
+            build("bp", NETWORK, self.device),
+            train,
+            validation,
+            TrainingConfig(epochs=epochs, patience=epochs),
+            meter=inner,
+            on_epoch=on_epoch,
         )
-        with ExitStack() as stack:
-            measured = stack.enter_context(outer.window("outer"))
-            if inner is not None:
-                stack.enter_context(inner.window("total"))
-            steps = trainer.run().steps
-        result = measured.result
+        with nullcontext() if inner is None else inner.window("total"):
+            steps = trainer.run().steps * (epochs - 1) / epochs
+        result = entered[0].result
         return {
             "metered": metered,
             "seconds": result.seconds,
@@ -136,21 +147,6 @@ class Bench:
             "j_per_step": None if result.gross_j is None else result.gross_j / steps,
             "flags": list(result.flags),
         }
-
-
-class _Paused:
-    """A meter for the fit loop that lets the outer window leave out what the loop leaves out."""
-
-    def __init__(self, outer: EnergyMeter, inner: EnergyMeter | NoMeter) -> None:
-        self._outer = outer
-        self.phase, self.joules = inner.phase, inner.joules
-        self._inner = inner
-
-    def paused(self) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(self._inner.paused())
-        stack.enter_context(self._outer.paused())
-        return stack
 
 
 STUDIES = ("agreement", "idle", "repeat", "edges", "overhead")

@@ -215,10 +215,15 @@ def calibration_path(device: Mapping[str, Any]) -> Path:
     return calibration_folder() / f"{device.get('uuid_hash') or device['method']}.json"
 
 
-def use_calibration(source: PowerSource) -> None:
+def use_calibration(source: PowerSource, *, context: bool = True) -> None:
     """Let a source take its update period and idle power from its calibration, if there is one that fits.
 
     What was found, or why it was not used, is left in `source.calibrated`.
+
+    Args:
+        source: the device.
+        context: whether a context will be alive all the time; without one the device idles at less power than it was
+            calibrated at, and that power is no baseline.
     """
     device = source.info()
     path = calibration_path(device)
@@ -235,7 +240,7 @@ def use_calibration(source: PowerSource) -> None:
             source.calibrated = f"the calibration of {calibration.date} is not used: {name} was {then}, is {now}"
             return
     source.calibrated = calibration.date
-    source.idle_w = calibration.idle_w
+    source.idle_w = calibration.idle_w if context else None
     source.update_period_s = calibration.update_period_s or source.update_period_s
 
 

@@ -103,7 +103,7 @@ def visible_sources(is_ours: Callable[[int], bool] | None = None) -> list[PowerS
     if count == 0:
         raise SourceUnavailableError("no NVIDIA board is visible")
     devices = [torch.device("cuda", index) for index in range(count)]
-    return _open_boards(devices, find=handle_by_environment, is_ours=is_ours)
+    return _open_boards(devices, context=False, find=handle_by_environment, is_ours=is_ours)
 
 
 def _or_reason(kind: str, open_source: Callable[[], PowerSource]) -> PowerSource:
@@ -135,7 +135,7 @@ def _cuda_devices(device: Device | Sequence[Device]) -> list[torch.device]:
     return [d for d in dict.fromkeys(devices) if d.type == "cuda"]
 
 
-def _open_boards(devices: Sequence[torch.device], **how: Any) -> list[PowerSource]:
+def _open_boards(devices: Sequence[torch.device], *, context: bool = True, **how: Any) -> list[PowerSource]:
     sources: list[PowerSource] = []
     try:
         for device in devices:
@@ -145,7 +145,7 @@ def _open_boards(devices: Sequence[torch.device], **how: Any) -> list[PowerSourc
             source.close()
         raise
     for source in sources:
-        use_calibration(source)
+        use_calibration(source, context=context)
     return sources
 
 

@@ -29,7 +29,7 @@ class MatrixLoad:
     def __init__(self, device: Device) -> None:
         import torch
 
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # with its index, which a thread cannot guess
         on_gpu = device.type == "cuda"
         size, dtype = (GPU_SIZE, torch.bfloat16) if on_gpu else (CPU_SIZE, torch.float32)
         self._a = torch.randn(size, size, device=device).to(dtype)
@@ -50,6 +50,10 @@ class MatrixLoad:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._wait_for is not None:
+            import torch
+
+            torch.cuda.set_device(self._wait_for)  # a thread begins without a current context
         while not self._stopping.is_set():
             self._multiply()
 

@@ -11,6 +11,7 @@ import pytest
 
 from bpfree.energy import EnergyMeter, NullSource, NvmlSource, SimulatedSource, SourceUnavailableError, choose_source
 from bpfree.energy.calibration import Calibration, calibrate, calibration_path, observe
+from bpfree.energy.choose import choose_for_program
 from bpfree.errors import DataError
 
 from .fakes import FakeBoard, FakeClock, FakeNvml
@@ -163,3 +164,15 @@ def test_a_place_that_cannot_be_written(ticking: TickingClock, tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot write the calibration"):
         calibrated(ticking).save(tmp_path / "file" / "x.json")
+
+
+def test_a_board_without_context_idles_below_its_calibration(
+    monkeypatch: pytest.MonkeyPatch, ticking: TickingClock
+) -> None:
+    FakeNvml(monkeypatch, [FakeBoard(millijoules=staircase(ticking, 0.05, lambda n: 5.0 * n))])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    source = choose_source("nvml", "cuda")
+    calibrate(source, nullcontext(), seconds=2, clock=ticking, sleep=ticking.advance).save()
+    program = choose_for_program("nvml")
+    assert program.idle_w is None
+    assert program.update_period_s == pytest.approx(0.05, abs=0.01)

@@ -310,6 +310,7 @@ def test_unmeasured_runs_count_but_give_no_joules() -> None:
     unmeasured = [ToAccuracy(None, True), ToAccuracy(None, False)]
     assert reached([*runs(done=[3, 4, 5], stopped=[]), *unmeasured]) == Reached(4, 5, 2, 4.0, None)
     assert reached(unmeasured) == Reached(1, 2, 2, None, None)
+    assert reached([*runs(done=[], stopped=[7]), *unmeasured]) == Reached(1, 3, 2, None, 7.0)
     assert reached([]) == Reached(0, 0, 0, None, None)
 
 
