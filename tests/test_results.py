@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from bpfree.experiments.records import find_runs
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.parent for path in (ROOT / "results").glob("*/README.md"))  # not results/runs, a user's own
 PAGES = [ROOT / "README.md", *(study / "README.md" for study in STUDIES)]
-TABLE = re.compile(r"<!-- made by: bpfree (table .+?) -->\n\n((?:\|.*\n)+)")
+TABLE = re.compile(r"<!-- made by: ((?:bpfree table|python benchmarks/).+?) -->\n\n((?:\|.*\n)+)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -25,7 +27,11 @@ def test_tables_are_made_from_the_records(page: Path, monkeypatch: pytest.Monkey
     tables = TABLE.findall(page.read_text())
     assert tables
     for command, shown in tables:
-        printed = CliRunner().invoke(cli, shlex.split(command), catch_exceptions=False).stdout
+        program, *arguments = shlex.split(command)
+        if program == "bpfree":
+            printed = CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
+        else:
+            printed = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout
         assert shown == printed
 
 

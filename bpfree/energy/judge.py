@@ -69,7 +69,7 @@ def judge(
         windows=tally.windows,
         regime=tally.regime(),
     )
-    flags |= _doubts(result, idle_w, start_temperature_c)
+    flags |= _doubts(result, min_window_s, idle_w, start_temperature_c)
     return replace(result, flags=flag_names(flags))
 
 
@@ -91,10 +91,14 @@ def _disagree(counter_j: float, trace_j: float | None, *, stale: float) -> bool:
     return trace_j is not None and abs(counter_j - trace_j) > (DISAGREEMENT + stale) * counter_j
 
 
-def _doubts(result: EnergyResult, idle_w: Sequence[float], start_temperature_c: float | None) -> set[Flag]:
+def _doubts(
+    result: EnergyResult, min_window_s: float, idle_w: Sequence[float], start_temperature_c: float | None
+) -> set[Flag]:
     """What the finished numbers themselves give away."""
     regime = result.regime
-    waiting = regime.utilisation is not None and regime.utilisation < HOST_BOUND_UTILISATION
+    # a board tells the utilisation of up to the last second, which in a short window is mostly that of before
+    long_enough = result.seconds >= min_window_s
+    waiting = long_enough and regime.utilisation is not None and regime.utilisation < HOST_BOUND_UTILISATION
     if result.mean_w is not None and result.idle_w is not None:
         waiting |= result.mean_w < HOST_BOUND_OVER_IDLE * result.idle_w
     temperature = regime.temperature_start_c

@@ -9,7 +9,7 @@ from bpfree.energy.sources import PowerSource, Status
 from bpfree.energy.trace import PowerTrace
 
 STATUS_PERIOD_S = 1.0
-"""Time between two looks at temperature, clocks and processes, s: they cost more than a look at the power."""
+"""Time between two looks at temperature, clocks and processes, s: as often as boards renew their utilisation."""
 
 
 class Sampler:

@@ -45,7 +45,7 @@ class RunFolder:
         """
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         network = re.sub(r"[^A-Za-z0-9]+", "-", network)
-        path = root / f"{dataset}-{algorithm}-{network}-seed{seed}-{moment}-{secrets.token_hex(2)}"
+        path = root / f"{dataset}-{algorithm}-{network}-seed{seed}-{moment}-{secrets.token_hex(4)}"
         try:
             path.mkdir(parents=True)
         except OSError as error:

@@ -262,6 +262,18 @@ def test_the_state_of_the_board_is_watched(meter_on: MeterOn, clock: FakeClock) 
     assert window.result.flags == ()
 
 
+@pytest.mark.parametrize(("seconds", "flags"), [(9, ("SHORT_WINDOW",)), (11, ("HOST_BOUND",))])
+def test_a_board_that_waits_is_host_bound_if_there_was_time_to_tell(
+    meter_on: MeterOn, clock: FakeClock, seconds: float, flags: tuple[str, ...]
+) -> None:
+    board = steady(clock)
+    board.utilisation = 20
+    meter = meter_on(board, poll_hz=10)
+    with meter.window("train") as window:
+        clock.advance(seconds)
+    assert window.result.flags == flags
+
+
 def test_the_states_of_windows_of_one_name_are_joined(meter_on: MeterOn, clock: FakeClock) -> None:
     board = steady(clock)
     meter = meter_on(board, poll_hz=10)
