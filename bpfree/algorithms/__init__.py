@@ -2,6 +2,7 @@
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
 
@@ -10,6 +11,7 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "Batch",
+    "ForwardGNN",
     "Learner",
     "MonoForward",
     "Paper",
