@@ -24,6 +24,7 @@ from bpfree.experiments.config import RunConfig, parse_settings, presets, resolv
 from bpfree.experiments.schedules import SCHEDULES
 from bpfree.experiments.stepper import PRECISIONS
 from bpfree.experiments.tables import COLUMNS, markdown_table, readable, result_rows, text_table
+from bpfree.experiments.train import MONITORS, SPLITS
 from bpfree.networks import describe_networks
 
 EXIT_TARGET_MISSED = 3
@@ -131,6 +132,14 @@ def _data_option(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of matrix products.  [default: tf32]")
 @click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Augmentation.  [default: the data set's own]")
 @click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]")
+@click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]")
+@click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]")
+@click.option("--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]")
+@click.option(
+    "--reveal-validation/--no-reveal-validation",
+    default=None,
+    help="Graphs: show validation labels to the rule at test.  [default: no-reveal-validation]",
+)
 @click.option("--graph/--no-graph", default=None, help="CUDA graphs for training steps.  [default: graph]")
 @click.option(
     "--checkpoint-every",
@@ -240,7 +249,7 @@ def run(
                 device=device,
                 energy=energy,
             )
-        loaded = data.load(config.dataset, data_root, download=download)
+        loaded = runs.load_dataset(config.dataset, data_root, download=download)
         idle_w = runs.measure_idle(config, idle_seconds) if idle_seconds else ()
         summaries = []
         for seed in seeds:
@@ -282,8 +291,9 @@ def _print_summary(summary: Mapping[str, Any], form: str) -> None:
     rule = summary["algorithm"] + (f" ({summary['variant']})" if summary["variant"] else "")
     click.echo(
         f"{summary['dataset']} {summary['network']} {rule} seed {summary['seed']}: "
-        f"test accuracy {summary['test_accuracy']:.2f} %, {summary['passes']} passes, {summary['seconds']:.1f} s, "
-        f"{energy_words(summary['energy'])}, peak memory {summary['peak_memory_mib']:.0f} MiB -> {summary['run_dir']}"
+        f"test {summary['metric']} {summary['test_accuracy']:.2f} %, {summary['passes']} passes, "
+        f"{summary['seconds']:.1f} s, {energy_words(summary['energy'])}, "
+        f"peak memory {summary['peak_memory_mib']:.0f} MiB -> {summary['run_dir']}"
     )
 
 
@@ -323,8 +333,8 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
         return [
             {
                 "name": entry.name,
-                "samples": "{} + {}".format(*entry.samples),
-                "shape": "x".join(map(str, entry.input_shape)),
+                "samples": entry.size,
+                "shape": entry.shape,
                 "classes": str(entry.classes),
                 "where": "packaged" if entry.packaged else "bpfree data fetch",
                 "licence": entry.licence,
