@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
+from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
@@ -95,6 +96,13 @@ ALGORITHMS: Final = (
         ForwardGNN,
         "ForwardGNN: graph layers learn forward from class prototypes, goodness or links",
         ForwardGNN.paper,
+    ),
+    Algorithm(
+        "direct_feedback",
+        "dfa",
+        DirectFeedback,
+        "control: direct feedback alignment, the output's error through fixed random weights",
+        DirectFeedback.paper,
     ),
 )
 

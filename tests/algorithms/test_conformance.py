@@ -130,7 +130,7 @@ every = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for
 def test_learns_a_separable_set(rule: str, backbone: str) -> None:
     # Goodness answers by trying each class on all nodes asked about, which misleads their neighbours: ask about few.
     steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
-    learner = build(rule, backbone, **({"lr": 1e-2} if rule in GOODNESS else {}))
+    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, "dfa") else {}))
     for index in range(steps):
         step(learner, *batch(backbone, 64, seed=index))
     right = 0.0
