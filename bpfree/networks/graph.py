@@ -22,6 +22,11 @@ LONGEST_BAG: Final = 32
 """Entries that one GPU thread adds up; longer rows (virtual nodes, hubs) are added in parts, and then the parts."""
 
 
+def _longest_bag(device: torch.device) -> int | None:
+    """Where rows are cut; not on CPUs, which have few threads."""
+    return None if device.type == "cpu" else LONGEST_BAG
+
+
 class SparseMatrix:
     """A constant sparse matrix whose products with dense ones are deterministic, and its transpose for gradients.
 
@@ -47,23 +52,22 @@ class SparseMatrix:
 
 
 class _Bags:
-    """Compressed rows, cut into bags of at most `LONGEST_BAG` entries."""
+    """Compressed rows, cut into bags of at most `_longest_bag` entries."""
 
     def __init__(self, rows: Tensor, columns: Tensor, values: Tensor, count: int) -> None:
         order = torch.argsort(rows, stable=True)
         self.columns, self.values = columns[order], values[order]
         lengths = torch.bincount(rows, minlength=count)
-        bags = (lengths + LONGEST_BAG - 1).div(LONGEST_BAG, rounding_mode="floor")
-        starts, bag_starts = _offsets(lengths), _offsets(bags)
+        self.offsets = _offsets(lengths)
         self.parts: Tensor | None = None  # bags of bags, where a row has several
-        if rows.device.type == "cpu" or int(bags.max()) <= 1:
-            self.offsets = starts
-        else:
+        longest = _longest_bag(rows.device)
+        if longest is not None and int(lengths.max()) > longest:
+            bags = (lengths + longest - 1).div(longest, rounding_mode="floor")
+            self.parts = _offsets(bags)
             owner = torch.repeat_interleave(bags)
-            within = torch.arange(len(owner), device=rows.device) - bag_starts[owner]
-            self.offsets = torch.cat([starts[owner] + LONGEST_BAG * within, starts[-1:]])
-            self.parts = bag_starts
             self.part_index = torch.arange(len(owner), device=rows.device)
+            within = self.part_index - self.parts[owner]
+            self.offsets = torch.cat([self.offsets[owner] + longest * within, self.offsets[-1:]])
 
     def times(self, dense: Tensor) -> Tensor:
         product = F.embedding_bag(

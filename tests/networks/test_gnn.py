@@ -97,9 +97,14 @@ def test_normalized_adjacency_by_hand() -> None:
     torch.testing.assert_close(edges.mean @ torch.eye(3, dtype=torch.float64), mean)
 
 
-def test_sparse_products_and_their_gradients_equal_dense_ones() -> None:
+@pytest.mark.parametrize("longest", [None, 1, 7, 1000])
+def test_sparse_products_and_their_gradients_equal_dense_ones(
+    longest: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether long rows are added up whole, as on CPUs, or in parts, as on GPUs."""
+    monkeypatch.setattr("bpfree.networks.graph._longest_bag", lambda device: longest)
     generator = torch.Generator().manual_seed(0)
-    rows, columns = torch.randint(9, (2, 500), generator=generator)  # long rows, repeated entries
+    rows, columns = torch.randint(9, (2, 500), generator=generator)  # long rows, empty ones, repeated entries
     values = torch.randn(500, generator=generator, dtype=torch.float64)
     dense = torch.zeros(12, 9, dtype=torch.float64).index_put((rows, columns), values, accumulate=True)
     sparse = SparseMatrix(rows, columns, values, (12, 9))
