@@ -26,47 +26,35 @@ like training does; the authors' code does not, which is `bottom_up="raw"`. Scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from bpfree.algorithms._graph_labels import (
-    AppendedLabels,
-    Labelling,
-    Layout,
-    Unlabelled,
-    VirtualNodes,
-    VirtualViews,
-    edges_of,
-    label_matrix,
-)
+from bpfree.algorithms._graph_labels import AppendedLabels, Labelling, Unlabelled, VirtualNodes, VirtualViews
 from bpfree.algorithms._graph_objectives import Goodness, InnerProducts, Objective, PairGoodness, Prototypes
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms._graph_schedules import InTime, LayerByLayer, Parts, Schedule, States, graph_blocks
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
 from bpfree.metrics import roc_auc
 from bpfree.networks.blocks import Shape
-from bpfree.networks.gnn import GraphBlock, SeparableBlock
+from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
 
-NORM_EPS: Final = 1e-8
-CLIP_NORM: Final = 1.0  # sf-t2l only
-INFERENCE_STEPS: Final = 10
-SILENT_STEPS: Final = 2  # of these, not counted
 LOSSES: Final = ("ff", "symba")
 BOTTOM_UP: Final = ("normalized", "raw")
-Schedule = Literal["greedy", "top-to-input", "top-to-loss"]
 
 
 @dataclass(frozen=True)
 class Variant:
     """The parts that a variant is made of, and the options that it has."""
 
-    schedule: Schedule
+    schedule: Literal["greedy", "top-to-input", "top-to-loss"]
     labelling: Callable[[ForwardGNN], Labelling]
     objective: Callable[[ForwardGNN], Objective]
     options: frozenset[str]
@@ -186,239 +174,48 @@ class ForwardGNN(Learner):
         for name in given:
             if given[name] and name not in parts.options:
                 raise UsageError(f"the variant {variant} has no {name}")
-        self.name, self.schedule = variant, parts.schedule
-        self._labelling = parts.labelling(self)
-        self._objective = parts.objective(self)
-        self._fit_blocks()
-        greedy = self.schedule == "greedy"
+        self.name = variant
+        self._labelling, self._objective = parts.labelling(self), parts.objective(self)
+        self._fit_blocks(parts.schedule)
+        greedy = parts.schedule == "greedy"
         groups = [block.parameters() for block in self.network] if greedy else [self.parameters()]
-        self._optimizers = tuple(make_optimizer(group, optimizer, lr=lr, weight_decay=weight_decay) for group in groups)
+        optimizers = [make_optimizer(group, optimizer, lr=lr, weight_decay=weight_decay) for group in groups]
         self._states = States(0 if greedy else len(self.network))
+        self._schedule = self._order(parts.schedule, optimizers)
 
-    def _fit_blocks(self) -> None:
+    def _order(self, schedule: str, optimizers: list[Optimizer]) -> Schedule:
+        parts = Parts(
+            self.network,
+            self._labelling,
+            self._objective,
+            self.classes,
+            self.input_shape[0],
+            self.name.startswith("link"),
+        )
+        if schedule == "greedy":
+            return LayerByLayer(parts, optimizers)
+        to_input, raw = schedule == "top-to-input", self.bottom_up == "raw"
+        return InTime(parts, optimizers[0], self._states, to_input=to_input, raw=raw)
+
+    def _fit_blocks(self, schedule: str) -> None:
         """Blocks for inputs with appended labels or states from above, where the variant has them."""
-        layers = list(self._graph_blocks())
+        layers = list(graph_blocks(self.network))
         widths = [layer.width for layer in layers]
         extra = [self._labelling.columns, *[0] * (len(layers) - 1)]
-        if self.schedule == "top-to-input":
+        if schedule == "top-to-input":
             extra = [*widths[1:], 0 if self.name.startswith("link") else self.classes]
         for index, (layer, more) in enumerate(zip(layers, extra, strict=True)):
             if more:
                 self.network[index] = layer.like(layer.in_features + more, layer.width, layer.activation)
 
-    def _graph_blocks(self) -> Iterator[GraphBlock]:
-        for block in self.network:
-            assert isinstance(block, GraphBlock)
-            yield block
-
-    # -- what all variants share ------------------------------------------------------------------------------
-
-    def _checked(self, graph: Graph) -> Graph:
-        if graph.x.shape[1:] != self.input_shape:
-            raise UsageError(f"node features have shape {tuple(graph.x.shape[1:])}, expected {self.input_shape}")
-        if self.name.startswith("link") and graph.nodes.ndim != 2:
-            raise UsageError(f"{self.name} rates pairs of nodes, the graph asks about nodes; use a variant for nodes")
-        return graph
-
     @torch.no_grad()
     def forward(self, inputs: Graph) -> Tensor:
         """A graph that asks about M nodes or pairs -> (M, C) class scores: what its layers say, added up."""
-        return self._objective.scores(torch.stack(self._evidence(inputs)).sum(0))
-
-    def _evidence(self, graph: Graph) -> list[Tensor]:
-        """What each layer says about the nodes asked about, (M, C)."""
-        if self.schedule != "greedy":
-            return self._evidence_in_time(self._asking(graph))
-        layout = self._labelling.to_ask(self._checked(graph))
-        evidence = []
-        for block in self.network:
-            layout = block(normalized(layout))
-            evidence.append(self._objective.evidence(wanted_rows(layout), layout))
-        return evidence
-
-    def _learn(self, index: int, layout: Layout, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Set the gradients of one layer, by autograd inside it; return its loss and its output for all rows."""
-        block = self.network[index]
-        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        with torch.enable_grad():
-            output = block(layout.detach())
-            value = loss(wanted_rows(output))
-        set_gradients(parameters, torch.autograd.grad(value, parameters))
-        return value.detach(), output.x.detach()
-
-    # -- layer after layer ------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _training_layer(self, index: int, graph: Graph) -> Layout:
-        """What layer `index` learns from."""
-        layout = self._labelling.to_learn(self._checked(graph))
-        with evaluation_mode(self):
-            for block in self.network[:index]:
-                layout = block(normalized(layout))
-                layout = layout.with_x(self._labelling.carry(layout.x))
-        return self._layer_inputs(index, layout)
-
-    @torch.no_grad()
-    def _asking_layer(self, index: int, graph: Graph) -> Layout:
-        """What layer `index` is asked, with the evidence of the layers below."""
-        layout = self._labelling.to_ask(self._checked(graph))
-        with evaluation_mode(self):
-            for block in self.network[:index]:
-                layout = block(normalized(layout))
-                evidence = self._objective.evidence(wanted_rows(layout), layout)
-                layout = replace(layout, evidence=evidence if layout.evidence is None else layout.evidence + evidence)
-        return self._layer_inputs(index, layout)
-
-    def _layer_inputs(self, index: int, layout: Layout) -> Layout:
-        """A layer's constant inputs: where its convolution allows, the neighbourhood sums of the wanted rows alone."""
-        layout, block = normalized(layout), list(self._graph_blocks())[index]
-        if not isinstance(block, SeparableBlock):
-            block.prepare(edges_of(layout))
-            return layout
-        sums = block.aggregate(layout.x, edges_of(layout))
-        return replace(layout, x=sums if layout.rows is None else sums[layout.rows], edges=None)
-
-    def _update_layer(self, index: int, batch: Batch) -> Metrics:
-        layout, targets = batch
-        loss, _ = self._learn(index, layout, lambda h: self._objective.loss(h, layout, targets))
-        self._optimizers[index].step()
-        return {f"layer {index} loss": loss}
-
-    def _layer_scores(self, index: int, layout: Layout) -> Tensor:
-        evidence = self._objective.evidence(wanted_rows(self.network[index](layout)), layout)
-        return self._objective.scores(evidence if layout.evidence is None else layout.evidence + evidence)
-
-    # -- all layers, in time steps ----------------------------------------------------------------------------
-
-    def _laid_out(self, layout: Layout, *, raw: bool) -> Layout:
-        """A layout with its features normalised, unless `raw`, and the labels that the top layer is fed, if any."""
-        next(self._graph_blocks()).prepare(edges_of(layout))
-        top = None
-        if self.schedule == "top-to-input" and not self.name.startswith("link"):
-            top = normalize(label_matrix(layout, self.classes))
-        return replace(layout if raw else normalized(layout), top=top)
-
-    @torch.no_grad()
-    def _asking(self, graph: Graph) -> Layout:
-        return self._laid_out(self._labelling.to_ask(self._checked(graph)), raw=self.bottom_up == "raw")
-
-    @torch.no_grad()
-    def _begin(self, graph: Graph) -> Layout:
-        """The training layout; the first time, the states of all layers are set by a bottom-up pass."""
-        layout = self._labelling.to_learn(self._checked(graph))
-        if not self._states.fit(len(layout.x)):
-            with evaluation_mode(self):
-                outputs = self._bottom_up(self._laid_out(layout, raw=self.bottom_up == "raw"))
-            self._states.begin([self._state(output) for output in outputs])
-        return self._laid_out(layout, raw=False)
-
-    def _state(self, output: Tensor) -> Tensor:
-        """What a bottom-up pass hands to other layers."""
-        return output if self.bottom_up == "raw" else normalize(output)
-
-    def _layer_at(self, index: int, layout: Layout, states: Sequence[Tensor]) -> Layout:
-        """The input of a layer in time: the state below and, for top-to-input, the state above."""
-        below = states[index - 1] if index else layout.x
-        if self.schedule == "top-to-loss":
-            return layout.with_x(below)
-        above = layout.top if index == len(self.network) - 1 else states[index + 1]
-        return layout.with_x(below if above is None else torch.cat([below, above], 1))
-
-    def _bottom_up(self, layout: Layout) -> list[Tensor]:
-        """Every layer's output (n, d) in one pass from below, with nothing from above."""
-        outputs: list[Tensor] = []
-        below = layout.x
-        for block in self._graph_blocks():
-            missing = below.new_zeros(len(below), block.in_features - below.shape[1])
-            outputs.append(block(layout.with_x(torch.cat([below, missing], 1))).x)
-            below = self._state(outputs[-1])
-        return outputs
-
-    def _mixed(self, index: int, h: Tensor, layout: Layout, states: Sequence[Tensor]) -> Tensor:
-        """What a layer's loss and evidence look at: h itself, or its mean with the states above (top-to-loss)."""
-        if self.schedule == "top-to-input":
-            return h
-        above = [wanted_rows(layout.with_x(state)) for state in states[index + 1 :]]
-        return torch.stack([h, *above]).mean(0)
-
-    def _order(self) -> list[int]:
-        """Top-to-input: the layers 1, 3, 5, .., then 2, 4, .., each seeing what is new already."""
-        layers = list(range(len(self.network)))
-        return layers[::2] + layers[1::2]
-
-    def _evidence_in_time(self, layout: Layout) -> list[Tensor]:
-        outputs = self._bottom_up(layout)
-        states = [self._state(output) for output in outputs]
-        evidence = [layout.x.new_zeros(()) for _ in outputs]
-        if self.schedule == "top-to-loss":
-            for index, output in enumerate(outputs):
-                h = self._mixed(index, wanted_rows(layout.with_x(output)), layout, states)
-                evidence[index] = self._objective.evidence(h, layout)
-            return evidence
-        for step in range(INFERENCE_STEPS):
-            for index in self._order():
-                output = self.network[index](self._layer_at(index, layout, states))
-                states[index] = normalize(output.x)
-                if step >= SILENT_STEPS:
-                    evidence[index] = evidence[index] + self._objective.evidence(wanted_rows(output), layout)
-        return evidence
-
-    def _scores_in_time(self, layout: Layout) -> Tensor:
-        return self._objective.scores(torch.stack(self._evidence_in_time(layout)).sum(0))
-
-    def _update_in_time(self, batch: Batch) -> Metrics:
-        layout, targets = batch
-        states, fresh, metrics = self._states.tensors(), {}, {}
-        for index in self._order():
-
-            def loss(h: Tensor, index: int = index) -> Tensor:
-                return self._objective.loss(self._mixed(index, h, layout, states), layout, targets)
-
-            value, output = self._learn(index, self._layer_at(index, layout, states), loss)
-            metrics[f"layer {index} loss"] = value
-            fresh[index] = normalize(output)
-            if self.schedule == "top-to-input":
-                states[index].copy_(fresh[index])
-            else:
-                nn.utils.clip_grad_norm_(self.network[index].parameters(), CLIP_NORM)
-        if self.schedule == "top-to-loss":  # every layer saw the states of the step before
-            for index, state in fresh.items():
-                states[index].copy_(state)
-        self._optimizers[0].step()
-        return {name: metrics[name] for name in sorted(metrics)}
-
-    # -- the rest of the contract -----------------------------------------------------------------------------
+        return self._objective.scores(torch.stack(self._schedule.evidence(inputs)).sum(0))
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage per layer, or one for all layers of the variants in time steps."""
-        if self.schedule != "greedy":
-            return (
-                Stage(
-                    name="all layers",
-                    modules=(self,),
-                    optimizers=self._optimizers,
-                    update=self._update_in_time,
-                    scores=self._scores_in_time,
-                    input_shape=self.input_shape,
-                    classes=self.classes,
-                    prefix=self._asking,
-                    training_prefix=self._begin,
-                ),
-            )
-        return tuple(
-            Stage(
-                name=f"layer {index}",
-                modules=(block,),
-                optimizers=(self._optimizers[index],),
-                update=partial(self._update_layer, index),
-                scores=partial(self._layer_scores, index),
-                input_shape=(block.sums if isinstance(block, SeparableBlock) else block.in_features,),
-                classes=self.classes,
-                prefix=partial(self._asking_layer, index),
-                training_prefix=partial(self._training_layer, index),
-            )
-            for index, block in enumerate(self._graph_blocks())
-        )
+        return self._schedule.stages()
 
     @property
     def variant(self) -> str:
@@ -432,7 +229,7 @@ class ForwardGNN(Learner):
     def diagnostics(self, batch: Batch) -> Metrics:
         """Accuracy (of pairs ROC-AUC) when only the first layers speak: of greedy variants, that of a shallower run."""
         graph, targets = batch
-        summed = torch.stack(self._evidence(graph)).cumsum(0)
+        summed = torch.stack(self._schedule.evidence(graph)).cumsum(0)
         report = {}
         for depth, evidence in enumerate(summed, 1):
             scores = self._objective.scores(evidence)
@@ -453,52 +250,3 @@ class ForwardGNN(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """The temperature of the default variant."""
         return {"tau": trial.suggest_float("tau", 0.1, 10.0, log=True)}
-
-
-class States(nn.Module):
-    """The layers' outputs of the last time step, normalised: part of what a checkpoint holds.
-
-    They take the size of the graph when training begins, or that of a checkpoint that is loaded.
-
-    Args:
-        layers: number of layers.
-    """
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        for index in range(layers):
-            self.register_buffer(str(index), torch.empty(0, 0))
-
-    def tensors(self) -> list[Tensor]:
-        """One (n, d) tensor per layer, to be changed in place."""
-        return list(self.buffers())
-
-    def fit(self, nodes: int) -> bool:
-        """Whether there are states of this many nodes."""
-        return all(len(state) == nodes for state in self.buffers())
-
-    def begin(self, states: Iterable[Tensor]) -> None:
-        """Take up first states."""
-        for index, state in enumerate(states):
-            self.register_buffer(str(index), state)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        for name, state in self.named_buffers():
-            saved = state_dict.get(prefix + name, state)
-            self.register_buffer(name, state.new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-def normalize(x: Tensor) -> Tensor:
-    """N(h) = h / (||h||_2 + 1e-8), per row."""
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + NORM_EPS)
-
-
-def normalized(layout: Layout) -> Layout:
-    """A layout with N of its features."""
-    return layout.with_x(normalize(layout.x))
-
-
-def wanted_rows(output: Layout) -> Tensor:
-    """The rows that the objective wants, of a layer's output for all of them or for just these."""
-    return output.x if output.edges is None or output.rows is None else output.x[output.rows]

@@ -92,6 +92,10 @@ class Stage:
         """From network inputs to the inputs of `step`, or None when they are the same."""
         return self.training_prefix or self.prefix
 
+    def prepared(self, inputs: Any) -> Any:
+        """Network inputs as the inputs of `step`."""
+        return inputs if self.step_prefix is None else self.step_prefix(inputs)
+
     def step(self, batch: Batch) -> Metrics:
         """One update from one batch of stage inputs.
 
@@ -208,7 +212,7 @@ class Learner(nn.Module, ABC):
 
         Raises:
             UsageError: the batch does not fit, or the schedule trains one stage after another, in which case
-                the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prefix(x), y))`.
+                the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prepared(x), y))`.
         """
         stages = self.stages()
         if len(stages) > 1:
@@ -216,8 +220,7 @@ class Learner(nn.Module, ABC):
                 f"this schedule trains {len(stages)} stages one after another; loop over learner.stages() instead"
             )
         inputs, targets = batch
-        prepare = stages[0].step_prefix
-        return stages[0].step((inputs if prepare is None else prepare(inputs), targets))
+        return stages[0].step((stages[0].prepared(inputs), targets))
 
     @final
     @torch.no_grad()

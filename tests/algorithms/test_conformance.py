@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bpfree.algorithms import ALGORITHMS, Algorithm, Learner, Stage, algorithm
+from bpfree.algorithms import ALGORITHMS, Algorithm, Learner, algorithm
 from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.errors import UsageError
@@ -103,15 +103,11 @@ def images(size: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def stage_inputs(stage: Stage, x: Any) -> Any:
-    return x if stage.step_prefix is None else stage.step_prefix(x)
-
-
 def step(learner: Learner, x: Any, y: Tensor) -> dict[str, Tensor]:
     """One update of everything, whatever the schedule."""
     metrics = {}
     for stage in learner.stages():
-        metrics.update(stage.step((stage_inputs(stage, x), y)))
+        metrics.update(stage.step((stage.prepared(x), y)))
     return metrics
 
 
@@ -348,7 +344,7 @@ def test_wrong_graphs_get_a_clear_error(
     stage = learner.stages()[0]
     x, y = spoil(*batch(backbone))
     with pytest.raises(UsageError, match=message):
-        stage.step((stage_inputs(stage, x), y))
+        stage.step((stage.prepared(x), y))
     assert identical(before, snapshot(learner.network))
 
 
@@ -371,7 +367,7 @@ def test_no_step_reads_from_the_device(rule: str, backbone: str) -> None:
     x, y = batch(backbone)
     step(learner, x, y)
     for stage in learner.stages():
-        inputs = stage_inputs(stage, x)
+        inputs = stage.prepared(x)
         with NoHostReads():
             stage.update((inputs, y))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bpfree.algorithms import ForwardGNN
 from bpfree.algorithms._graph_labels import AppendedLabels, VirtualNodes, VirtualViews, edges_of, positive_and_negatives
-from bpfree.algorithms.forward_gnn import normalized, wanted_rows
+from bpfree.algorithms._graph_schedules import LayerByLayer, normalized, wanted_rows
 from bpfree.data.graph_batches import GraphBatches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
@@ -74,16 +74,14 @@ def assert_same(learner: ForwardGNN, expected: tuple[list[np.ndarray], list[np.n
 def greedy(learner: ForwardGNN, graph: Graph, targets: Tensor, steps: int = 1) -> list[float]:
     losses = []
     for index, stage in enumerate(learner.stages()):
-        assert stage.step_prefix is not None
-        inputs = stage.step_prefix(graph)
+        inputs = stage.prepared(graph)
         losses += [stage.step((inputs, targets))[f"layer {index} loss"].item() for _ in range(steps)]
     return losses
 
 
 def in_time(learner: ForwardGNN, graph: Graph, targets: Tensor, steps: int) -> list[list[float]]:
     (stage,) = learner.stages()
-    assert stage.step_prefix is not None
-    inputs = stage.step_prefix(graph)
+    inputs = stage.prepared(graph)
     return [[value.item() for value in stage.step((inputs, targets)).values()] for _ in range(steps)]
 
 
@@ -301,8 +299,7 @@ def test_no_label_of_a_node_that_is_asked_about_is_reachable() -> None:
         graph, _, _, y = toy()
         learner = build(variant)
         for stage in learner.stages():
-            assert stage.step_prefix is not None
-            stage.step((stage.step_prefix(graph), torch.as_tensor(y[TRAIN])))
+            stage.step((stage.prepared(graph), torch.as_tensor(y[TRAIN])))
         question = graph.asking(torch.as_tensor(ASKED))
         held = [question.labels, *(v for v in learner.state_dict().values() if isinstance(v, Tensor))]
         assert all(t.dtype.is_floating_point or t.ndim == 0 or t is question.labels for t in held)
@@ -334,8 +331,7 @@ def test_training_a_layer_leaves_the_others_alone(kind: str) -> None:
     assert sum(map(len, optimized)) == len(set().union(*optimized)) == len(list(learner.parameters()))
     for index, stage in enumerate(learner.stages()):
         before = [[p.clone() for p in block.parameters()] for block in learner.blocks()]
-        assert stage.step_prefix is not None
-        inputs = stage.step_prefix(graph)
+        inputs = stage.prepared(graph)
         assert not inputs.requires_grad
         stage.step((inputs, graph.labels))
         for other, (block, old) in enumerate(zip(learner.blocks(), before, strict=True)):
@@ -355,15 +351,15 @@ def test_kept_sums_train_like_the_whole_convolution(kind: str, variant: str) -> 
         graph, targets = graph.asking(torch.randint(NODES, (2, 12))), torch.arange(12) % 2
     kept, whole = build(variant, 1, kind=kind), build(variant, 1, kind=kind)
     (stage,) = kept.stages()
-    assert stage.step_prefix is not None
-    inputs = stage.step_prefix(graph)
+    inputs = stage.prepared(graph)
     assert inputs.edges is None
     layout = normalized(whole._labelling.to_learn(graph))
+    assert isinstance(whole._schedule, LayerByLayer)
     for _ in range(5):
         torch.testing.assert_close(
-            stage.step((inputs, targets)), whole._update_layer(0, (layout, targets)), rtol=1e-9, atol=1e-9
+            stage.step((inputs, targets)), whole._schedule.update(0, (layout, targets)), rtol=1e-9, atol=1e-9
         )
-    changed = stage.step_prefix(graph.with_x(2 * graph.x + 1))
+    changed = stage.prepared(graph.with_x(2 * graph.x + 1))
     assert not torch.allclose(changed.x, inputs.x)
 
 
@@ -388,7 +384,7 @@ def test_a_deeper_run_begins_with_the_shallower_one() -> None:
         validation = GraphBatches(question, torch.as_tensor(y[ASKED]))
         config = TrainingConfig(epochs=10, monitor="metric")
         Trainer(learner, GraphBatches(graph, graph.labels), validation, config).run()
-        evidence = learner._evidence(question)
+        evidence = learner._schedule.evidence(question)
         results[depth] = (torch.stack(evidence[:2]), learner.diagnostics((question, torch.as_tensor(y[ASKED]))))
     assert torch.equal(results[2][0], results[4][0])
     assert results[2][1]["depth 2 accuracy"] == results[4][1]["depth 2 accuracy"]

@@ -95,8 +95,7 @@ def test_labels_of_validation_and_test_nodes_change_no_weight_and_no_score(
         learner = runs.build_learner(run, dataset, CPU)
         train, _, test = graph_parts(dataset, run.training, 0, CPU)
         for stage in learner.stages():
-            assert stage.step_prefix is not None
-            inputs = stage.step_prefix(train.graph)
+            inputs = stage.prepared(train.graph)
             for _ in range(2):
                 stage.step((inputs, train.targets))
         models.append([*learner.parameters(), learner.scores(test.graph)])
