@@ -18,7 +18,7 @@ from bpfree import data
 from bpfree.algorithms import Learner, algorithm
 from bpfree.data import Dataset, GraphDataset, GraphInfo
 from bpfree.data.batches import Batches
-from bpfree.data.graph_batches import AnyBatches
+from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.energy import EnergyMeter, EnergyResult, choose_source
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
@@ -227,7 +227,7 @@ def _train(
             raise
         finally:
             reporter.finished()
-        data_mib = (train.nbytes + validation.nbytes + test.nbytes) / MIB
+        data_mib = stored_bytes(train, validation, test) / MIB
         measured = {
             "energy": _energy(meter, progress, train.step_size(config.training.batch_size)),
             "memory": {**peak_memory(device), "data_mib": data_mib},
@@ -256,6 +256,12 @@ def load_batches(
         Batches(validation.inputs, validation.targets, **shared),
         Batches(test.inputs, test.targets, **shared),
     )
+
+
+def stored_bytes(*parts: AnyBatches) -> int:
+    """Bytes of the data on the device; the parts of a graph share its features and edges."""
+    shared = parts[1:] if isinstance(parts[0], GraphBatches) else ()
+    return sum(part.nbytes for part in parts) - sum(part.nbytes - part.targets.nbytes for part in shared)
 
 
 def _energy(meter: EnergyMeter, progress: Progress, step_size: int) -> dict[str, Any]:

@@ -56,6 +56,12 @@ def test_revealed_labels_are_those_of_validation_and_at_test_only(cora: data.Gra
     assert set(test.graph.known.tolist()) == {*train.graph.nodes.tolist(), *validation.graph.nodes.tolist()}
 
 
+def test_a_graph_is_stored_once(cora: data.GraphDataset) -> None:
+    parts = graph_parts(cora, TrainingConfig(split="folds"), 0, CPU)
+    assert parts[0].graph.x.data_ptr() == parts[2].graph.x.data_ptr()
+    assert runs.stored_bytes(*parts) == cora.features.nbytes + cora.edge_index.nbytes + cora.labels.nbytes
+
+
 def test_a_seed_chooses_the_fold(cora: data.GraphDataset) -> None:
     first, second, again = (graph_parts(cora, TrainingConfig(split="folds"), seed, CPU)[2] for seed in (0, 1, 5))
     assert not torch.equal(first.graph.nodes, second.graph.nodes)
