@@ -86,9 +86,9 @@ def test_links_are_pairs_over_training_edges(cora: data.GraphDataset) -> None:
 
 @pytest.mark.parametrize("variant", ["sf", "ff-la"])
 def test_labels_of_validation_and_test_nodes_change_no_weight_and_no_score(
-    cora: data.GraphDataset, variant: str, tmp_path: Path
+    cora: data.GraphDataset, variant: str
 ) -> None:
-    """A whole run twice, the second time with the test labels shuffled, and (for weights) unmonitored validation's."""
+    """Trained twice, the second time with the labels of all validation and test nodes shuffled."""
     split = cora.node_split(0)
     shuffled = cora.labels.clone()
     held_out = torch.cat([split.validation, split.test])
