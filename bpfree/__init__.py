@@ -7,12 +7,13 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 """
 
 from bpfree import data
-from bpfree.algorithms import Backprop, Learner, MonoForward, algorithm
+from bpfree.algorithms import Backprop, DirectFeedback, ForwardGNN, Learner, MonoForward, algorithm
 from bpfree.data import Batches, Dataset
+from bpfree.data.graph_batches import GraphBatches
 from bpfree.energy import EnergyMeter
 from bpfree.errors import BpfreeError
 from bpfree.experiments import Trainer, TrainingConfig, evaluate
-from bpfree.networks import build_network
+from bpfree.networks import Graph, build_network
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,11 @@ __all__ = [
     "Batches",
     "BpfreeError",
     "Dataset",
+    "DirectFeedback",
     "EnergyMeter",
+    "ForwardGNN",
+    "Graph",
+    "GraphBatches",
     "Learner",
     "MonoForward",
     "Trainer",

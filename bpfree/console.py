@@ -55,7 +55,7 @@ class Console(Reporter):
     def steps(self, stage: str, epoch: int, count: int) -> None:
         if self._quiet or not sys.stderr.isatty():
             return
-        steps = len(self._trainer.train) // self._trainer.config.batch_size
+        steps = self._trainer.train.steps_per_epoch(self._trainer.config.batch_size)
         if stage != self._stage:
             self.finished()
             from tqdm import tqdm

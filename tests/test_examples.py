@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from examples import embed, energy
+from examples import embed, energy, large_graph
 
 
 def test_embedding_loop_learns_the_digits() -> None:
@@ -20,9 +20,14 @@ def test_measuring_example_tells_joules_or_why_not(capsys: pytest.CaptureFixture
     assert (" J by " in told and "inference: " in told) or "energy not measured: " in told
 
 
-@pytest.mark.parametrize("module", ["bpfree.algorithms.backprop", "bpfree.algorithms.mono_forward"])
+def test_a_graph_in_parts_is_learnt() -> None:
+    pytest.importorskip("torch_geometric")
+    assert large_graph.main(epochs=10) > 0.7
+
+
+@pytest.mark.parametrize("module", ["backprop", "direct_feedback", "forward_gnn", "mono_forward"])
 def test_docstring_examples(module: str) -> None:
-    loaded = importlib.import_module(module)
+    loaded = importlib.import_module(f"bpfree.algorithms.{module}")
     result = doctest.testmod(loaded)
     assert result.attempted > 0
     assert result.failed == 0

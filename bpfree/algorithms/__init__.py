@@ -2,6 +2,8 @@
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.direct_feedback import DirectFeedback
+from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
 
@@ -10,6 +12,8 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "Batch",
+    "DirectFeedback",
+    "ForwardGNN",
     "Learner",
     "MonoForward",
     "Paper",

@@ -10,6 +10,8 @@ from typing import Any, Final
 from torch import nn
 
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
+from bpfree.algorithms.direct_feedback import DirectFeedback
+from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.errors import UsageError, unknown_name
@@ -87,6 +89,20 @@ ALGORITHMS: Final = (
         MonoForward,
         "Mono-Forward: each block learns from its own linear classifier",
         MonoForward.paper,
+    ),
+    Algorithm(
+        "forward_gnn",
+        "fgnn",
+        ForwardGNN,
+        "ForwardGNN: graph layers learn forward from class prototypes, goodness or links",
+        ForwardGNN.paper,
+    ),
+    Algorithm(
+        "direct_feedback",
+        "dfa",
+        DirectFeedback,
+        "control: direct feedback alignment, the output's error through fixed random weights",
+        DirectFeedback.paper,
     ),
 )
 

@@ -30,10 +30,12 @@ from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
-from bpfree.networks.heads import Head
+from bpfree.networks.gnn import GraphBlock
+from bpfree.networks.graph import Graph
+from bpfree.networks.heads import ConvolutionHead, Head
 
-Readout = Literal["linear", "goodness"]
-READOUTS: Final = ("linear", "goodness")
+Readout = Literal["linear", "goodness", "conv", "dot"]
+READOUTS: Final = ("linear", "goodness", "conv", "dot")
 
 DEEP_SUPERVISION: Final = Paper(
     title="Deeply-Supervised Nets",
@@ -60,9 +62,11 @@ class Backprop(Learner):
         lr: learning rate.
         optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser.
         weight_decay: decay of all weights.
-        readout: "linear" is W with bias; "goodness" is Mono-Forward's bias-free M_L.
+        readout: "linear" is W with bias; "goodness" is Mono-Forward's bias-free M_L. On graphs also "conv", a
+            convolution to the class scores, and for pairs of nodes "dot", z_u . z_v of a convolution as wide as a_L.
         auxiliary_weight: weight w of the local heads' losses; 0 has no local heads.
         head_pool: how feature maps reach a linear map: "flatten", "gap" or "adaptive".
+        dropout: probability with which each input of a block or of the read-out is set to zero while training.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -95,28 +99,46 @@ class Backprop(Learner):
         readout: Readout = "linear",
         auxiliary_weight: float = 0.0,
         head_pool: str = "flatten",
+        dropout: float = 0.0,
         input_shape: Shape | None = None,
     ) -> None:
         super().__init__(network, classes, input_shape)
+        if not 0 <= dropout < 1:
+            raise UsageError(f"dropout must lie in [0, 1), got {dropout}")
         if readout not in READOUTS:
             raise unknown_name("readout", readout, READOUTS)
         if not auxiliary_weight >= 0:
             raise UsageError(f"auxiliary_weight must not be negative, got {auxiliary_weight}")
         shapes = block_output_shapes(self.network, self.input_shape)
         self.auxiliary_weight = auxiliary_weight
-        self.readout = Head(shapes[-1], classes, pool=head_pool, bias=readout == "linear")
-        supervised = shapes if readout == "linear" else shapes[:-1]
+        self.dropout = dropout
+        self.readout = self._readout(readout, shapes[-1], head_pool)
+        supervised = shapes[:-1] if readout == "goodness" else shapes
         self.heads = nn.ModuleList(
             Head(shape, classes, pool=head_pool) for shape in (supervised if auxiliary_weight > 0 else [])
         )
         self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, *input_shape) -> (B, C) scores of the read-out."""
-        signal = inputs
-        for block in self.network:
-            signal = block(signal)
-        return self.readout(signal)
+    def _readout(self, kind: str, shape: Shape, head_pool: str) -> nn.Module:
+        """Maps the last block's output to scores."""
+        if kind in ("linear", "goodness"):
+            return Head(shape, self.classes, pool=head_pool, bias=kind == "linear")
+        last = self.network[-1]
+        if not isinstance(last, GraphBlock) or (kind == "dot" and self.classes != 2):
+            raise UsageError(f"the read-out {kind} needs graph convolutions as blocks, and dot has 2 classes")
+        return ConvolutionHead(last, shape[0], self.classes, pairs=kind == "dot")
+
+    def _dropped(self, signal: Any) -> Any:
+        """A tensor's or graph's values after dropout."""
+        if not self.dropout:
+            return signal
+        if isinstance(signal, Graph):
+            return signal.with_x(F.dropout(signal.x, self.dropout, self.training))
+        return F.dropout(signal, self.dropout, self.training)
+
+    def forward(self, inputs: Any) -> Tensor:
+        """(B, *input_shape) or a graph -> (B, C) scores of the read-out."""
+        return self._outputs(inputs)[1]
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: everything learns together."""
@@ -137,15 +159,15 @@ class Backprop(Learner):
         """Empty for plain back-propagation."""
         return f"auxiliary weight {self.auxiliary_weight:g}" if self.heads else ""
 
-    def _outputs(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _outputs(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
         """Scores of the local heads (there may be none) and of the read-out."""
         local = []
         signal = inputs
         for index, block in enumerate(self.network):
-            signal = block(signal)
+            signal = block(self._dropped(signal))
             if index < len(self.heads):
                 local.append(self.heads[index](signal))
-        return local, self.readout(signal)
+        return local, self.readout(self._dropped(signal))
 
     @torch.enable_grad()
     def _update(self, batch: Batch) -> Metrics:

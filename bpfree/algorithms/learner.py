@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+from bpfree.networks.graph import Graph
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]  # inputs, a tensor or a `Graph`, and targets
 Metrics = dict[str, Tensor]
 Locality = Literal["network", "block", "layer"]
 
@@ -70,22 +71,37 @@ class Stage:
         classes: number of classes C.
         prefix: frozen map from network inputs to stage inputs, without gradient; None when they are the same.
             As long as nothing augments the inputs, its outputs may be computed once and kept.
+        training_prefix: the same for the inputs of `update`, if training looks at them in another way than `scores`
+            does (other rows of a graph, labels appended, negatives); None when there is no difference.
+
+    Where inputs are graphs, "B" is the number of nodes (or node pairs) that the graph asks about.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     optimizers: tuple[Optimizer, ...]
     update: Callable[[Batch], Metrics]
-    scores: Callable[[Tensor], Tensor]
+    scores: Callable[[Any], Tensor]
     input_shape: Shape
     classes: int
-    prefix: Callable[[Tensor], Tensor] | None = None
+    prefix: Callable[[Any], Any] | None = None
+    training_prefix: Callable[[Any], Any] | None = None
+
+    @property
+    def step_prefix(self) -> Callable[[Any], Any] | None:
+        """From network inputs to the inputs of `step`, or None when they are the same."""
+        return self.training_prefix or self.prefix
+
+    def prepared(self, inputs: Any) -> Any:
+        """Network inputs as the inputs of `step`."""
+        return inputs if self.step_prefix is None else self.step_prefix(inputs)
 
     def step(self, batch: Batch) -> Metrics:
         """One update from one batch of stage inputs.
 
         Args:
-            batch: `(inputs, targets)`, (B, *input_shape) floating point and (B,) int64.
+            batch: `(inputs, targets)`: (B, *input_shape) floating point or a `Graph` with (n, *input_shape) features,
+                and (B,) int64.
 
         Returns:
             0-d tensors on the batch's device (at least one loss); reading them on the host is the caller's choice.
@@ -100,13 +116,14 @@ class Stage:
 
 def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
     inputs, targets = batch
+    values = inputs.x if isinstance(inputs, Graph) else inputs
     # A first layer that flattens takes images too, so only the number of values per sample has to agree.
-    if inputs.ndim < 2 or inputs.shape[1:].numel() != torch.Size(input_shape).numel():
+    if values.ndim < 2 or values.shape[1:].numel() != torch.Size(input_shape).numel():
         raise UsageError(
-            f"inputs have shape {tuple(inputs.shape)}, expected (batch, {', '.join(map(str, input_shape))})"
+            f"inputs have shape {tuple(values.shape)}, expected (batch, {', '.join(map(str, input_shape))})"
         )
-    if not inputs.is_floating_point():
-        raise UsageError(f"inputs must be floating point, got {inputs.dtype}; scale images to [0, 1] first")
+    if not values.is_floating_point():
+        raise UsageError(f"inputs must be floating point, got {values.dtype}; scale images to [0, 1] first")
     if targets.ndim != 1 or len(targets) != len(inputs) or targets.dtype != torch.int64:
         raise UsageError(
             f"targets must be {len(inputs)} int64 class indices, got shape {tuple(targets.shape)} of {targets.dtype}"
@@ -144,8 +161,8 @@ class Learner(nn.Module, ABC):
         self.input_shape = tuple(input_shape) if input_shape is not None else infer_input_shape(self.blocks())
 
     @abstractmethod
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, *input_shape) inputs -> (B, C) class scores, higher is likelier; no labels in reach."""
+    def forward(self, inputs: Any) -> Tensor:
+        """(B, *input_shape) inputs or a `Graph` -> (B, C) class scores, higher is likelier; no labels in reach."""
 
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
@@ -195,19 +212,20 @@ class Learner(nn.Module, ABC):
 
         Raises:
             UsageError: the batch does not fit, or the schedule trains one stage after another, in which case
-                the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prefix(x), y))`.
+                the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prepared(x), y))`.
         """
         stages = self.stages()
         if len(stages) > 1:
             raise UsageError(
                 f"this schedule trains {len(stages)} stages one after another; loop over learner.stages() instead"
             )
-        return stages[0].step(batch)
+        inputs, targets = batch
+        return stages[0].step((stages[0].prepared(inputs), targets))
 
     @final
     @torch.no_grad()
-    def scores(self, inputs: Tensor) -> Tensor:
-        """(B, *input_shape) inputs -> (B, C) class scores, in evaluation mode and without gradient."""
+    def scores(self, inputs: Any) -> Tensor:
+        """(B, *input_shape) inputs or a `Graph` -> (B, C) class scores, in evaluation mode and without gradient."""
         with evaluation_mode(self):
             scores: Tensor = self(inputs)
         return scores

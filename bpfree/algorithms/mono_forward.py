@@ -38,6 +38,7 @@ from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradi
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes, linear_relu
+from bpfree.networks.graph import Graph
 from bpfree.networks.heads import Head
 
 Schedule = Literal["simultaneous", "sequential"]
@@ -236,7 +237,8 @@ class MonoForward(Learner):
         for unit in self._units:
             signal = unit.block(signal)
             report[f"{unit.name} accuracy"] = accuracy(unit.head(signal), targets)
-            report[f"{unit.name} silent"] = (signal.flatten(1) <= 0).all(0).float().mean()
+            activations = signal.answers if isinstance(signal, Graph) else signal
+            report[f"{unit.name} silent"] = (activations.flatten(1) <= 0).all(0).float().mean()
         return report
 
     @classmethod

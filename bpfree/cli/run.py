@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from bpfree import data
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default, refuse_others
 from bpfree.console import Console, energy_words
 from bpfree.data.batches import AUGMENTATIONS
@@ -19,6 +18,7 @@ from bpfree.energy import KINDS
 from bpfree.experiments.config import RunConfig, parse_settings, resolve, training_config
 from bpfree.experiments.schedules import SCHEDULES
 from bpfree.experiments.stepper import PRECISIONS
+from bpfree.experiments.train import MONITORS, SPLITS
 
 EXIT_TARGET_MISSED = 3
 
@@ -46,6 +46,14 @@ EXIT_TARGET_MISSED = 3
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of matrix products.  [default: tf32]")
 @click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Augmentation.  [default: the data set's own]")
 @click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]")
+@click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]")
+@click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]")
+@click.option("--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]")
+@click.option(
+    "--reveal-validation/--no-reveal-validation",
+    default=None,
+    help="Graphs: show validation labels to the rule at test.  [default: no-reveal-validation]",
+)
 @click.option("--graph/--no-graph", default=None, help="CUDA graphs for training steps.  [default: graph]")
 @click.option(
     "--checkpoint-every",
@@ -159,7 +167,7 @@ def run(
                 device=device,
                 energy=energy,
             )
-        loaded = data.load(config.dataset, data_root, download=download)
+        loaded = runs.load_dataset(config.dataset, data_root, download=download)
         idle_w = runs.measure_idle(config, idle_seconds) if idle_seconds else ()
         summaries = []
         for seed in seeds:
@@ -187,7 +195,8 @@ def _print_summary(summary: Mapping[str, Any], form: str) -> None:
     rule = summary["algorithm"] + (f" ({summary['variant']})" if summary["variant"] else "")
     click.echo(
         f"{summary['dataset']} {summary['network']} {rule} seed {summary['seed']}: "
-        f"test accuracy {summary['test_accuracy']:.2f} %, {summary['passes']} passes, {summary['seconds']:.1f} s, "
+        f"test {summary['metric']} {summary['test_accuracy']:.2f} %, {summary['passes']} passes, "
+        f"{summary['seconds']:.1f} s, "
         f"{energy_words(summary['energy'])}{_carbon_words(summary.get('carbon'))}, "
         f"peak memory {summary['peak_memory_mib']:.0f} MiB -> {summary['run_dir']}"
     )

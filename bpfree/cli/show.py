@@ -51,8 +51,8 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
         return [
             {
                 "name": entry.name,
-                "samples": "{} + {}".format(*entry.samples),
-                "shape": "x".join(map(str, entry.input_shape)),
+                "samples": entry.size,
+                "shape": entry.shape,
                 "classes": str(entry.classes),
                 "where": "packaged" if entry.packaged else "bpfree data fetch",
                 "licence": entry.licence,

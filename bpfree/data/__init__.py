@@ -1,12 +1,16 @@
-"""Data: named data sets, users' own arrays, and how they reach a learner.
+"""Data: named data sets and graphs, users' own arrays, and how they reach a learner.
 
 dataset = bpfree.data.load("digits")
 train, validation, test = dataset.split()
+
+graph = bpfree.data.load_graph("cora")
+split = graph.node_split(0)
 """
 
 from bpfree.data.batches import Batches
-from bpfree.data.catalog import DatasetInfo
+from bpfree.data.catalog import DatasetInfo, GraphInfo
 from bpfree.data.dataset import SPLIT_SEED, Dataset, Part
+from bpfree.data.graphs import EdgePart, EdgeSplit, GraphDataset, NodeSplit, load_graph
 from bpfree.data.registry import data_root, fetch, info, load, names, path, verify
 
 __all__ = [
@@ -14,11 +18,17 @@ __all__ = [
     "Batches",
     "Dataset",
     "DatasetInfo",
+    "EdgePart",
+    "EdgeSplit",
+    "GraphDataset",
+    "GraphInfo",
+    "NodeSplit",
     "Part",
     "data_root",
     "fetch",
     "info",
     "load",
+    "load_graph",
     "names",
     "path",
     "verify",

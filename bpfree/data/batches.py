@@ -103,6 +103,31 @@ class Batches:
         """Bytes that the samples and targets take on the device."""
         return self.inputs.nbytes + self.targets.nbytes
 
+    @property
+    def metric(self) -> str:
+        """What `hits` counts."""
+        return "accuracy"
+
+    def hits(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(B, C) scores -> number of samples whose highest score is their class."""
+        return (scores.argmax(1) == targets).sum()
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Full batches of one epoch."""
+        return len(self) // batch_size
+
+    def step_size(self, batch_size: int) -> int:
+        """How many samples one step learns from."""
+        return batch_size
+
+    def bytes_per_step(self, batch_size: int) -> int:
+        """What staging one more step takes."""
+        return batch_size * torch.Size(self.sample_shape).numel() * self.dtype.itemsize
+
+    def stage(self, count: int, batch_size: int) -> Staged:
+        """Ready-made batches for up to `count` consecutive steps."""
+        return Staged(self, count, batch_size)
+
     def staging(self, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Uninitialised buffers for `count` batches: (count, batch_size, *sample_shape) and (count, batch_size)."""
         inputs = torch.empty(count * batch_size, *self.sample_shape, dtype=self.dtype, device=self.device)
@@ -159,6 +184,22 @@ class Batches:
             raise DataError("outputs of augmented samples cannot be kept: every epoch has its own")
         outputs = torch.cat([function(inputs) for inputs, _ in self.in_order(batch_size)])
         return Batches(outputs, self.targets, device=self.device, dtype=self.dtype, layout=self.layout)
+
+
+class Staged:
+    """Buffers on the device that hold the ready-made batches of consecutive steps."""
+
+    def __init__(self, batches: Batches, count: int, batch_size: int) -> None:
+        self._batches, self._batch_size = batches, batch_size
+        self._inputs, self._targets = batches.staging(count, batch_size)
+
+    def fill(self, draw: Draw, first_step: int, count: int) -> None:
+        """Put the batches of `count` steps of an epoch, from step `first_step` on, into the buffers."""
+        inputs, targets = self._inputs[:count].flatten(0, 1), self._targets[:count].flatten()
+        self._batches.fill(draw, first_step * self._batch_size, inputs, targets)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        return self._inputs[position], self._targets[position]
 
 
 def crop_flip(images: Tensor, order: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:

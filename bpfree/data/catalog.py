@@ -1,6 +1,7 @@
 """The named data sets: what each one is, which files hold it, and in which layouts it may lie on a disk.
 
-To add one: a `DatasetInfo` at the end of this file, and a reader in `readers.py` if its format is new.
+To add one: a `DatasetInfo` at the end of this file, and a reader in `readers.py` if its format is new; for a graph a
+`GraphInfo`, and a reader in `graph_readers.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from bpfree.data import readers
+from bpfree.data import graph_readers, readers
+from bpfree.data.graph_readers import RawGraph
 from bpfree.data.readers import Sets
+
+Content = TypeVar("Content")
+"""What a reader returns: `Sets` of a data set, the `RawGraph` of a graph."""
 
 PACKAGED = Path(__file__).parent / "packaged"
 """The folder of the sets that are shipped with bpfree; LICENSES.md in it says where they come from."""
@@ -23,7 +29,8 @@ class File:
 
     Attributes:
         name: as the official host calls it.
-        checksum: "md5:..." or "sha256:..." of its bytes.
+        checksum: "md5:..." or "sha256:..." of its bytes. "" for an .npz of which no published sum is known: what
+            counts then are the CRC-32 sums that it holds of its own arrays.
         content: the same after gunzip, for files that are gzipped by themselves. It is what counts if given:
             distributions wrap the same content anew, or store it without the wrapper.
         size: bytes; None where nobody has published it.
@@ -44,18 +51,18 @@ class File:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Generic[Content]):
     """One way in which a data set may lie under the data root.
 
     Attributes:
         folder: relative to the data root; "" for a single file directly in it.
         files: all that must be there.
-        read: takes `location(root)` and returns the training and the test part.
+        read: takes `location(root)` and returns what the files hold.
     """
 
     folder: str
     files: tuple[File, ...]
-    read: Callable[[Path], Sets]
+    read: Callable[[Path], Content]
 
     def location(self, root: Path) -> Path:
         """The folder, or the single file, that holds the data set."""
@@ -70,9 +77,9 @@ class Layout:
         return all(path.is_file() for path in self.paths(root))
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What is known of a data set without loading it.
+@dataclass(frozen=True, kw_only=True)
+class Entry(Generic[Content]):
+    """What is known of anything that has a name, whether data set or graph.
 
     Attributes:
         name: the name to load it by; `-`, `_` and capitals do not matter.
@@ -81,9 +88,6 @@ class DatasetInfo:
         licence: licence or terms, as stated by the authors.
         citation: the publication to cite.
         homepage: the authors' page.
-        input_shape: (C, H, W) of one sample.
-        samples: number of training and of test samples.
-        mean, std, class_names, validation, augmentation: as in `Dataset`.
         layouts: in the order in which they are looked for.
         aliases: other names.
         packaged: shipped with bpfree, never downloaded.
@@ -95,16 +99,38 @@ class DatasetInfo:
     licence: str
     citation: str
     homepage: str
+    layouts: tuple[Layout[Content], ...]
+    aliases: tuple[str, ...] = ()
+    packaged: bool = False
+
+    @property
+    def source(self) -> Layout[Content]:
+        """The layout that a download fills."""
+        return next((layout for layout in self.layouts if layout.files[0].urls), self.layouts[0])
+
+    @property
+    def download_size(self) -> int:
+        """Bytes to download, as far as they are known; 0 for a packaged set."""
+        return 0 if self.packaged else sum(file.size or 0 for file in self.source.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo(Entry[Sets]):
+    """What is known of a data set without loading it.
+
+    Attributes, besides those of `Entry`:
+        input_shape: (C, H, W) of one sample.
+        samples: number of training and of test samples.
+        mean, std, class_names, validation, augmentation: as in `Dataset`.
+    """
+
     input_shape: tuple[int, ...]
     samples: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     validation: int
-    layouts: tuple[Layout, ...]
     augmentation: str = "none"
-    aliases: tuple[str, ...] = ()
-    packaged: bool = False
 
     @property
     def classes(self) -> int:
@@ -112,21 +138,48 @@ class DatasetInfo:
         return len(self.class_names)
 
     @property
-    def source(self) -> Layout:
-        """The layout that a download fills."""
-        return next((layout for layout in self.layouts if layout.files[0].urls), self.layouts[0])
+    def size(self) -> str:
+        """How much there is of it, for a table."""
+        return "{} + {}".format(*self.samples)
 
     @property
-    def download_size(self) -> int:
-        """Bytes to download; 0 for a packaged set."""
-        return 0 if self.packaged else sum(file.size or 0 for file in self.source.files)
+    def shape(self) -> str:
+        """The shape of one sample, for a table."""
+        return "x".join(map(str, self.input_shape))
 
 
-def _hosted(hosts: tuple[str, ...], name: str, checksum: str, size: int, content: str = "") -> File:
+@dataclass(frozen=True, kw_only=True)
+class GraphInfo(Entry[RawGraph]):
+    """What is known of a graph without loading it; counts as in torch_geometric's tables.
+
+    Attributes, besides those of `Entry`:
+        nodes: number of nodes.
+        edges: number of directed edges: every edge counts twice.
+        features: number of features of a node.
+        classes: number of classes of nodes.
+    """
+
+    nodes: int
+    edges: int
+    features: int
+    classes: int
+
+    @property
+    def size(self) -> str:
+        """How much there is of it, for a table."""
+        return f"{self.nodes} nodes, {self.edges} edges"
+
+    @property
+    def shape(self) -> str:
+        """The features of one node, for a table."""
+        return str(self.features)
+
+
+def _hosted(hosts: tuple[str, ...], name: str, checksum: str, size: int | None = None, content: str = "") -> File:
     return File(name, checksum, content, size, tuple(host + name for host in hosts))
 
 
-def _idx_layouts(folders: tuple[str, ...], files: tuple[File, ...]) -> tuple[Layout, ...]:
+def _idx_layouts(folders: tuple[str, ...], files: tuple[File, ...]) -> tuple[Layout[Sets], ...]:
     """Four idx files, in the order training images, training labels, test images, test labels."""
 
     def read(folder: Path) -> Sets:
@@ -136,12 +189,26 @@ def _idx_layouts(folders: tuple[str, ...], files: tuple[File, ...]) -> tuple[Lay
     return tuple(Layout(folder, files, read) for folder in folders)
 
 
-def _usps_layout(folder: str, files: tuple[File, ...]) -> Layout:
+def _usps_layout(folder: str, files: tuple[File, ...]) -> Layout[Sets]:
     def read(folder: Path) -> Sets:
         train, test = (readers.read_usps(file.find(folder)) for file in files)
         return train, test
 
     return Layout(folder, files, read)
+
+
+def _planetoid_layout(name: str, files: tuple[tuple[str, str, int], ...]) -> Layout[RawGraph]:
+    """Planetoid's raw folder, as torch_geometric's class lays it out; `files` are (suffix, sha256, size)."""
+    hosted = tuple(
+        _hosted(_PLANETOID_HOST, f"ind.{name.lower()}.{suffix}", f"sha256:{digest}", size)
+        for suffix, digest, size in files
+    )
+    return Layout(f"planetoid/{name}/raw", hosted, partial(graph_readers.read_planetoid, name=name))
+
+
+def _npz_layout(folder: str, host: str, name: str) -> Layout[RawGraph]:
+    """A raw folder of torch_geometric's classes CitationFull and Amazon."""
+    return Layout(folder, (_hosted((host,), name, ""),), partial(graph_readers.read_citation_npz, name=name))
 
 
 _FASHION_CITATION = "H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST. arXiv:1708.07747, 2017"
@@ -334,7 +401,37 @@ _CIFAR100_LAYOUTS = (
     ),
 )
 
-DATASETS: dict[str, DatasetInfo] = {
+_PLANETOID_HOST = ("https://github.com/kimiyoung/planetoid/raw/master/data/",)
+_PLANETOID_CITATION = (
+    "Z. Yang, W. Cohen, R. Salakhutdinov: Revisiting Semi-Supervised Learning with Graph Embeddings. ICML 2016"
+)
+_PLANETOID_HOMEPAGE = "https://github.com/kimiyoung/planetoid"
+# The sums of the files whose git blob ids are those in kimiyoung/planetoid.
+_CITESEER_FILES = (
+    ("x", "d20de19150741e555de0ed037195630fc194114ebc7fd72ced62810148aa22f6", 31_087),
+    ("tx", "539a8906a2da97628d212f2fdd668c109a8b3f0d36574b59e5d3fd5b5303da21", 260_321),
+    ("allx", "2ac30345d95c9ec933a817ee0bdd6a5f077f8c184a20e696910192d534414668", 595_021),
+    ("y", "8ba87e515d8e3ee3cf52f6d2c5b86aa73f11ecad825a808455209ec26cd54924", 3_014),
+    ("ty", "55e5bd1ba1e733a04598753ad1a8d57957f4b8f89e74519f41f4f4938767e4ce", 24_135),
+    ("ally", "f704b2d986dde6c2669934de1f3ae5696a6cf9455c0f6b2646a2d135ea0a1c95", 55_623),
+    ("graph", "d79a4ef9d3e7169aee8946145f6b7306e35bc79bffad26346cfb94e10e9912a7", 61_987),
+    ("test.index", "2af990671580b6b2df5d158d1038f8292e30c9cd821b5453f399659b25b723d4", 5_000),
+)
+_PUBMED_FILES = (
+    ("x", "fbe9cb5c47200d1b7769a26e579be3b7130b556831f9d850e77c4c74f2599b33", 23_172),
+    ("tx", "4eb5f5d0f30f26497eb0ac6ac9719d09c67e284f1ed0385c93f3ef27a671da3d", 405_505),
+    ("allx", "508e538e2abdccdd54c4d3e9f49d638b4af7107d85845f66ddea5a5152658b7e", 7_578_385),
+    ("y", "e6c807633307a07ed659249006536a147c7999c797f11a2560752990181b41b3", 854),
+    ("ty", "ee2e0d4819d9fbcc403689c3bf2e49face401b605932f093bc58ab6461130fdd", 12_135),
+    ("ally", "0c37bbe3b5014ec365e9d393cf4791925e5ed94fb194305d74f064a8d7b50f0e", 224_739),
+    ("graph", "5b89f0036ca22909471f1e6558eb42fa06e0c730a577bde5b058b40638f81dc9", 471_808),
+    ("test.index", "b101d421688bbaecbd82e8a18f1e282378d6830f3a37666f28ebc47f844341b5", 6_000),
+)
+_G2G_HOST = "https://github.com/abojchevski/graph2gauss/raw/master/data/"
+_G2G_CITATION = "A. Bojchevski, S. Guennemann: Deep Gaussian Embedding of Graphs. ICLR 2018"
+_G2G_HOMEPAGE = "https://github.com/abojchevski/graph2gauss"
+
+DATASETS: dict[str, DatasetInfo | GraphInfo] = {
     entry.name: entry
     for entry in (
         DatasetInfo(
@@ -389,6 +486,32 @@ DATASETS: dict[str, DatasetInfo] = {
                         ),
                     ),
                     readers.read_npz,
+                ),
+            ),
+            packaged=True,
+        ),
+        GraphInfo(
+            name="cora",
+            title="Cora",
+            description="citations among papers on machine learning with the Planetoid split, shipped with bpfree",
+            licence="MIT",
+            citation=_PLANETOID_CITATION,
+            homepage=_PLANETOID_HOMEPAGE,
+            nodes=2_708,
+            edges=10_556,
+            features=1_433,
+            classes=7,
+            layouts=(
+                Layout(
+                    "",
+                    (
+                        File(
+                            "cora.npz",
+                            "sha256:e7e6b6929fd63cee6ed8d8833f61479ed27f591dcc5b829fd7c4adf3c1f62ae8",
+                            size=89_796,
+                        ),
+                    ),
+                    graph_readers.read_packaged_graph,
                 ),
             ),
             packaged=True,
@@ -471,6 +594,99 @@ DATASETS: dict[str, DatasetInfo] = {
             validation=729,
             layouts=(_usps_layout("usps", _USPS_FILES),),
         ),
+        GraphInfo(
+            name="citeseer",
+            title="CiteSeer",
+            description="citations among papers of six fields, with the Planetoid split",
+            licence="MIT",
+            citation=_PLANETOID_CITATION,
+            homepage=_PLANETOID_HOMEPAGE,
+            nodes=3_327,
+            edges=9_104,
+            features=3_703,
+            classes=6,
+            layouts=(_planetoid_layout("CiteSeer", _CITESEER_FILES),),
+        ),
+        GraphInfo(
+            name="pubmed",
+            title="PubMed",
+            description="citations among papers on diabetes, with the Planetoid split",
+            licence="MIT",
+            citation=_PLANETOID_CITATION,
+            homepage=_PLANETOID_HOMEPAGE,
+            nodes=19_717,
+            edges=88_648,
+            features=500,
+            classes=3,
+            layouts=(_planetoid_layout("PubMed", _PUBMED_FILES),),
+        ),
+        GraphInfo(
+            name="cora_ml",
+            title="Cora-ML",
+            description="citations among papers on machine learning, another extract than cora",
+            licence="MIT",
+            citation=_G2G_CITATION,
+            homepage=_G2G_HOMEPAGE,
+            nodes=2_995,
+            edges=16_316,
+            features=2_879,
+            classes=7,
+            layouts=(_npz_layout("citation_full/cora_ml/raw", _G2G_HOST, "cora_ml.npz"),),
+            aliases=("citation_cora_ml",),
+        ),
+        GraphInfo(
+            name="citeseer_full",
+            title="CiteSeer (CitationFull)",
+            description="citations among papers of six fields, another extract than citeseer",
+            licence="MIT",
+            citation=_G2G_CITATION,
+            homepage=_G2G_HOMEPAGE,
+            nodes=4_230,
+            edges=10_674,
+            features=602,
+            classes=6,
+            layouts=(_npz_layout("citation_full/citeseer/raw", _G2G_HOST, "citeseer.npz"),),
+            aliases=("citation_citeseer",),
+        ),
+        GraphInfo(
+            name="amazon_photo",
+            title="Amazon Photo",
+            description="photographic goods that are bought together, with words of their reviews",
+            licence="MIT",
+            citation="O. Shchur and others: Pitfalls of Graph Neural Network Evaluation. arXiv:1811.05868, 2018",
+            homepage="https://github.com/shchur/gnn-benchmark",
+            nodes=7_650,
+            edges=238_162,
+            features=745,
+            classes=8,
+            layouts=(
+                _npz_layout(
+                    "amazon/Photo/raw",
+                    "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/",
+                    "amazon_electronics_photo.npz",
+                ),
+            ),
+            aliases=("photo",),
+        ),
+        GraphInfo(
+            name="github",
+            title="GitHub (MUSAE)",
+            description="developers who follow each other, for the web or for machine learning",
+            licence="GPL-3.0",
+            citation="B. Rozemberczki, C. Allen, R. Sarkar: Multi-scale Attributed Node Embedding. arXiv:1909.13021",
+            homepage="https://github.com/benedekrozemberczki/MUSAE",
+            nodes=37_700,
+            edges=578_006,
+            features=128,
+            classes=2,
+            layouts=(
+                Layout(
+                    "github/raw",
+                    (_hosted(("https://graphmining.ai/datasets/ptg/",), "github.npz", ""),),
+                    graph_readers.read_github,
+                ),
+            ),
+        ),
     )
 }
-"""Every named data set, in the order in which they are listed: packaged ones first."""
+"""Every named data set, in the order in which they are listed: packaged ones first, then images, then graphs."""

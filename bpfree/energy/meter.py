@@ -100,7 +100,7 @@ class EnergyMeter:
         if poll_hz and self.source.power_w() is not None:
             on_sample = self._counter.now if counts else None
             self._sampler = Sampler(self.source, clock, poll_hz, self._share_status, on_sample)
-        self._phases = Phases(lambda: edges_for(device, self._counter, clock))
+        self._phases = Phases(clock, lambda: edges_for(device, self._counter, clock))
         self._min_window_s = min_window_s
         self._sync = sync or _synchroniser(device)
         self._sleep = sleep

@@ -10,11 +10,12 @@ Where work is not queued (no CUDA) the counter is read at the ends at once.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from bpfree.energy.counter import CounterReader, Reading
+from bpfree.energy.counter import TOUCHING_S, CounterReader, Reading
 from bpfree.energy.sources import Device, device_list
 from bpfree.energy.tally import Tally
 from bpfree.energy.trace import PowerTrace
@@ -85,17 +86,21 @@ class CudaEdges:
 
 
 class Phases:
-    """Marks the phases of the windows that are open, and sums them by name.
+    """Marks the phases of the windows that are open, and sums them by name. Phases less than a millisecond apart share
+    an edge.
 
     Args:
+        clock: the meter's time, in s.
         make_edges: called before the first phase, and after each `settle`: the clocks of host and device drift.
     """
 
-    def __init__(self, make_edges: Callable[[], Edges]) -> None:
+    def __init__(self, clock: Callable[[], float], make_edges: Callable[[], Edges]) -> None:
+        self._clock = clock
         self._make_edges = make_edges
         self._edges: Edges | None = None
         self._spans: list[tuple[str, Edge, Edge]] = []
         self._running: tuple[str, Edge, Edges] | None = None
+        self._latest: tuple[float, Edge] | None = None  # when the host passed the latest end, and the edge there
 
     @property
     def name(self) -> str | None:
@@ -104,13 +109,17 @@ class Phases:
 
     def begin(self, name: str) -> None:
         self._edges = self._edges or self._make_edges()
-        self._running = name, self._edges.now(), self._edges
+        ended_s, edge = self._latest or (-math.inf, None)
+        if edge is None or self._clock() - ended_s > TOUCHING_S:
+            edge = self._edges.now()
+        self._running = name, edge, self._edges
 
     def end(self) -> None:
         if self._running is not None:
             name, begin, edges = self._running
-            self._spans.append((name, begin, edges.now()))
-            self._running = None
+            end = edges.now()
+            self._spans.append((name, begin, end))
+            self._running, self._latest = None, (self._clock(), end)
 
     def settle(self, trace: PowerTrace | None) -> dict[str, Tally]:
         """The phases that have ended since the last call, by name; the device must have been waited for."""
@@ -123,7 +132,7 @@ class Phases:
             tally.windows += 1
             tally.add_span(first, last, trace)
         self._spans.clear()
-        self._edges = None
+        self._edges = self._latest = None
         return tallies
 
 

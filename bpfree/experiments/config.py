@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 DEFAULT_NETWORK: Final = "mlp:2x1000"
+DEFAULT_GRAPH_NETWORK: Final = "gcn:2x128"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def resolve(
     Args:
         algorithm_name: short or long name of a rule; may be left to `preset`.
         dataset: name of a data set; may be left to `preset`.
-        network: name of a network; the preset's or `mlp:2x1000` if left out.
+        network: name of a network; the preset's, or `mlp:2x1000` (on graphs `gcn:2x128`) if left out.
         preset: name of a preset; "none" for the rule's defaults. Left out, the preset for this rule, data set
             and network is taken if there is one.
         seed: see `RunConfig`.
@@ -164,9 +165,11 @@ def resolve(
     if algorithm_name is None and start is None:
         raise UsageError("say what to train: --algo NAME or --preset NAME (see `bpfree list`)")
     rule = algorithm(algorithm_name or (start.algorithm if start else ""))
-    chosen = data.info(dataset or (start.dataset if start else "digits")).name
+    entry = data.info(dataset or (start.dataset if start else "digits"))
+    chosen = entry.name
     if preset is None:
         start = find_preset(rule, chosen, network)
+    usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
     overrides = dict(parameters or {})
     for name in overrides:
         if name not in rule.parameters():
@@ -174,7 +177,7 @@ def resolve(
     return RunConfig(
         algorithm=rule.alias,
         dataset=chosen,
-        network=network or (start.network if start else DEFAULT_NETWORK),
+        network=network or (start.network if start else usual),
         seed=seed,
         parameters={**(start.parameters if start else {}), **overrides},
         training=training_config({**(start.training if start else {}), **(training or {})}),
@@ -191,7 +194,11 @@ def command(config: RunConfig) -> str:
     for name, value in config.parameters.items():
         words += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
     for name, value in differing(config.training).items():
-        words += ["--no-graph"] if name == "graph" else [f"--{name.replace('_', '-')}", str(value)]
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
     return shlex.join(words)
 
 

@@ -163,16 +163,24 @@ def find_runs(root: Path) -> Iterator[Path]:
 
 
 def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
-    """Gross joules spent up to each validation, with that validation, and its accuracy in %; for energy to accuracy.
+    """Gross joules spent up to each validation, with that validation, and its metric in %; for energy to accuracy.
 
-    The loop reads the counter when it has launched the next epoch's first steps, and for the last epoch at the end.
+    The loop reads the counter when it has launched the next epoch's first steps, unless it has just done so, and once
+    more at the end. Validations in between, closer than the counter is renewed, share what was spent by their updates.
+    Joules are None if they were not measured.
 
     Raises:
         CheckpointError: a record is missing or damaged.
     """
     epochs = folder.read_metrics()
-    spent = [epoch["joules_at_start"] for epoch in epochs[1:]] + [folder.read_json(SUMMARY)["energy"]["gross_j"]]
-    return [(joules, epoch["validation_accuracy"]) for joules, epoch in zip(spent, epochs, strict=True)]
+    updates = [0, *(epoch["steps"] for epoch in epochs)]
+    readings = [*(epoch["joules_at_start"] for epoch in epochs), folder.read_json(SUMMARY)["energy"]["gross_j"]]
+    known = [(done, joules) for done, joules in zip(updates, readings, strict=True) if joules is not None]
+    accuracies = [epoch["validation_accuracy"] for epoch in epochs]
+    if readings[-1] is None:
+        return [(None, accuracy) for accuracy in accuracies]
+    spent = np.interp(updates[1:], *zip(*known, strict=True))
+    return list(zip(spent.tolist(), accuracies, strict=True))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

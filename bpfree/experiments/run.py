@@ -16,19 +16,22 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from bpfree import data
 from bpfree.algorithms import Learner, algorithm
-from bpfree.data import Dataset
+from bpfree.data import Dataset, GraphDataset, GraphInfo
 from bpfree.data.batches import Batches
+from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.energy import EnergyMeter, EnergyResult, choose_source
 from bpfree.energy.carbon import CarbonTracker, carbon_intensity
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
+from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, task_classes
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate
 from bpfree.networks import build_network
 
 MIB: Final = 2**20
+AnyDataset = Dataset | GraphDataset
 
 POLL_HZ: Final = 5.0
 """Rate at which runs sample power and counter, 1/s: half that of the sensors, since reading the counter takes 3 ms
@@ -86,11 +89,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_learner(config: RunConfig, dataset: Dataset, device: torch.device) -> Learner:
+def load_dataset(name: str, root: Path | None = None, *, download: bool = False) -> AnyDataset:
+    """The data set or graph called `name`; arguments and errors are those of `data.load` and `data.load_graph`."""
+    load = data.load_graph if isinstance(data.info(name), GraphInfo) else data.load
+    loaded: AnyDataset = load(name, root, download=download)
+    return loaded
+
+
+def build_learner(config: RunConfig, dataset: AnyDataset, device: torch.device) -> Learner:
     """The learner of a run: the seed fixes the network first, so that every rule starts from the same one."""
     torch.manual_seed(config.seed)
-    network = build_network(config.network, dataset.input_shape)
-    learner = algorithm(config.algorithm).build(network, dataset.classes, dataset.input_shape, **config.parameters)
+    if isinstance(dataset, GraphDataset):
+        input_shape: tuple[int, ...] = (dataset.features.shape[1],)
+        classes = task_classes(dataset, config.training)
+    else:
+        input_shape, classes = dataset.input_shape, dataset.classes
+    network = build_network(config.network, input_shape)
+    learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
     convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
     return learner.to(device)
 
@@ -106,7 +121,7 @@ def run(
     root: Path,
     *,
     data_root: Path | None = None,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     reporter: Reporter | None = None,
     measuring: Measuring = Measuring(),
     keep_model: bool = True,
@@ -135,7 +150,7 @@ def run(
     if measuring.carbon is not None:
         carbon_intensity(measuring.carbon)  # refused before anything is made
     if dataset is None:
-        dataset = data.load(config.dataset, data_root)
+        dataset = load_dataset(config.dataset, data_root)
     config = replace(config, dataset=dataset.name)  # the record names what was trained on
     device = pick_device(config.device)
     learner = build_learner(config, dataset, device)
@@ -155,7 +170,7 @@ def resume(
     path: Path,
     *,
     data_root: Path | None = None,
-    dataset: Dataset | None = None,
+    dataset: AnyDataset | None = None,
     reporter: Reporter | None = None,
     measuring: Measuring = Measuring(),
     keep_model: bool = True,
@@ -172,7 +187,7 @@ def resume(
         return {**folder.read_json(records.SUMMARY), "run_dir": str(path)}
     config = RunConfig.from_dict(folder.read_json(records.CONFIG))
     if dataset is None:
-        dataset = data.load(config.dataset, data_root)
+        dataset = load_dataset(config.dataset, data_root)
     learner = build_learner(config, dataset, pick_device(config.device))
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None
@@ -182,7 +197,7 @@ def resume(
 def _train(
     config: RunConfig,
     folder: RunFolder,
-    dataset: Dataset,
+    dataset: AnyDataset,
     learner: Learner,
     reporter: Reporter,
     measuring: Measuring,
@@ -242,16 +257,15 @@ def _train(
             reporter.finished()
         if measuring.idle_after_s:
             meter.measure_idle(measuring.idle_after_s)
-        data_mib = (train.nbytes + validation.nbytes + test.nbytes) / MIB
+        data_mib = stored_bytes(train, validation, test) / MIB
         measured = {
-            "energy": _energy(meter, progress, config.training.batch_size),
+            "energy": _energy(meter, progress, train.step_size(config.training.batch_size)),
             "memory": {**peak_memory(device), "data_mib": data_mib},
         }
         if tracker is not None:
             measured["carbon"] = tracker.report(meter.totals()["total"])
-        summary = _summary(
-            config, folder, learner, progress, measured, evaluate(learner, test, config.training.precision)
-        )
+        tested = evaluate(learner, test, config.training.precision)
+        summary = {**_summary(config, folder, learner, progress, measured, tested), "metric": test.metric}
     if keep_model:
         folder.save(records.MODEL, learner.state_dict())
     folder.write_json(records.SUMMARY, summary)
@@ -260,9 +274,12 @@ def _train(
 
 
 def load_batches(
-    config: RunConfig, dataset: Dataset, device: torch.device, layout: torch.memory_format
-) -> tuple[Batches, Batches, Batches]:
-    """Training, validation and test samples on the device; only training samples are augmented."""
+    config: RunConfig, dataset: AnyDataset, device: torch.device, layout: torch.memory_format
+) -> tuple[AnyBatches, AnyBatches, AnyBatches]:
+    """Training, validation and test part on the device; only training samples are augmented."""
+    if isinstance(dataset, GraphDataset):
+        return graph_parts(dataset, config.training, config.seed, device)
+    refuse_graph_settings(config.training)
     train, validation, test = dataset.split(config.training.validation)
     shared: dict[str, Any] = {"device": device, "mean": dataset.mean, "std": dataset.std, "layout": layout}
     augmentation = config.training.augmentation or dataset.augmentation
@@ -273,12 +290,18 @@ def load_batches(
     )
 
 
-def _energy(meter: EnergyMeter, progress: Progress, batch_size: int) -> dict[str, Any]:
+def stored_bytes(*parts: AnyBatches) -> int:
+    """Bytes of the data on the device; the parts of a graph share its features and edges."""
+    shared = parts[1:] if isinstance(parts[0], GraphBatches) else ()
+    return sum(part.nbytes for part in parts) - sum(part.nbytes - part.targets.nbytes for part in shared)
+
+
+def _energy(meter: EnergyMeter, progress: Progress, step_size: int) -> dict[str, Any]:
     """The energy of the whole run, of its training and validation, per step and per sample, and its source."""
     totals = meter.totals()
     total = totals["total"]
     per_step = None if total.gross_j is None else total.gross_j / progress.steps
-    per_sample = None if per_step is None else per_step / batch_size
+    per_sample = None if per_step is None else per_step / step_size
     return {
         **total.as_dict(),
         "phases": {name: totals[name].as_dict() for name in (TRAIN, VALIDATION)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpfree.algorithms._lanes import side_stream
 from bpfree.algorithms._optim import materialize_state
 from bpfree.algorithms.learner import Learner, Stage
-from bpfree.data.batches import Batches, Draw
+from bpfree.data.batches import Draw
+from bpfree.data.graph_batches import AnyBatches
 from bpfree.errors import unknown_name
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
@@ -68,7 +69,7 @@ class Stepper:
         stage: what is trained.
         train: training batches, of stage inputs if they could be computed beforehand, otherwise of network inputs.
         live_prefix: the stage's frozen prefix when it has to run in every step (augmented inputs), or None.
-        batch_size: samples per step.
+        batch_size: samples per step; a graph is a batch of its own.
         precision: "fp32", "tf32" or "bf16".
         scheduled: whether the learning rate changes during training.
         graph: whether to use CUDA graphs where possible.
@@ -78,9 +79,9 @@ class Stepper:
         self,
         learner: Learner,
         stage: Stage,
-        train: Batches,
+        train: AnyBatches,
         *,
-        live_prefix: Callable[[Tensor], Tensor] | None,
+        live_prefix: Callable[[Any], Any] | None,
         batch_size: int,
         precision: str,
         scheduled: bool,
@@ -89,12 +90,11 @@ class Stepper:
         self._learner, self._stage, self._train, self._live_prefix = learner, stage, train, live_prefix
         self._precision, self._scheduled = precision, scheduled
         device = train.device
-        self.steps_per_epoch = len(train) // batch_size
-        bytes_per_step = batch_size * torch.Size(train.sample_shape).numel() * train.dtype.itemsize
-        most = max(1, min(MAX_STAGED_STEPS, STAGING_BYTES // bytes_per_step))
+        self.steps_per_epoch = train.steps_per_epoch(batch_size)
+        most = max(1, min(MAX_STAGED_STEPS, STAGING_BYTES // max(1, train.bytes_per_step(batch_size))))
         chunks = -(-self.steps_per_epoch // most)
         self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
-        self._inputs, self._targets = train.staging(self.capacity, batch_size)
+        self._staged = train.stage(self.capacity, batch_size)
         self.use_graph = graph and device.type == "cuda" and learner.capture_safe
         self._groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
         for group in self._groups:
@@ -112,10 +112,7 @@ class Stepper:
 
     def stage_batches(self, draw: Draw, first_step: int, count: int, factors: list[float]) -> None:
         """Fill the buffer with `count` batches of an epoch, and set their learning-rate factors."""
-        batch_size = self._targets.shape[1]
-        self._train.fill(
-            draw, first_step * batch_size, self._inputs[:count].flatten(0, 1), self._targets[:count].flatten()
-        )
+        self._staged.fill(draw, first_step, count)
         if self._scheduled:
             self._factors[:count] = factors
             self._rates[:count].copy_(torch.tensor(factors), non_blocking=True)
@@ -127,11 +124,11 @@ class Stepper:
                     torch.mul(self._rates[position], group["initial_lr"], out=group["lr"])
                 else:
                     group["lr"] = self._factors[position] * group["initial_lr"]
-        inputs = self._inputs[position]
-        with step_precision(self._precision, inputs.device):
+        inputs, targets = self._staged[position]
+        with step_precision(self._precision, targets.device):
             if self._live_prefix is not None:
                 inputs = self._live_prefix(inputs)
-            return self._stage.step((inputs, self._targets[position]))
+            return self._stage.step((inputs, targets))
 
     def _record(self, position: int) -> None:
         torch.stack(list(self._step(position).values()), out=self._metrics[position])

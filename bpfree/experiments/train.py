@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.algorithms.learner import Learner, Stage, evaluation_mode
-from bpfree.data.batches import Batches
-from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
+from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
+from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
 
 EVALUATION_BATCH: Final = 2000
+MONITORS: Final = ("loss", "metric")
+SPLITS: Final = ("public", "folds", "random", "edges")
+JOULES_EVERY_S: Final = 0.05  # a counter takes 4 ms to answer: too long to ask at every epoch of a millisecond
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -45,6 +48,13 @@ class TrainingConfig:
         validation: number of validation samples; None takes the data set's own.
         graph: replay training steps as CUDA graphs where that is possible.
         checkpoint_every: seconds between checkpoints.
+        monitor: what "better" means on validation data: a lower "loss", or a higher "metric" (accuracy; ROC-AUC for
+            pairs of nodes).
+        split: graphs: "public" is Planetoid's split, "folds" are ForwardGNN's five, fold seed modulo 5, "random" is
+            60/20/20 by seed, "edges" asks for links between nodes, fold seed modulo 5; None takes the data set's own.
+        validate_every: graphs: full-batch steps per epoch, that is between validations.
+        reveal_validation: graphs: show labels of validation nodes to rules that use known labels when testing, as
+            ForwardGNN's code does.
     """
 
     batch_size: int = 128
@@ -59,15 +69,24 @@ class TrainingConfig:
     validation: int | None = None
     graph: bool = True
     checkpoint_every: float = 60.0
+    monitor: str = "loss"
+    split: str | None = None
+    validate_every: int = VALIDATE_EVERY
+    reveal_validation: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "patience"):
+        for name in ("batch_size", "epochs", "patience", "validate_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.passes is not None and self.passes < 1:
             raise UsageError(f"passes must be at least 1, got {self.passes}")
         if self.min_delta < 0 or self.warmup_epochs < 0 or self.checkpoint_every < 0:
             raise UsageError("min_delta, warmup_epochs and checkpoint_every must not be negative")
+
+        if self.monitor not in MONITORS:
+            raise unknown_name("monitor", self.monitor, MONITORS)
+        if self.split is not None and self.split not in SPLITS:
+            raise unknown_name("split", self.split, SPLITS)
 
     def epochs_per_stage(self, stages: int) -> int:
         """The cap on epochs of each of `stages` stages."""
@@ -145,8 +164,8 @@ class Trainer:
     def __init__(
         self,
         learner: Learner,
-        train: Batches,
-        validation: Batches,
+        train: AnyBatches,
+        validation: AnyBatches,
         config: TrainingConfig,
         *,
         seed: int = 0,
@@ -156,7 +175,7 @@ class Trainer:
         save: Callable[[dict[str, Any]], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
     ) -> None:
-        if len(train) < config.batch_size:
+        if not train.steps_per_epoch(config.batch_size):
             raise DataError(
                 f"{len(train)} training samples do not fill one batch of {config.batch_size}; "
                 "use a smaller --batch-size"
@@ -172,7 +191,8 @@ class Trainer:
         self.progress = Progress()
         self._best: list[Tensor] = []
         self._epoch_metrics: Tensor | None = None  # (steps, metrics) of the epoch in training
-        self._epoch_joules: float | None = None  # gross joules spent when that epoch began
+        self._epoch_joules: float | None = None  # gross joules spent when that epoch began, if they were read
+        self._joules_read = -math.inf  # when they were last read
         self._last_save = time.monotonic()
 
     # -- state ------------------------------------------------------------------------------------------------
@@ -237,27 +257,31 @@ class Trainer:
         self.progress.stopping = {}
         self._best, self._epoch_metrics = [], None
 
-    def _prefixed(self, stage: Stage, batches: Batches) -> tuple[Batches, int]:
+    def _prefixed(self, prefix: Callable[[Any], Any] | None, batches: AnyBatches) -> tuple[AnyBatches, int]:
         """Batches of stage inputs, computed once, and the FLOPs that took."""
-        if stage.prefix is None:
+        if prefix is None:
             return batches, 0
-        with step_precision(self.config.precision, batches.device), FlopCounterMode(display=False) as counter:
-            return batches.map(stage.prefix, EVALUATION_BATCH), counter.get_total_flops()
+        with (
+            step_precision(self.config.precision, batches.device),
+            evaluation_mode(self.learner),
+            FlopCounterMode(display=False) as counter,
+        ):
+            return batches.map(prefix, EVALUATION_BATCH), counter.get_total_flops()
 
     def _run_stage(self, stage: Stage, stages: int) -> None:
         config, progress = self.config, self.progress
         keep_prefix = self.train.augmentation == "none"
         with self.meter.phase(TRAIN):
-            train, flops = self._prefixed(stage, self.train) if keep_prefix else (self.train, 0)
+            train, flops = self._prefixed(stage.step_prefix, self.train) if keep_prefix else (self.train, 0)
         with self.meter.phase(VALIDATION):
-            validation, _ = self._prefixed(stage, self.validation)
+            validation, _ = self._prefixed(stage.prefix, self.validation)
         if progress.epoch == progress.step == 0:  # not again after a resume
             progress.flops += flops
         stepper = Stepper(
             self.learner,
             stage,
             train,
-            live_prefix=None if keep_prefix else stage.prefix,
+            live_prefix=None if keep_prefix else stage.step_prefix,
             batch_size=config.batch_size,
             precision=config.precision,
             scheduled=config.lr_schedule != "constant" or config.warmup_epochs > 0,
@@ -278,7 +302,7 @@ class Trainer:
                 self._run_epoch(stage, stepper, train, epochs)
             with self.meter.phase(VALIDATION):
                 record = self._close_epoch(stage, stepper, validation, epochs)
-            record["best"] = stopping.update(progress.epoch, record["validation_loss"])
+            record["best"] = stopping.update(progress.epoch, self._rating(record))
             if record["best"]:
                 self._keep_best(trained)
             progress.stopping = asdict(stopping)
@@ -293,13 +317,18 @@ class Trainer:
                 "epochs": progress.epoch,
                 "updates": progress.epoch * stepper.steps_per_epoch,
                 "best_epoch": stopping.best_epoch + 1,
-                "best_validation_loss": stopping.best_loss,
+                "best_validation_loss": self._best_record(stage)["validation_loss"],
                 "best_validation_accuracy": self._best_record(stage)["validation_accuracy"],
                 "stopped_early": stopping.stop,
                 "graph": stepper.use_graph,
             }
         )
         stepper.close()
+
+    def _rating(self, record: dict[str, Any]) -> float:
+        """What the stopping rule wants low."""
+        loss, metric = float(record["validation_loss"]), float(record["validation_accuracy"])
+        return loss if self.config.monitor == "loss" else -metric
 
     def _best_record(self, stage: Stage) -> dict[str, Any]:
         return [record for record in self.progress.history if record["stage"] == stage.name and record["best"]][-1]
@@ -316,7 +345,7 @@ class Trainer:
         for tensor, best in zip(trained, self._best, strict=False):  # no best yet: nothing to restore
             tensor.copy_(best)
 
-    def _run_epoch(self, stage: Stage, stepper: Stepper, train: Batches, epochs: int) -> None:
+    def _run_epoch(self, stage: Stage, stepper: Stepper, train: AnyBatches, epochs: int) -> None:
         progress, metrics = self.progress, self._epoch_metrics
         assert metrics is not None
         draw = train.draw(self.seed, progress.stage, progress.epoch)
@@ -328,7 +357,9 @@ class Trainer:
             rows = stepper.run(count, self._interrupted)
             metrics[first : first + len(rows)] = rows
             if first == 0:  # read while the device works: a counter takes milliseconds to answer
-                self._epoch_joules = self.meter.joules()
+                now = time.monotonic()
+                due = now - self._joules_read >= JOULES_EVERY_S
+                self._epoch_joules, self._joules_read = (self.meter.joules(), now) if due else (None, self._joules_read)
             progress.step += len(rows)
             progress.steps += len(rows)
             progress.flops += len(rows) * stepper.flops_per_step
@@ -344,7 +375,7 @@ class Trainer:
         moment = self.progress.epoch + (step + 0.5) / stepper.steps_per_epoch
         return learning_rate_factor(self.config.lr_schedule, moment, epochs, self.config.warmup_epochs)
 
-    def _close_epoch(self, stage: Stage, stepper: Stepper, validation: Batches, epochs: int) -> dict[str, Any]:
+    def _close_epoch(self, stage: Stage, stepper: Stepper, validation: AnyBatches, epochs: int) -> dict[str, Any]:
         """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
@@ -378,20 +409,20 @@ class Trainer:
 
 
 @torch.no_grad()
-def rate(scores: Callable[[Tensor], Tensor], batches: Batches, precision: str, learner: Learner) -> Tensor:
-    """Mean cross-entropy and accuracy (fraction) over all samples: (2,) float64 on the device."""
+def rate(scores: Callable[[Any], Tensor], batches: AnyBatches, precision: str, learner: Learner) -> Tensor:
+    """Mean cross-entropy and accuracy (for node pairs ROC-AUC) as a fraction: (2,) float64 on the device."""
     total = torch.zeros(2, dtype=torch.float64, device=batches.device)
     with evaluation_mode(learner):
         for inputs, targets in batches.in_order(EVALUATION_BATCH):
             with step_precision(precision, batches.device):
                 logits = scores(inputs).float()
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            total += torch.stack([loss, (logits.argmax(1) == targets).sum()])
+            total += torch.stack([loss, batches.hits(logits, targets)])
     return total / len(batches)
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, batches: Batches, precision: str) -> dict[str, float]:
+def evaluate(learner: Learner, batches: AnyBatches, precision: str) -> dict[str, float]:
     """Accuracy and loss of the learner's scores, and the rule's own diagnostics, averaged over all samples.
 
     Returns:
@@ -406,6 +437,6 @@ def evaluate(learner: Learner, batches: Batches, precision: str) -> dict[str, fl
                     report = learner.diagnostics((inputs, targets))
                 for name, value in report.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
-    percent = {name: 100 if name.endswith("accuracy") else 1 for name in sums}
+    percent = {name: 100 if name.endswith(("accuracy", "ROC-AUC")) else 1 for name in sums}
     means = {name: percent[name] * (value / len(batches)).item() for name, value in sums.items()}
     return {"loss": loss, "accuracy": 100 * fraction, **means}

@@ -2,17 +2,23 @@
 
 from bpfree.networks.blocks import as_blocks, block_output_shapes, infer_input_shape
 from bpfree.networks.cnn import cnn
+from bpfree.networks.gnn import GraphBlock, gnn
+from bpfree.networks.graph import Edges, Graph
 from bpfree.networks.heads import Head
 from bpfree.networks.mlp import mlp
 from bpfree.networks.registry import build_network, describe_networks
 
 __all__ = [
+    "Edges",
+    "Graph",
+    "GraphBlock",
     "Head",
     "as_blocks",
     "block_output_shapes",
     "build_network",
     "cnn",
     "describe_networks",
+    "gnn",
     "infer_input_shape",
     "mlp",
 ]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
+from bpfree.networks.gnn import GraphBlock
+from bpfree.networks.graph import Graph
 
 Shape = tuple[int, ...]
 
@@ -50,8 +52,11 @@ def infer_input_shape(blocks: Sequence[nn.Module]) -> Shape:
     """The shape of one input sample, as far as the first layer tells it.
 
     Raises:
-        UsageError: the first layer with parameters is not a `Linear`, so the size of an input is not known.
+        UsageError: the first layer with parameters is neither a `Linear` nor a graph convolution, so the size of an
+            input is not known.
     """
+    if isinstance(blocks[0], GraphBlock):
+        return (blocks[0].in_features,)
     first = next((m for m in blocks[0].modules() if any(True for _ in m.parameters(recurse=False))), None)
     if isinstance(first, nn.Linear):
         return (first.in_features,)
@@ -72,11 +77,14 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
         UsageError: a block does not accept what comes out of the block before it.
     """
     shapes: list[Shape] = []
-    signal: Tensor | None = None
+    signal: Tensor | Graph | None = None
     for index, block in enumerate(blocks):
         if signal is None:
             parameter = next(block.parameters())
             signal = torch.zeros(2, *input_shape, dtype=parameter.dtype, device=parameter.device)
+            if isinstance(block, GraphBlock):  # two nodes without an edge
+                nothing = torch.empty(2, 0, dtype=torch.int64, device=parameter.device)
+                signal = Graph.of(signal, nothing, torch.arange(2, device=parameter.device))
         was_training = block.training
         block.eval()
         try:
@@ -87,7 +95,7 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
             raise UsageError(f"block {index} does not accept inputs of shape {shape}: {reason}") from error
         finally:
             block.train(was_training)
-        shapes.append(tuple(signal.shape[1:]))
+        shapes.append(tuple((signal.x if isinstance(signal, Graph) else signal).shape[1:]))
     return shapes
 
 

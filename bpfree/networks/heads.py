@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.gnn import GraphBlock
+from bpfree.networks.graph import Graph
 
 HeadPool = Literal["flatten", "gap", "adaptive"]
 HEAD_POOLS: Final = ("flatten", "gap", "adaptive")
@@ -48,14 +50,43 @@ class Head(nn.Module):
         """(C, features) matrix of the linear map."""
         return self.linear.weight
 
-    def features(self, activations: Tensor) -> Tensor:
-        """(B, *shape) activations -> (B, features), what the linear map sees."""
+    def features(self, activations: Tensor | Graph) -> Tensor:
+        """(B, *shape) activations -> (B, features), what the linear map sees; of a graph, the B nodes asked about."""
+        if isinstance(activations, Graph):
+            activations = activations.answers
         if self.pool_size is not None:
             activations = F.adaptive_avg_pool2d(activations, self.pool_size)
         return activations.flatten(1)
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """(B, *shape) activations -> (B, C) class scores."""
+    def forward(self, activations: Tensor | Graph) -> Tensor:
+        """(B, *shape) activations, or a graph -> (B, C) class scores."""
         features = self.features(activations)
         with torch.autocast(features.device.type, enabled=False):
             return self.linear(features.to(self.linear.weight.dtype))
+
+
+class ConvolutionHead(nn.Module):
+    """A graph convolution without activation as read-out, as graph networks usually end.
+
+    Args:
+        block: a block of the network, for the kind of convolution.
+        width: units of the last hidden block.
+        classes: number of classes C.
+        pairs: rate pairs of nodes by z_u . z_v, z being as wide as the last hidden block, instead of nodes.
+    """
+
+    def __init__(self, block: GraphBlock, width: int, classes: int, *, pairs: bool) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.block = block.like(width, width if pairs else classes, "none")
+
+    def forward(self, graph: Graph) -> Tensor:
+        """A graph -> (M, C) scores of the nodes, or (M, 2) of the pairs, that it asks about."""
+        output: Graph = self.block(graph)
+        return pair_scores(output) if self.pairs else output.answers
+
+
+def pair_scores(graph: Graph) -> Tensor:
+    """(M, 2) logits of "no edge" and "edge" between each pair: 0 and z_u . z_v."""
+    strength = (graph.x[graph.nodes[0]] * graph.x[graph.nodes[1]]).sum(1)
+    return torch.stack([torch.zeros_like(strength), strength], 1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.cnn import CAFO_CHANNELS, MF_CHANNELS, cnn
+from bpfree.networks.gnn import gnn
 from bpfree.networks.mlp import mlp
 
 Shape = tuple[int, ...]
@@ -33,11 +35,20 @@ def _widths(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("x"))
 
 
-def _mlp(input_shape: Shape, sizes: str) -> nn.Sequential:
-    widths = _widths(sizes or "2x1000")
+def _depth_and_width(sizes: str) -> tuple[int, ...]:
+    """`2x1000` -> (1000, 1000), `1000x500` -> (1000, 500)."""
+    widths = _widths(sizes)
     if len(widths) == 2 and widths[0] <= MAX_DEPTH:
-        widths = (widths[1],) * widths[0]
-    return mlp(input_shape, widths)
+        return (widths[1],) * widths[0]
+    return widths
+
+
+def _mlp(input_shape: Shape, sizes: str) -> nn.Sequential:
+    return mlp(input_shape, _depth_and_width(sizes or "2x1000"))
+
+
+def _gnn(kind: str, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return gnn(kind, input_shape, _depth_and_width(sizes or "2x128"))
 
 
 def _cnn(input_shape: Shape, sizes: str) -> nn.Sequential:
@@ -60,6 +71,9 @@ FAMILIES: Final[dict[str, Family]] = {
         "32-128-512; cnn:32x64 names the maps (average pooling)",
         _cnn,
     ),
+    "gcn": Family("gcn:DEPTHxWIDTH", "graph convolutions GCN-ReLU, for graphs; gcn is gcn:2x128", partial(_gnn, "gcn")),
+    "sage": Family("sage:DEPTHxWIDTH", "GraphSAGE (mean)-ReLU, for graphs", partial(_gnn, "sage")),
+    "gat": Family("gat:DEPTHxWIDTH", "GAT (4 heads)-ReLU, for graphs", partial(_gnn, "gat")),
 }
 
 

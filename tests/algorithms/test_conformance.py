@@ -14,27 +14,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpfree.algorithms import ALGORITHMS, Algorithm, Learner, algorithm
 from bpfree.data.batches import Batches
+from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
-from bpfree.networks import cnn, mlp
+from bpfree.networks import Graph, cnn, gnn, mlp
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
+FEATURES = (12,)
+KNOWN = 24  # nodes of every graph whose labels are known; none of them is asked about
 BACKBONES: dict[str, Callable[[], nn.Sequential]] = {
     "mlp": lambda: mlp(SHAPE, (24,) * 3),
     "cnn": lambda: cnn(SHAPE, (6, 8)),
     "cnn-bn": lambda: cnn(SHAPE, (6, 8), pool="max", batch_norm=True),
+    "gcn": lambda: gnn("gcn", FEATURES, (24,) * 3),
+    "sage": lambda: gnn("sage", FEATURES, (24,) * 3),
+    "gat": lambda: gnn("gat", FEATURES, (24,) * 3),
 }
+GRAPHS = ("gcn", "sage", "gat")
 OPTIONS: dict[str, dict[str, object]] = {
     "mf": {},
     "mf-sequential": {"schedule": "sequential"},
     "mf-post-sums": {"pass_on": "post", "inference": "sum_probs", "input_projection": True},
+    "fgnn": {},
+    "fgnn-symba": {"variant": "ff-vn", "loss": "symba"},
+    "fgnn-ff-la": {"variant": "ff-la"},
+    "fgnn-ff-vn": {"variant": "ff-vn"},
+    "fgnn-t2i": {"variant": "sf-t2i"},
+    "fgnn-t2l": {"variant": "sf-t2l"},
 }
+RESIZED = ("fgnn-ff-la", "fgnn-t2i")  # their layers take labels or states from above as inputs
+GOODNESS = ("fgnn-symba", "fgnn-ff-la", "fgnn-ff-vn")
+TOP_DOWN = ("fgnn-t2i", "fgnn-t2l")  # declared channels: layers hear the states of the layers above
 RULES = [rule.alias for rule in ALGORITHMS if rule.alias not in OPTIONS] + list(OPTIONS)
 
 
 def entry(rule: str) -> Algorithm:
-    return algorithm("mf" if rule in OPTIONS else rule)
+    return algorithm(rule.partition("-")[0] if rule in OPTIONS else rule)
+
+
+def backbones(rule: str) -> list[str]:
+    """Those that the rule says it supports; of the rules for images, an input projection is not for graphs."""
+    supported = [name for name, make in BACKBONES.items() if entry(rule).learner.supports(make()).ok]
+    return [name for name in supported if rule != "mf-post-sums" or name not in GRAPHS]
 
 
 LOCAL = [rule for rule in RULES if entry(rule).learner.locality != "network"]
@@ -43,11 +65,35 @@ LOCAL = [rule for rule in RULES if entry(rule).learner.locality != "network"]
 def build(rule: str, backbone: str, seed: int = 0, **parameters: object) -> Learner:
     torch.manual_seed(seed)
     options = {"lr": 3e-3, **OPTIONS.get(rule, {}), **parameters}
-    return entry(rule).build(BACKBONES[backbone](), CLASSES, SHAPE, **options)
+    shape = FEATURES if backbone in GRAPHS else SHAPE
+    return entry(rule).build(BACKBONES[backbone](), CLASSES, shape, **options)
 
 
-def batch(size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images whose class is the quadrant that is bright: separable, by every backbone."""
+def batch(backbone: str, size: int = 16, seed: int = 0) -> tuple[Any, Tensor]:
+    """Separable by every backbone: images, or nodes of a graph, and their classes."""
+    return nodes(size, seed) if backbone in GRAPHS else images(size, seed)
+
+
+def nodes(size: int, seed: int) -> tuple[Graph, Tensor]:
+    """Nodes that are tied to their own class, more often than not, and whose features lean towards it."""
+    generator = torch.Generator().manual_seed(seed)
+    count = size + KNOWN
+    y = torch.randint(CLASSES, (count,), generator=generator)
+    y[size:] = torch.arange(KNOWN) % CLASSES
+    x = 0.3 * torch.randn(count, *FEATURES, generator=generator)
+    x[torch.arange(count), y] += 1
+    ends = torch.randint(count, (2, 6 * count), generator=generator)
+    ends = ends[:, (y[ends[0]] == y[ends[1]]) & (ends[0] != ends[1])]
+    known = torch.arange(size, count)
+    return Graph.of(x, torch.cat([ends, ends.flip(0)], 1), torch.arange(size), known, y[known]), y[:size].clone()
+
+
+def data(x: Any, y: Tensor, device: str) -> AnyBatches:
+    return GraphBatches(x.to(device), y) if isinstance(x, Graph) else Batches(x, y, device=device)
+
+
+def images(size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images whose class is the quadrant that is bright."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (size,), generator=generator)
     x = 0.3 * torch.randn(size, *SHAPE, generator=generator)
@@ -57,11 +103,11 @@ def batch(size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def step(learner: Learner, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def step(learner: Learner, x: Any, y: Tensor) -> dict[str, Tensor]:
     """One update of everything, whatever the schedule."""
     metrics = {}
     for stage in learner.stages():
-        metrics.update(stage.step((x if stage.prefix is None else stage.prefix(x), y)))
+        metrics.update(stage.step((stage.prepared(x), y)))
     return metrics
 
 
@@ -73,23 +119,28 @@ def identical(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-every = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in BACKBONES])
+every = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in backbones(r)])
 
 
 @every
 def test_learns_a_separable_set(rule: str, backbone: str) -> None:
-    learner = build(rule, backbone)
-    for index in range(60):
-        step(learner, *batch(64, seed=index))
-    x, y = batch(200, seed=1000)
-    assert (learner.scores(x).argmax(1) == y).float().mean() > 0.95
+    # Goodness answers by trying each class on all nodes asked about, which misleads their neighbours: ask about few.
+    steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
+    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, "dfa") else {}))
+    for index in range(steps):
+        step(learner, *batch(backbone, 64, seed=index))
+    right = 0.0
+    for seed in range(1000, 1000 + 208 // asked):
+        x, y = batch(backbone, asked, seed=seed)
+        right += (learner.scores(x).argmax(1) == y).float().mean().item()
+    assert right / (208 // asked) > least
 
 
 @every
 def test_scores_have_one_column_per_class_and_no_gradient(rule: str, backbone: str) -> None:
     learner = build(rule, backbone)
-    x, _ = batch(7)
-    scores = learner.scores(x.requires_grad_())
+    x, _ = batch(backbone, 7)
+    scores = learner.scores(x.with_x(x.x.requires_grad_()) if isinstance(x, Graph) else x.requires_grad_())
     assert scores.shape == (7, CLASSES)
     assert scores.isfinite().all()
     assert not scores.requires_grad
@@ -98,19 +149,20 @@ def test_scores_have_one_column_per_class_and_no_gradient(rule: str, backbone: s
 @every
 def test_labels_are_out_of_reach_at_inference(rule: str, backbone: str) -> None:
     learner = build(rule, backbone)
-    x, y = batch()
+    x, y = batch(backbone)
     step(learner, x, y)
     before = learner.scores(x)
     y.fill_(-999)  # a learner that kept the labels would now fail or answer otherwise
     assert torch.equal(before, learner.scores(x))
-    order = torch.arange(len(x) - 1, -1, -1)
-    torch.testing.assert_close(before[order], learner.scores(x[order]))  # nor does a sample see its neighbours
+    order = torch.arange(len(x) - 1, -1, -1)  # nor does a sample see its neighbours in the batch
+    turned = x.asking(x.nodes[order]) if isinstance(x, Graph) else x[order]
+    torch.testing.assert_close(before[order], learner.scores(turned))
 
 
 @every
 def test_scores_leave_mode_and_state_alone(rule: str, backbone: str) -> None:
     learner = build(rule, backbone)
-    x, y = batch()
+    x, y = batch(backbone)
     step(learner, x, y)
     before = snapshot(learner)
     modes = [module.training for module in learner.modules()]
@@ -127,12 +179,12 @@ def test_same_seed_same_weights(rule: str, backbone: str) -> None:
     first, second, other = build(rule, backbone), build(rule, backbone), build(rule, backbone, seed=1)
     for index in range(3):
         for learner in (first, second, other):
-            step(learner, *batch(seed=index))
+            step(learner, *batch(backbone, seed=index))
     assert identical(snapshot(first), snapshot(second))
     assert not identical(snapshot(first), snapshot(other))
 
 
-@every
+@pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES if r not in RESIZED for b in backbones(r)])
 def test_every_rule_starts_from_the_same_network(rule: str, backbone: str) -> None:
     assert identical(snapshot(build(rule, backbone).network), snapshot(build("bp", backbone).network))
 
@@ -144,24 +196,24 @@ def test_save_and_load_go_on_bit_for_bit(rule: str, backbone: str) -> None:
         if index == 3:
             file = io.BytesIO()
             torch.save(straight.state_dict(), file)
-        step(straight, *batch(seed=index))
+        step(straight, *batch(backbone, seed=index))
     resumed = build(rule, backbone, seed=1)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for index in range(3, 6):
-        step(resumed, *batch(seed=index))
+        step(resumed, *batch(backbone, seed=index))
     assert identical(snapshot(straight), snapshot(resumed))
 
 
 @every
 def test_copies_are_independent(rule: str, backbone: str) -> None:
     learner = build(rule, backbone)
-    step(learner, *batch())
+    step(learner, *batch(backbone))
     twin = copy.deepcopy(learner)
     before = snapshot(learner)
-    step(twin, *batch(seed=1))
+    step(twin, *batch(backbone, seed=1))
     assert identical(before, snapshot(learner))
-    step(learner, *batch(seed=1))
+    step(learner, *batch(backbone, seed=1))
     assert identical(snapshot(twin), snapshot(learner))
 
 
@@ -171,7 +223,7 @@ def test_every_parameter_is_trained_once(rule: str, backbone: str) -> None:
     driven = [id(p) for o in learner.optimizers() for group in o.param_groups for p in group["params"]]
     assert sorted(driven) == sorted(id(p) for p in learner.parameters())
     before = snapshot(learner)
-    step(learner, *batch())
+    step(learner, *batch(backbone))
     parameters = len(list(learner.parameters()))
     assert not any(torch.equal(a, b) for a, b in zip(before[:parameters], snapshot(learner)[:parameters], strict=True))
 
@@ -191,7 +243,7 @@ class FirstChoice:
 def test_search_space_holds_parameters_of_the_rule(rule: str) -> None:
     found = entry(rule).learner.search_space(FirstChoice())
     assert set(found) <= set(entry(rule).parameters())
-    build(rule, "mlp", **found)
+    build(rule, backbones(rule)[0], **found)
 
 
 @every
@@ -201,7 +253,7 @@ def test_supported_networks_are_said_to_be(rule: str, backbone: str) -> None:
 
 @every
 def test_step_reports_scalars_without_gradient(rule: str, backbone: str) -> None:
-    metrics = step(build(rule, backbone), *batch())
+    metrics = step(build(rule, backbone), *batch(backbone))
     assert metrics
     for value in metrics.values():
         assert value.shape == ()
@@ -212,14 +264,17 @@ def test_step_reports_scalars_without_gradient(rule: str, backbone: str) -> None
 @every
 @pytest.mark.parametrize("size", [1, 3])
 def test_small_batches(rule: str, backbone: str, size: int) -> None:
-    assert all(value.isfinite() for value in step(build(rule, backbone), *batch(size)).values())
+    assert all(value.isfinite() for value in step(build(rule, backbone), *batch(backbone, size)).values())
 
 
 @every
 def test_layout_of_the_input_does_not_matter(rule: str, backbone: str) -> None:
-    x, y = batch()
-    strided = torch.stack([x, x], dim=-1)[..., 0]
+    x, y = batch(backbone)
+    values = x.x if isinstance(x, Graph) else x
+    strided = torch.stack([values, values], dim=-1)[..., 0]
     assert not strided.is_contiguous()
+    if isinstance(x, Graph):
+        strided = x.with_x(strided)
     plain, other = build(rule, backbone), build(rule, backbone)
     a, b = step(plain, x, y), step(other, strided, y)
     for name, value in a.items():
@@ -229,15 +284,15 @@ def test_layout_of_the_input_does_not_matter(rule: str, backbone: str) -> None:
 @every
 def test_float64(rule: str, backbone: str) -> None:
     learner = build(rule, backbone).double()
-    x, y = batch()
-    assert all(value.dtype == torch.float64 for value in step(learner, x.double(), y).values())
-    assert learner.scores(x.double()).dtype == torch.float64
+    x, y = batch(backbone)
+    assert all(value.dtype == torch.float64 for value in step(learner, x.to(torch.float64), y).values())
+    assert learner.scores(x.to(torch.float64)).dtype == torch.float64
 
 
 @every
 def test_bfloat16_autocast(rule: str, backbone: str) -> None:
     plain, reduced = build(rule, backbone), build(rule, backbone)
-    x, y = batch(64)
+    x, y = batch(backbone, 64)
     expected = step(plain, x, y)
     with torch.autocast("cpu", torch.bfloat16):
         got = step(reduced, x, y)
@@ -246,7 +301,7 @@ def test_bfloat16_autocast(rule: str, backbone: str) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in reduced.parameters())
 
 
-@every
+@pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in backbones(r) if b not in GRAPHS])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -266,8 +321,31 @@ def test_wrong_batches_get_a_clear_error(
     learner = build(rule, backbone)
     before = snapshot(learner)
     with pytest.raises(UsageError, match=message):
-        learner.stages()[0].step(spoil(*batch()))
+        learner.stages()[0].step(spoil(*batch(backbone)))
     assert identical(before, snapshot(learner))
+
+
+@pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in backbones(r) if b in GRAPHS])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x.with_x(x.x[:, :1]), y), "expected"),
+        (lambda x, y: (x, y[:-1]), "class indices"),
+        (lambda x, y: (x, y.float()), "class indices"),
+        (lambda x, y: (x, y + CLASSES), r"\[0, 4\)"),
+        (lambda x, y: (x.asking(x.nodes[:0]), y[:0]), "empty"),
+    ],
+)
+def test_wrong_graphs_get_a_clear_error(
+    rule: str, backbone: str, spoil: Callable[..., tuple[Graph, Tensor]], message: str
+) -> None:
+    learner = build(rule, backbone)
+    before = snapshot(learner.network)
+    stage = learner.stages()[0]
+    x, y = spoil(*batch(backbone))
+    with pytest.raises(UsageError, match=message):
+        stage.step((stage.prepared(x), y))
+    assert identical(before, snapshot(learner.network))
 
 
 class NoHostReads(TorchDispatchMode):
@@ -286,21 +364,20 @@ class NoHostReads(TorchDispatchMode):
 @every
 def test_no_step_reads_from_the_device(rule: str, backbone: str) -> None:
     learner = build(rule, backbone)
-    x, y = batch()
+    x, y = batch(backbone)
     step(learner, x, y)
     for stage in learner.stages():
-        inputs = x if stage.prefix is None else stage.prefix(x)
+        inputs = stage.prepared(x)
         with NoHostReads():
             stage.update((inputs, y))
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("rule", LOCAL)
+@pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in LOCAL if r not in TOP_DOWN for b in backbones(r)])
 def test_a_block_learns_the_same_whatever_the_blocks_after_it_are(rule: str, backbone: str) -> None:
     """Isolation: perturb everything in block j > i, and block i's update is bit-identical."""
     reference = build(rule, backbone)
     depth = len(reference.blocks())
-    x, y = batch()
+    x, y = batch(backbone)
     for changed in range(1, depth):
         learner, plain = build(rule, backbone), build(rule, backbone)
         with torch.no_grad():
@@ -320,20 +397,19 @@ def test_the_isolation_test_can_fail(rule: str) -> None:
     with torch.no_grad():
         for parameter in learner.blocks()[2].parameters():
             parameter.add_(torch.randn_like(parameter))
-    x, y = batch()
+    x, y = batch("mlp")
     step(learner, x, y)
     step(plain, x, y)
     assert not identical(snapshot(learner.blocks()[0]), snapshot(plain.blocks()[0]))
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("rule", LOCAL)
+@pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in LOCAL for b in backbones(r)])
 def test_no_autograd_edge_enters_a_block(rule: str, backbone: str) -> None:
     learner = build(rule, backbone)
     entered = []
     for block in learner.blocks():
         block.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0].requires_grad))
-    step(learner, *batch())
+    step(learner, *batch(backbone))
     assert not any(entered)
 
 
@@ -343,8 +419,8 @@ def test_cuda_agrees_with_cpu(rule: str, backbone: str) -> None:
     """In float64: a ReLU unit or a maximum near a tie may fall either way in float32, and Adam enlarges it."""
     cpu, cuda = build(rule, backbone).double(), build(rule, backbone).double().cuda()
     for index in range(3):
-        x, y = batch(seed=index)
-        a, b = step(cpu, x.double(), y), step(cuda, x.double().cuda(), y.cuda())
+        x, y = batch(backbone, seed=index)
+        a, b = step(cpu, x.to(torch.float64), y), step(cuda, x.to(torch.float64).to("cuda"), y.cuda())
         for name, value in a.items():
             torch.testing.assert_close(value, b[name].cpu(), rtol=1e-8, atol=1e-10)
 
@@ -353,25 +429,31 @@ def test_cuda_agrees_with_cpu(rule: str, backbone: str) -> None:
 @every
 def test_no_step_waits_for_the_gpu(rule: str, backbone: str) -> None:
     learner = build(rule, backbone).cuda()
-    x, y = (tensor.cuda() for tensor in batch())
+    x, y = (part.to("cuda") for part in batch(backbone))
     step(learner, x, y)
+    prepared = [(stage, stage.prepared(x)) for stage in learner.stages()]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(learner, x, y)
+        for stage, inputs in prepared:
+            stage.step((inputs, y))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+# PyTorch Geometric's attention adds up with atomic operations, in no fixed order
+repeatable = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in backbones(r) if b != "gat"])
+
+
 @pytest.mark.gpu
-@every
+@repeatable
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_two_runs_on_a_gpu_end_in_the_same_bits(rule: str, backbone: str, graph: bool) -> None:
-    x, y = batch(160)
+    x, y = batch(backbone, 160)
     results = []
     for _ in range(2):
         learner = build(rule, backbone).cuda()
-        data = Batches(x, y, device="cuda")
-        Trainer(learner, data, data, TrainingConfig(batch_size=16, epochs=2, graph=graph)).run()
+        part = data(x, y, "cuda")
+        Trainer(learner, part, part, TrainingConfig(batch_size=16, epochs=2, graph=graph)).run()
         results.append(snapshot(learner))
     assert identical(*results)
 
@@ -379,13 +461,13 @@ def test_two_runs_on_a_gpu_end_in_the_same_bits(rule: str, backbone: str, graph:
 @pytest.mark.gpu
 @every
 def test_graph_replay_equals_eager_steps(rule: str, backbone: str) -> None:
-    x, y = batch(160)
+    x, y = batch(backbone, 160)
     results = []
     for graph in (False, True):
         learner = build(rule, backbone).cuda()
-        data = Batches(x, y, device="cuda")
+        part = data(x, y, "cuda")
         config = TrainingConfig(batch_size=16, epochs=3, graph=graph, precision="fp32", lr_schedule="cosine")
-        progress = Trainer(learner, data, data, config).run()
+        progress = Trainer(learner, part, part, config).run()
         assert all(stage["graph"] == graph for stage in progress.finished)
-        results.append(learner.scores(x.cuda()))
+        results.append(learner.scores(x.to("cuda")))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

@@ -45,11 +45,18 @@ def test_names() -> None:
     assert data.names() == (
         "digits",
         "fashion-mini",
+        "cora",
         "mnist",
         "fashion_mnist",
         "cifar10",
         "cifar100",
         "usps",
+        "citeseer",
+        "pubmed",
+        "cora_ml",
+        "citeseer_full",
+        "amazon_photo",
+        "github",
     )
 
 
@@ -62,6 +69,8 @@ def test_names() -> None:
         ("fashion_mini", "fashion-mini"),
         ("CIFAR-10", "cifar10"),
         ("usps", "usps"),
+        ("Cora-ML", "cora_ml"),
+        ("citation-citeseer", "citeseer_full"),
     ],
 )
 def test_other_spellings(given: str, name: str) -> None:
@@ -74,7 +83,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
             function("cifar20")
 
 
-@pytest.mark.parametrize("name", data.names())
+@pytest.mark.parametrize("name", [name for name in data.names() if isinstance(data.info(name), DatasetInfo)])
 def test_what_is_known_of_each_is_consistent(name: str) -> None:
     info = data.info(name)
     assert len(info.mean) == len(info.std) == info.input_shape[0]

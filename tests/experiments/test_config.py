@@ -23,7 +23,9 @@ def test_presets_build_what_they_name(name: str) -> None:
     info = data.info(config.dataset)
     rule = algorithm(config.algorithm)
     assert name.split("-")[:2] == [rule.name, info.name]
-    rule.build(build_network(config.network, info.input_shape), info.classes, info.input_shape, **config.parameters)
+    shape = (info.features,) if isinstance(info, data.GraphInfo) else info.input_shape
+    classes = 2 if config.training.split == "edges" else info.classes
+    rule.build(build_network(config.network, shape), classes, shape, **config.parameters)
     assert presets()[name].source
 
 

@@ -65,6 +65,23 @@ def test_best_state_is_restored(schedule: str) -> None:
         assert restored == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_the_metric_can_be_what_stops_training() -> None:
+    """Strictly better accuracy counts, ties do not; the state of the first best epoch is restored."""
+    learner = build("bp", lr=0.05)
+    train, validation = blobs(60, noise=2), blobs(40, seed=1, noise=2)
+    config = TrainingConfig(batch_size=10, epochs=60, patience=7, monitor="metric")
+    (record,) = (progress := Trainer(learner, train, validation, config).run()).finished
+    accuracies = [r["validation_accuracy"] for r in progress.history]
+    losses = [r["validation_loss"] for r in progress.history]
+    first_best = int(np.argmax(accuracies))
+    assert first_best != int(np.argmin(losses)), "the test needs the two to disagree"
+    assert len(set(accuracies)) < len(accuracies), "the test needs ties"
+    assert record["best_epoch"] == first_best + 1
+    assert record["epochs"] == first_best + 1 + 7
+    assert (record["best_validation_loss"], record["best_validation_accuracy"]) == (losses[first_best], max(accuracies))
+    assert evaluate(learner, validation, "fp32")["accuracy"] == pytest.approx(max(accuracies))
+
+
 def test_every_stage_stops_by_its_own_patience() -> None:
     learner = build(schedule="sequential", lr=0.05)
     config = TrainingConfig(batch_size=10, epochs=200, patience=4)

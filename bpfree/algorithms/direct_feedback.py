@@ -1,0 +1,138 @@
+"""Direct feedback alignment: the output's error reaches every block through fixed random weights.
+
+Paper: Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", NIPS 2016, arXiv 1609.01596,
+equations 7 and 8. With blocks a_l = f_l(a_{l-1}), read-out s = a_L W^T + b and cross-entropy, per batch:
+
+    e = (softmax(s) - onehot(y)) / B        (B, C)
+    dW = e^T a_L,  db = sum_B e             the read-out, by its own gradient
+    da_l = e B_l                            (B, d_l), in place of the true gradient of a_l; B_l (C, d_l) fixed
+    the parameters of block l descend the vector-Jacobian product of f_l with da_l
+
+Nothing is sent backwards from block to block, but every block waits for the error of the whole network: it is not a
+local rule, and its locality says so. On graphs a_l are the rows of the nodes asked about; the error is spread to their
+neighbours by the block's own convolution only.
+
+Deviations from the paper: B_l is normal with variance 1 / C (the paper tunes uniform ranges by hand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial
+from bpfree.networks.blocks import Shape, block_output_shapes
+from bpfree.networks.graph import Graph
+from bpfree.networks.heads import Head
+
+
+class DirectFeedback(Learner):
+    """Direct feedback alignment over any sequence of blocks.
+
+    Args:
+        network: hidden blocks in forward order.
+        classes: number of classes C.
+        lr: learning rate.
+        optimizer: "adam", "adamw", "sgd", or a function from parameters to an optimiser.
+        weight_decay: decay of all weights.
+        input_shape: shape of one input sample; needed when the first layer does not tell it.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> learner = DirectFeedback(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), classes=3)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['loss']
+    """
+
+    paper = Paper(
+        title="Direct Feedback Alignment Provides Learning in Deep Neural Networks",
+        authors="Nokland",
+        year=2016,
+        arxiv="1609.01596",
+        follows="equations 7 and 8",
+    )
+    locality = "network"
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | OptimizerFactory = "adam",
+        weight_decay: float = 0.0,
+        input_shape: Shape | None = None,
+    ) -> None:
+        super().__init__(network, classes, input_shape)
+        shapes = block_output_shapes(self.network, self.input_shape)
+        self.readout = Head(shapes[-1], classes, bias=True)
+        for index, shape in enumerate(shapes):
+            self.register_buffer(f"feedback_{index}", torch.randn(classes, *shape) / classes**0.5)
+        self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
+
+    def forward(self, inputs: Any) -> Tensor:
+        """(B, *input_shape) or a graph -> (B, C) scores of the read-out."""
+        signal = inputs
+        for block in self.network:
+            signal = block(signal)
+        return self.readout(signal)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: everything learns from the same error."""
+        return (
+            Stage(
+                name="all",
+                modules=(self,),
+                optimizers=(self._optimizer,),
+                update=self._update,
+                scores=self,
+                input_shape=self.input_shape,
+                classes=self.classes,
+            ),
+        )
+
+    @property
+    def variant(self) -> str:
+        """There is one."""
+        return ""
+
+    @torch.enable_grad()
+    def _update(self, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        signal, outputs = inputs, []
+        for block in self.network:
+            signal = block(signal.detach())  # a graph of its own for each block
+            outputs.append(signal.answers if isinstance(signal, Graph) else signal)
+        scores = self.readout(signal.detach())
+        loss = F.cross_entropy(scores, targets)
+        error, *gradients = torch.autograd.grad(loss, [scores, *self.readout.parameters()])
+        set_gradients(self.readout.parameters(), gradients)
+        for index, (block, output) in enumerate(zip(self.network, outputs, strict=True)):
+            feedback: Tensor = getattr(self, f"feedback_{index}")
+            towards = torch.tensordot(error, feedback.to(error.dtype), 1).to(output.dtype)
+            parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            set_gradients(parameters, torch.autograd.grad(output, parameters, towards))
+        self._optimizer.step()
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Nothing of its own: blocks have no heads."""
+        return {}
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Any network that PyTorch can differentiate."""
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}

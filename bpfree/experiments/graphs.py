@@ -1,0 +1,85 @@
+"""What a run on a graph is: its split, what each part sees, and which settings have no meaning there."""
+
+from __future__ import annotations
+
+import torch
+
+from bpfree.data.graph_batches import GraphBatches
+from bpfree.data.graphs import FOLDS, GraphDataset
+from bpfree.errors import UsageError
+from bpfree.experiments.train import TrainingConfig
+from bpfree.networks.graph import Graph
+
+LINK_CLASSES = 2
+
+
+def task_classes(dataset: GraphDataset, training: TrainingConfig) -> int:
+    """Classes of the task that the split sets: those of the nodes, or edge and no edge."""
+    return LINK_CLASSES if training.split == "edges" else dataset.classes
+
+
+def graph_parts(
+    dataset: GraphDataset, training: TrainingConfig, seed: int, device: torch.device
+) -> tuple[GraphBatches, GraphBatches, GraphBatches]:
+    """Training, validation and test part of a graph on the device.
+
+    All three see the whole graph and know the labels of the training nodes; none holds a label of another node, except
+    in the targets that scores are compared with. Link prediction knows no labels; messages go along the training edges,
+    and at test along the validation edges too, as ForwardGNN has it.
+
+    Raises:
+        UsageError: a setting that has no meaning for a graph, or a split that the graph does not have.
+    """
+    _refuse(training)
+    x, labels = dataset.features.to(device), dataset.labels.to(device)
+    steps = training.validate_every
+    if training.split == "edges":
+        split = dataset.edge_split(seed % FOLDS)
+        messages = (split.message_edges, split.message_edges, split.test_message_edges)
+        parts = (split.train, split.validation, split.test)
+        train, validation, test = (
+            GraphBatches(Graph.of(x, edges.to(device), part.pairs.to(device)), part.labels.long(), steps=steps)
+            for edges, part in zip(messages, parts, strict=True)
+        )
+        return train, validation, test
+    name = training.split or ("folds" if dataset.public is None else "public")
+    nodes = (
+        dataset.public_split()
+        if name == "public"
+        else dataset.random_split(seed)
+        if name == "random"
+        else dataset.node_split(seed % FOLDS)
+    )
+    train_nodes, validation_nodes, test_nodes = (
+        part.to(device) for part in (nodes.train, nodes.validation, nodes.test)
+    )
+    edge_index = dataset.edge_index.to(device)
+    known = {"known": train_nodes, "labels": labels[train_nodes]}
+    if training.reveal_validation:
+        revealed = torch.cat([train_nodes, validation_nodes])
+        tested = Graph.of(x, edge_index, test_nodes, known=revealed, labels=labels[revealed])
+    else:
+        tested = Graph.of(x, edge_index, test_nodes, **known)
+    return (
+        GraphBatches(Graph.of(x, edge_index, train_nodes, **known), labels[train_nodes], steps=steps),
+        GraphBatches(Graph.of(x, edge_index, validation_nodes, **known), labels[validation_nodes], steps=steps),
+        GraphBatches(tested, labels[test_nodes], steps=steps),
+    )
+
+
+def _refuse(training: TrainingConfig) -> None:
+    """Settings of samples in batches: a graph is one batch, with a validation part of its split."""
+    for name in ("batch_size", "augmentation", "validation"):
+        if getattr(training, name) != getattr(TrainingConfig, name):
+            raise UsageError(f"a graph is trained whole, with the parts of its split; leave out {name}")
+
+
+def refuse_graph_settings(training: TrainingConfig) -> None:
+    """Settings of graphs, on a data set that is none.
+
+    Raises:
+        UsageError: one of them is set.
+    """
+    for name in ("split", "validate_every", "reveal_validation"):
+        if getattr(training, name) != getattr(TrainingConfig, name):
+            raise UsageError(f"{name} is a setting for graphs, and this data set is none; leave it out")
