@@ -175,11 +175,11 @@ def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
     epochs = folder.read_metrics()
     updates = [0, *(epoch["steps"] for epoch in epochs)]
     readings = [*(epoch["joules_at_start"] for epoch in epochs), folder.read_json(SUMMARY)["energy"]["gross_j"]]
-    known = [(done, joules) for done, joules in zip(updates, readings, strict=True) if joules is not None]
+    known = {done: joules for done, joules in zip(updates, readings, strict=True) if joules is not None}
     accuracies = [epoch["validation_accuracy"] for epoch in epochs]
     if readings[-1] is None:
         return [(None, accuracy) for accuracy in accuracies]
-    spent = np.interp(updates[1:], *zip(*known, strict=True))
+    spent = np.interp(updates[1:], list(known), list(known.values()))
     return list(zip(spent.tolist(), accuracies, strict=True))
 
 
