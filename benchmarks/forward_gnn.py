@@ -5,11 +5,12 @@
     python benchmarks/forward_gnn.py --out results/gnn_depth --arms sf bp --depths 1 2 4 8 --every-depth --meter
     python benchmarks/forward_gnn.py --out results/gnn_honest --datasets cora citeseer --split random \\
         --arms bp bp-tuned greedy sf ff-la dfa --networks gcn --depths 3 --seeds 0 1 2 3 4 5 6 7 8 9
-    python benchmarks/forward_gnn.py --out results/forward_gnn --table               only the table, from the records
+    python benchmarks/forward_gnn.py --show results/forward_gnn/nodes.jsonl           only the table, from records
 
 With --workers several runs share the device, one process each, which says nothing about time or energy: those need
 --meter, one run after another. A greedy run of the largest depth also answers for all smaller ones, whose accuracy its
 record holds, so only --every-depth trains each. Runs that are recorded under --out already are not repeated.
+--collect writes what the tables need of all runs under --out to one file, a line per run.
 """
 
 from __future__ import annotations
@@ -46,10 +47,6 @@ GREEDY_HEAD: Final = {"schedule": "sequential", "inference": "sum_probs"}
 Arm = tuple[str, dict[str, Any], dict[str, Any]]  # rule, its parameters, training settings
 ARMS: Final[dict[str, Arm]] = {
     **{name: ("fgnn", {"variant": name, **ADAM}, {}) for name in ("sf", "sf-t2i", "sf-t2l", "ff-la", "ff-vn")},
-    **{
-        f"{name}-revealed": ("fgnn", {"variant": name, **ADAM}, {"reveal_validation": True})
-        for name in ("ff-la", "ff-vn")
-    },
     **{f"{name}-symba": ("fgnn", {"variant": name, "loss": "symba", **ADAM}, {}) for name in ("ff-la", "ff-vn")},
     "sf-t2l-raw": ("fgnn", {"variant": "sf-t2l", "bottom_up": "raw", **ADAM}, {}),
     "bp": ("bp", {"readout": "conv", **ADAM}, {}),
@@ -227,32 +224,80 @@ def run_all(options: argparse.Namespace) -> int:
     return failures
 
 
-def results(root: Path) -> dict[tuple[str, str, str], dict[int, list[float]]]:
-    """(data set, convolution, arm) -> depth -> test results in %, one per seed."""
-    arms = {json.dumps([ARMS[name][0], ARMS[name][1], ARMS[name][2]], sort_keys=True): name for name in ARMS}
-    found: dict[tuple[str, str, str], dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+KEPT: Final = (
+    "seed",
+    "test_accuracy",
+    "test_diagnostics",
+    "test_revealed",
+    "metric",
+    "validation_accuracy",
+    "validation_loss",
+    "updates",
+    "seconds",
+    "energy",
+    "memory",
+    "flops",
+    "parameters",
+    "hardware",
+    "date",
+    "commit",
+    "command",
+)
+
+
+def collect(root: Path, file: Path) -> None:
+    """Write the runs under `root` as lines of JSON: configuration, and what of the summary is kept."""
+    lines = []
     for path in find_runs(root):
         folder = RunFolder.open(path)
-        config, summary = folder.read_json(CONFIG), folder.read_json(SUMMARY)
-        training = {key: config["training"][key] for key in ("reveal_validation",) if config["training"][key]}
-        if config["training"]["split"] == "edges":
-            training["split"] = "edges"
-        arm = arms.get(json.dumps([config["algorithm"], config["parameters"], training], sort_keys=True))
-        if arm is None:
+        summary = folder.read_json(SUMMARY)
+        kept = {name: summary[name] for name in KEPT if name in summary}
+        if kept["energy"]["gross_j"] is None:
+            kept["energy"] = {name: kept["energy"][name] for name in ("gross_j", "method", "flags")}
+        lines.append(json.dumps({"run": path.name, "config": folder.read_json(CONFIG), **kept}) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(sorted(lines)))
+    print(f"{len(lines)} runs in {file}")
+
+
+def load_records(file: Path) -> list[dict[str, Any]]:
+    """What `collect` wrote."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def arm_of(config: dict[str, Any]) -> tuple[str, str, int] | None:
+    """Arm, convolution and number of layers of a run, or None if it is none of the arms."""
+    training = {"split": "edges"} if config["training"]["split"] == "edges" else {}
+    wanted = [config["algorithm"], config["parameters"], training]
+    for arm, (rule, parameters, settings) in ARMS.items():
+        if wanted == [rule, parameters, settings]:
+            kind, _, sizes = config["network"].partition(":")
+            return arm, kind, int(sizes.partition("x")[0]) + (arm in CONVOLUTION_READOUT)
+    return None
+
+
+def results(runs_done: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[int, list[float]]]:
+    """(data set, convolution, arm) -> depth -> test results in %, one per seed."""
+    found: dict[tuple[str, str, str], dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for record in runs_done:
+        known = arm_of(record["config"])
+        if known is None:
             continue
-        kind, _, sizes = config["network"].partition(":")
-        depth = int(sizes.partition("x")[0]) + (arm in CONVOLUTION_READOUT)
-        row = found[config["dataset"], kind, arm]
-        if is_greedy(arm):
-            for name, value in summary["test_diagnostics"].items():
-                row[int(name.split()[1])].setdefault(config["seed"], value)
-        row[depth][config["seed"]] = summary["test_accuracy"]
+        (arm, kind, depth), dataset, seed = known, record["config"]["dataset"], record["seed"]
+        rows = {arm: record["test_diagnostics"] if is_greedy(arm) else {}}
+        if arm.startswith("ff-"):
+            rows[f"{arm}-revealed"] = record["test_revealed"]
+        for name, values in rows.items():
+            for key, value in values.items():
+                if key.startswith("depth"):
+                    found[dataset, kind, name][int(key.split()[1])].setdefault(seed, value)
+        found[dataset, kind, arm][depth][seed] = record["test_accuracy"]
     return {key: {depth: list(by_seed.values()) for depth, by_seed in row.items()} for key, row in found.items()}
 
 
-def table(root: Path) -> str:
+def table(runs_done: Iterable[dict[str, Any]]) -> str:
     """Ours (mean, population standard deviation, number of splits) and the paper's, by depth."""
-    found = results(root)
+    found = results(runs_done)
     depths = sorted({depth for row in found.values() for depth in row})
     rows = []
     for (dataset, kind, arm), row in sorted(found.items()):
@@ -273,7 +318,7 @@ def _cell(values: Iterable[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where run folders are made")
+    parser.add_argument("--out", type=Path, default=Path("results/runs"), help="where run folders are made")
     parser.add_argument("--datasets", nargs="+", default=["citeseer_full", "cora_ml", "amazon_photo"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--networks", nargs="+", default=["gcn", "sage", "gat"])
@@ -289,13 +334,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no run after this many seconds")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--collect", type=Path, metavar="FILE", help="write the records of all runs under --out there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of such a file")
     options = parser.parse_args()
     if options.meter and options.workers > 1:
         parser.error("--meter needs one worker: joules of several runs at once cannot be told apart")
     options.arms = options.arms or ["sf", "sf-t2i", "sf-t2l", "ff-la", "ff-vn", "bp", "bp-tuned"]
-    failures = 0 if options.table else run_all(options)
-    print(table(options.out))
+    if options.show:
+        print(table(load_records(options.show)))
+        return
+    failures = run_all(options)
+    if options.collect:
+        collect(options.out, options.collect)
+        print(table(load_records(options.collect)))
     sys.exit(1 if failures else 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from bpfree.data.graph_batches import GraphBatches
@@ -65,6 +67,18 @@ def graph_parts(
         GraphBatches(Graph.of(x, edge_index, validation_nodes, **known), labels[validation_nodes], steps=steps),
         GraphBatches(tested, labels[test_nodes], steps=steps),
     )
+
+
+def revealed_test(
+    dataset: GraphDataset, training: TrainingConfig, seed: int, device: torch.device
+) -> GraphBatches | None:
+    """The test part of a graph that shows the labels of validation nodes too, as ForwardGNN's authors have it.
+
+    None where there are no such labels to show (links), or where `graph_parts` shows them already.
+    """
+    if training.split == "edges" or training.reveal_validation:
+        return None
+    return graph_parts(dataset, replace(training, reveal_validation=True), seed, device)[2]
 
 
 def _refuse(training: TrainingConfig) -> None:

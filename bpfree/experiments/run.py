@@ -24,7 +24,7 @@ from bpfree.energy.carbon import CarbonTracker, carbon_intensity
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
-from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, task_classes
+from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate
@@ -266,6 +266,10 @@ def _train(
             measured["carbon"] = tracker.report(meter.totals()["total"])
         tested = evaluate(learner, test, config.training.precision)
         summary = {**_summary(config, folder, learner, progress, measured, tested), "metric": test.metric}
+        if isinstance(dataset, GraphDataset):
+            revealed = revealed_test(dataset, config.training, config.seed, device)
+            if revealed is not None:  # the same for rules to which labels are no input
+                summary["test_revealed"] = evaluate(learner, revealed, config.training.precision)
     if keep_model:
         folder.save(records.MODEL, learner.state_dict())
     folder.write_json(records.SUMMARY, summary)

@@ -56,6 +56,17 @@ def test_revealed_labels_are_those_of_validation_and_at_test_only(cora: data.Gra
     assert set(test.graph.known.tolist()) == {*train.graph.nodes.tolist(), *validation.graph.nodes.tolist()}
 
 
+def test_a_run_records_both_protocols(tmp_path: Path) -> None:
+    clean = runs.run(config(parameters={"variant": "ff-la"}), tmp_path, keep_model=False)
+    shown = runs.run(
+        config(parameters={"variant": "ff-la"}, training={"reveal_validation": True}), tmp_path, keep_model=False
+    )
+    assert clean["test_revealed"]["accuracy"] == shown["test_accuracy"] != clean["test_accuracy"]
+    assert "test_revealed" not in shown
+    deaf = runs.run(config(algorithm_name="bp"), tmp_path, keep_model=False)
+    assert deaf["test_revealed"]["accuracy"] == deaf["test_accuracy"]
+
+
 def test_a_graph_is_stored_once(cora: data.GraphDataset) -> None:
     parts = graph_parts(cora, TrainingConfig(split="folds"), 0, CPU)
     assert parts[0].graph.x.data_ptr() == parts[2].graph.x.data_ptr()
