@@ -22,9 +22,9 @@ import random
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -215,12 +215,16 @@ def run_all(options: argparse.Namespace) -> int:
         return failures
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        futures = {pool.submit(work, config, options.out, (), 1): config for config in left}
-        for future in as_completed(futures):
-            if not future.cancelled():
-                tell(futures[future], future.result)
-            if time.monotonic() - started > options.budget:
-                pool.shutdown(wait=False, cancel_futures=True)
+        waiting, running = deque(left), dict[Future[str], RunConfig]()
+        while waiting or running:
+            while waiting and len(running) < options.workers:
+                if time.monotonic() - started > options.budget:
+                    waiting.clear()
+                    break
+                config = waiting.popleft()
+                running[pool.submit(work, config, options.out, (), 1)] = config
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                tell(running.pop(future), future.result)
     return failures
 
 
