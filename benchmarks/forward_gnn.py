@@ -315,6 +315,62 @@ def table(runs_done: Iterable[dict[str, Any]]) -> str:
     return markdown_table(rows) if rows else "no finished run"
 
 
+COLOURS: Final = {"sf": "tab:blue", "bp": "tab:gray"}
+
+
+def by_depth(runs_done: Iterable[dict[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Arm -> layers -> records, of metered runs."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in runs_done:
+        known = arm_of(record["config"])
+        if known is not None and record["energy"]["gross_j"] is not None:
+            found[known[0]][known[2]].append(record)
+    return {arm: dict(sorted(row.items())) for arm, row in sorted(found.items())}
+
+
+COSTS: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
+    "test accuracy, %": lambda record: record["test_accuracy"],
+    "steps": lambda record: record["updates"],
+    "time, s": lambda record: record["seconds"],
+    "energy, J": lambda record: record["energy"]["gross_j"],
+    "peak memory, MiB": lambda record: record["memory"]["peak_mib"],
+}
+
+
+def depth_table(runs_done: Iterable[dict[str, Any]]) -> str:
+    """Means and population standard deviations by rule and depth."""
+    rows = []
+    for arm, row in by_depth(runs_done).items():
+        for depth, same in row.items():
+            cells = {"rule": arm, "layers": str(depth), "splits": str(len(same))}
+            for title, value in COSTS.items():
+                numbers = [value(record) for record in same]
+                digits = 2 if title in ("test accuracy, %", "time, s") else 0
+                cells[title] = f"{statistics.fmean(numbers):.{digits}f} ± {statistics.pstdev(numbers):.{digits}f}"
+            cells["flags"] = ", ".join(dict.fromkeys(flag for record in same for flag in record["energy"]["flags"]))
+            rows.append(cells)
+    return markdown_table(rows)
+
+
+def draw(runs_done: Iterable[dict[str, Any]], file: Path) -> None:
+    """Accuracy, time, energy and memory against depth: mean and range over splits."""
+    import matplotlib.pyplot as plt
+
+    titles = [title for title in COSTS if title != "steps"]
+    figure, axes = plt.subplots(1, len(titles), figsize=(3.2 * len(titles), 3), layout="constrained")
+    for arm, row in by_depth(runs_done).items():
+        for axis, title in zip(axes, titles, strict=True):
+            values = [[COSTS[title](record) for record in same] for same in row.values()]
+            axis.plot(list(row), [statistics.fmean(v) for v in values], "o-", color=COLOURS[arm], label=arm)
+            axis.fill_between(list(row), list(map(min, values)), list(map(max, values)), color=COLOURS[arm], alpha=0.2)
+            axis.set_xlabel("layers")
+            axis.set_title(title, fontsize="medium")
+            if title != titles[0]:
+                axis.set_ylim(bottom=0)
+    axes[0].legend()
+    figure.savefig(file, dpi=150)
+
+
 def _cell(values: Iterable[float]) -> str:
     numbers = list(values)
     return f"{statistics.fmean(numbers):.2f} ± {statistics.pstdev(numbers):.2f} ({len(numbers)})" if numbers else ""
@@ -340,12 +396,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no run after this many seconds")
     parser.add_argument("--collect", type=Path, metavar="FILE", help="write the records of all runs under --out there")
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of such a file")
+    parser.add_argument("--depth", action="store_true", help="with --show: cost against depth, of metered runs")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="with --show: draw that, as .png or .pdf")
     options = parser.parse_args()
     if options.meter and options.workers > 1:
         parser.error("--meter needs one worker: joules of several runs at once cannot be told apart")
     options.arms = options.arms or ["sf", "sf-t2i", "sf-t2l", "ff-la", "ff-vn", "bp", "bp-tuned"]
     if options.show:
-        print(table(load_records(options.show)))
+        shown = load_records(options.show)
+        if options.figure:
+            draw(shown, options.figure)
+        print(depth_table(shown) if options.depth else table(shown))
         return
     failures = run_all(options)
     if options.collect:
