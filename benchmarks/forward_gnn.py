@@ -363,10 +363,11 @@ def draw(runs_done: Iterable[dict[str, Any]], file: Path) -> None:
             values = [[COSTS[title](record) for record in same] for same in row.values()]
             axis.plot(list(row), [statistics.fmean(v) for v in values], "o-", color=COLOURS[arm], label=arm)
             axis.fill_between(list(row), list(map(min, values)), list(map(max, values)), color=COLOURS[arm], alpha=0.2)
-            axis.set_xlabel("layers")
-            axis.set_title(title, fontsize="medium")
-            if title != titles[0]:
-                axis.set_ylim(bottom=0)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_xlabel("layers")
+        axis.set_title(title, fontsize="medium")
+        if title != titles[0]:
+            axis.set_ylim(bottom=0)
     axes[0].legend()
     figure.savefig(file, dpi=150)
 

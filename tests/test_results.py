@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -35,14 +36,27 @@ def test_tables_are_made_from_the_records(page: Path, monkeypatch: pytest.Monkey
         assert shown == printed
 
 
-def test_records_name_hardware_seed_date_source_and_command_but_no_place() -> None:
-    paths = [path for study in STUDIES for path in find_runs(study)]
-    assert paths
-    for path in paths:
-        summary = json.loads((path / "summary.json").read_text())
+def _summaries() -> list[dict[str, Any]]:
+    """Of every run folder, and of every line of collected runs."""
+    folders = [path / "summary.json" for study in STUDIES for path in find_runs(study)]
+    collected = [file for study in STUDIES for file in study.glob("*.jsonl")]
+    return [json.loads(path.read_text()) for path in folders] + [
+        json.loads(line) for file in collected for line in file.read_text().splitlines()
+    ]
+
+
+def test_records_name_hardware_seed_date_source_and_command() -> None:
+    summaries = _summaries()
+    assert summaries
+    for summary in summaries:
         assert summary["hardware"]
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", summary["date"])
         assert re.fullmatch(r"[0-9a-f]{7,12}", summary["commit"])  # a clean commit
         assert f"--seed {summary['seed']}" in summary["command"]
-        for file in path.iterdir():
-            assert not re.search(r'"/(root|home|tmp|work|Users)', file.read_text())
+
+
+def test_records_name_no_place() -> None:
+    files = [path for study in STUDIES for path in study.rglob("*") if path.suffix in {".json", ".jsonl"}]
+    assert files
+    for file in files:
+        assert not re.search(r'"/(root|home|tmp|work|Users)', file.read_text())
