@@ -84,10 +84,25 @@ def count_visible() -> int:
     return len(visible_boards(os.environ.get(VISIBLE), pynvml.nvmlDeviceGetCount()))
 
 
+def visible_handle(device: torch.device) -> Any:
+    """The NVML handle of one of the boards that a CUDA program started now would see, without asking CUDA.
+
+    Asking CUDA would make a context, which takes memory and power. Without `CUDA_VISIBLE_DEVICES` the program sees all
+    boards, and it does not matter which is which.
+
+    Raises:
+        SourceUnavailableError: see `handle_by_environment`.
+        pynvml.NVMLError: NVML fails.
+    """
+    import pynvml
+
+    if VISIBLE in os.environ:
+        return handle_by_environment(device)
+    return pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+
+
 def handle_by_environment(device: torch.device) -> Any:
     """The NVML handle of a CUDA device as `CUDA_VISIBLE_DEVICES` numbers them, without asking CUDA.
-
-    For other programs' boards: asking CUDA would make a context, which takes memory and power.
 
     Raises:
         SourceUnavailableError: there is no such device, it is a MIG slice, or numbers cannot be trusted because

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from bpfree.energy.boards import count_visible, handle_by_environment
+from bpfree.energy.boards import count_visible, visible_handle
 from bpfree.energy.calibration import use_calibration
 from bpfree.energy.combined import CombinedSource
 from bpfree.energy.nvml import NvmlSource
@@ -103,7 +103,7 @@ def visible_sources(is_ours: Callable[[int], bool] | None = None) -> list[PowerS
     if count == 0:
         raise SourceUnavailableError("no NVIDIA board is visible")
     devices = [torch.device("cuda", index) for index in range(count)]
-    return _open_boards(devices, context=False, find=handle_by_environment, is_ours=is_ours)
+    return _open_boards(devices, context=False, find=visible_handle, is_ours=is_ours)
 
 
 def _or_reason(kind: str, open_source: Callable[[], PowerSource]) -> PowerSource:

@@ -140,6 +140,17 @@ def test_boards_of_the_program_without_a_context(
     assert choose_for_program("nvml").energy_j() == joules
 
 
+def test_boards_of_several_kinds_are_all_measured_if_all_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = [FakeBoard(uuid="GPU-a", name="A"), FakeBoard(uuid="GPU-b", name="B")]
+    FakeNvml(monkeypatch, boards, visible=[])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert len(visible_sources()) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # which of them is CUDA's number 1?
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    with pytest.raises(SourceUnavailableError, match="set CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+        visible_sources()
+
+
 def test_hidden_boards(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml(monkeypatch, [FakeBoard()])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
