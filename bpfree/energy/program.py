@@ -6,8 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -95,29 +94,46 @@ def measure_program(
 
 
 def _run(path: str, command: Sequence[str]) -> int:
-    try:
-        program = subprocess.Popen(command, executable=path)
-    except OSError as error:
-        raise CannotRunError(f"{command[0]} cannot be run: {error.strerror}", NOT_EXECUTABLE) from error
-    with _signals_for(program):
+    with _Relay() as relay:
+        try:
+            program = subprocess.Popen(command, executable=path)
+        except OSError as error:
+            raise CannotRunError(f"{command[0]} cannot be run: {error.strerror}", NOT_EXECUTABLE) from error
+        relay.to(program)
         code = program.wait()
     return SIGNALLED - code if code < 0 else code
 
 
-@contextmanager
-def _signals_for(program: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the program runs, signals end it and not us, so that its energy is still reported."""
+class _Relay:
+    """While it is entered, signals end the program and not us, so that its energy is still reported. Those that come
+    before the program has started wait for it."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        program.send_signal(number)
+    def __init__(self) -> None:
+        self._program: subprocess.Popen[bytes] | None = None
+        self._waiting: list[int] = []
+        self._before: dict[signal.Signals, Any] = {}
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> _Relay:
+        for number in PASSED_ON:
+            self._before[number] = signal.signal(number, self._pass_on)
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def to(self, program: subprocess.Popen[bytes]) -> None:
+        """Send signals to `program` from now on."""
+        self._program = program
+        for number in self._waiting:
+            program.send_signal(number)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self._program is None:
+            self._waiting.append(number)
+        else:
+            self._program.send_signal(number)
 
 
 def _descends_from_us(pid: int) -> bool:
