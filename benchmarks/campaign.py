@@ -26,6 +26,7 @@ from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, parse_settings, resolve
 from bpfree.experiments.records import CONFIG, RunFolder, find_runs
 from bpfree.experiments.tables import readable, result_rows, text_table
+from bpfree.experiments.train import InterruptedRunError
 
 
 def arms(presets: list[str], variations: list[str], training: dict[str, Any]) -> list[RunConfig]:
@@ -75,6 +76,8 @@ def main() -> None:
                     measuring=runs.Measuring(idle_w),
                     keep_model=False,
                 )
+            except InterruptedRunError as error:
+                sys.exit(str(error))
             except BpfreeError as error:
                 failures += 1
                 print(f"{config.preset} {config.parameters} seed {seed}: {error}", file=sys.stderr)

@@ -37,6 +37,7 @@ from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, resolve
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, find_runs
 from bpfree.experiments.tables import markdown_table
+from bpfree.experiments.train import InterruptedRunError
 
 WIDTH: Final = 128
 PAPER_STOPPING: Final = {"epochs": 500, "patience": 100, "monitor": "metric"}  # 1000 steps, validation every 2
@@ -202,6 +203,8 @@ def run_all(options: argparse.Namespace) -> int:
         nonlocal failures
         try:
             line = result()
+        except InterruptedRunError as error:
+            sys.exit(str(error))
         except BpfreeError as error:
             failures += 1
             line = f"{config.dataset} {config.network} {config.parameters} seed {config.seed}: FAILED: {error}"
