@@ -6,6 +6,8 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +28,8 @@ COLUMNS: Final = {
     "time": "time, s",
     "energy": "energy, J",
     "net": "net, J",
+    "power": "mean power, W",
+    "busy": "GPU busy, %",
     "method": "method",
     "flags": "flags",
     "hardware": "hardware",
@@ -73,9 +77,9 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         by_seed[run["seed"]].append(run)
     first = runs[0]
 
-    def per_seed(value: str, inside: str | None = None) -> list[float]:
+    def per_seed(value: str, *inside: str) -> list[float]:
         """Mean of a quantity per seed; empty unless every run has it."""
-        numbers = [[(run[inside] if inside else run)[value] for run in repeats] for repeats in by_seed.values()]
+        numbers = [[reduce(getitem, inside, run)[value] for run in repeats] for repeats in by_seed.values()]
         known = all(number is not None for repeats in numbers for number in repeats)
         return [statistics.fmean(repeats) for repeats in numbers] if known else []
 
@@ -97,6 +101,8 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         "seconds_mean": _mean(per_seed("seconds")),
         "gross_j_mean": _mean(per_seed("gross_j", "energy")),
         "net_j_mean": _mean(per_seed("net_j", "energy")),
+        "mean_w_mean": _mean(per_seed("mean_w", "energy")),
+        "utilisation_mean": _mean(per_seed("utilisation", "energy", "regime")),
         "energy_method": " + ".join(dict.fromkeys(run["energy"]["method"] for run in runs)),
         "flags": list(dict.fromkeys(flag for run in runs for flag in run["energy"]["flags"])),
         "peak_memory_mib_mean": _mean(per_seed("peak_memory_mib")),
@@ -138,6 +144,8 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "time": f"{row['seconds_mean']:.1f}",
         "energy": "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f}",
         "net": "" if row["net_j_mean"] is None else f"{row['net_j_mean']:.0f}",
+        "power": "" if row["mean_w_mean"] is None else f"{row['mean_w_mean']:.0f}",
+        "busy": "" if row["utilisation_mean"] is None else f"{100 * row['utilisation_mean']:.0f}",
         "method": row["energy_method"],
         "flags": ", ".join(row["flags"]),
         "hardware": row["hardware"],

@@ -23,7 +23,7 @@ from bpfree.experiments import records
 from bpfree.experiments.config import resolve
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import Measuring, resume, run, told_of_memory
-from bpfree.experiments.tables import result_rows
+from bpfree.experiments.tables import readable, result_rows
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -145,6 +145,8 @@ def test_training_and_validation_are_told_apart(straight: tuple[Path, dict[str, 
     assert joules == sorted(joules)
     assert joules[-1] == energy["gross_j"]
     assert max(accuracy for _, accuracy in curve) >= summary["validation_accuracy"]
+    (row,) = readable(result_rows(path.parent), ("power", "busy"))
+    assert row == {"mean power, W": "100", "GPU busy, %": ""}
 
 
 def test_idle_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
