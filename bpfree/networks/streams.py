@@ -1,10 +1,10 @@
 """Random numbers as a function of a key and a position, the same on every device.
 
 PyTorch's generators are shared by everything that draws from them: what a module gets depends on what drew before it,
-and a CPU and a GPU draw different numbers. Here a number is a hash (SplitMix64, Steele, Lea and Flood 2014) of a key, of
-how often its stream has been asked, and of its place in the answer. So modules that own streams can be trained in any
-order or apart with the same bits; the state is one integer buffer, which a checkpoint holds, a CUDA graph advances on
-the device, and a rehearsal puts back.
+and a CPU and a GPU draw different numbers. Here a number is a hash (SplitMix64; Steele, Lea and Flood 2014) of a key,
+of how often its stream has been asked, and of its place in the answer. So modules that own streams can be trained in
+any order or apart with the same bits; the state is one integer buffer, which a checkpoint holds, a CUDA graph advances
+on the device, and a rehearsal puts back.
 """
 
 from __future__ import annotations

@@ -1,0 +1,172 @@
+"""What the blocks of a NoProp network share: embeddings of the classes, the read-out, the noise of inference.
+
+Shapes: `B` batch, `C` classes, `d` width of an embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.streams import content_keys, mix, normal, sequence
+
+EmbeddingKind = Literal["onehot", "learned", "prototype"]
+ReadoutKind = Literal["linear", "radial"]
+EMBEDDINGS: Final = ("onehot", "learned", "prototype")
+READOUTS: Final = ("linear", "radial")
+MEDOID_ROWS: Final = 1024  # rows of a distance matrix at a time
+DRAW: Final = 0x2545F4914F6CDD1D  # odd constants that keep the noise of draws and of steps apart
+STEP: Final = 0x9E6C63D0876A9A47 - (1 << 64)
+
+
+class Embeddings(nn.Module):
+    """W_E, one row per class.
+
+    "onehot" is the identity and fixed; "learned" starts with orthonormal rows where d allows it; "prototype" has rows
+    as wide as an input, is learned too, and starts at random until `set_prototypes` is called.
+
+    Args:
+        kind: "onehot", "learned" or "prototype".
+        classes: C.
+        dim: d.
+
+    Raises:
+        UsageError: unknown kind.
+    """
+
+    weight: Tensor
+
+    def __init__(self, kind: EmbeddingKind, classes: int, dim: int) -> None:
+        super().__init__()
+        if kind not in EMBEDDINGS:
+            raise unknown_name("embeddings", kind, EMBEDDINGS)
+        self.kind, self.dim = kind, dim
+        if kind == "onehot":
+            self.register_buffer("weight", torch.eye(classes))
+        elif kind == "learned" and dim >= classes:
+            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
+        else:  # of the scale of a standardised image
+            self.weight = nn.Parameter(torch.randn(classes, dim))
+
+    @property
+    def learned(self) -> bool:
+        """Whether W_E is trained."""
+        return self.kind != "onehot"
+
+    def forward(self, targets: Tensor) -> Tensor:
+        """(B,) classes -> (B, d) embeddings u_y."""
+        return F.embedding(targets, self.weight)
+
+    def project(self, coefficients: Tensor) -> Tensor:
+        """(B, C) coefficients -> (B, d) combinations of embeddings."""
+        if not self.learned:
+            return coefficients
+        with torch.autocast(coefficients.device.type, enabled=False):
+            return coefficients @ self.weight
+
+    def estimate(self, logits: Tensor) -> Tensor:
+        """(B, C) logits of a block -> (B, d) expected embedding softmax(logits) W_E."""
+        return self.project(logits.to(self.weight.dtype).softmax(1))
+
+    def log_similarity(self, z: Tensor, variance: float) -> Tensor:
+        """(B, d) -> (B, C): -||z - u_c||^2 / (2 variance), highest for the nearest embedding."""
+        with torch.autocast(z.device.type, enabled=False):
+            # subtracted before squaring: the expanded product would cancel
+            return -(z[:, None] - self.weight).square().sum(2) / (2 * variance)
+
+    @torch.no_grad()
+    def set_prototypes(self, inputs: Tensor, targets: Tensor) -> None:
+        """Make each row its class's medoid: the sample whose median distance to the class is smallest.
+
+        Args:
+            inputs: (n, ...) samples of d values.
+            targets: (n,) their classes.
+
+        Raises:
+            UsageError: a class has no sample.
+        """
+        for label, row in enumerate(self.weight):
+            samples = inputs[targets == label].flatten(1)
+            if not len(samples):
+                raise UsageError(f"class {label} has no sample, so it has no prototype")
+            row.copy_(samples[medoid(samples)])
+
+
+def medoid(samples: Tensor) -> Tensor:
+    """Index of the sample with the smallest median Euclidean distance to all of (n, d) samples, itself included."""
+    medians = [torch.cdist(rows, samples).quantile(0.5, dim=1) for rows in samples.split(MEDOID_ROWS)]
+    return torch.cat(medians).argmin()
+
+
+class Readout(nn.Module):
+    """p_out(y | z), from one linear layer f_out.
+
+    "linear" is softmax(f_out(z)); "radial" is proportional to exp(-||softmax(f_out(z)) W_E - u_y||^2 / (2 sigma^2)).
+
+    Args:
+        kind: "linear" or "radial".
+        embeddings: W_E, which stays with its owner.
+        classes: C.
+        sigma: of the radial one.
+
+    Raises:
+        UsageError: unknown kind or a sigma that is not positive.
+    """
+
+    def __init__(self, kind: ReadoutKind, classes: int, dim: int, sigma: float) -> None:
+        super().__init__()
+        if kind not in READOUTS:
+            raise unknown_name("p_out", kind, READOUTS)
+        if not sigma > 0:
+            raise UsageError(f"radial_sigma must be positive, got {sigma}")
+        self.kind, self.sigma = kind, sigma
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, z: Tensor, embeddings: Embeddings) -> Tensor:
+        """(B, d) -> (B, C) logits of p_out, up to a constant per row."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits: Tensor = self.linear(z)
+        if self.kind == "linear":
+            return logits
+        return embeddings.log_similarity(embeddings.estimate(logits), self.sigma**2)
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all blocks share: W_E, and p_out where there is one."""
+
+    embeddings: Embeddings
+    readout: Readout | None
+
+    def read(self, z: Tensor) -> Tensor:
+        """(B, d) -> (B, C) logits of p_out."""
+        assert self.readout is not None, "this process reads no p_out"
+        return self.readout(z, self.embeddings)
+
+
+class SampleNoise:
+    """Gaussian noise of inference: a function of the seed, the draw, the step and the sample's own values.
+
+    So an answer does not depend on the batch that a sample is in, and labels are nowhere near.
+
+    Args:
+        inputs: (B, ...) samples.
+        key: 0-d int64 seed.
+        draw: which of many independent draws.
+        dim: d.
+        dtype: of the noise.
+    """
+
+    def __init__(self, inputs: Tensor, key: Tensor, draw: int, dim: int, dtype: torch.dtype) -> None:
+        self._keys = mix(content_keys(inputs) ^ mix(key + torch.full_like(key, draw) * DRAW))
+        self._dim, self._dtype = dim, dtype
+
+    def __call__(self, step: int) -> Tensor:
+        """(B, d) noise of one step."""
+        keys = mix(self._keys + torch.full_like(self._keys[0], step) * STEP)
+        return normal(sequence(keys, self._dim)).to(self._dtype)
