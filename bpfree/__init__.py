@@ -7,7 +7,16 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 """
 
 from bpfree import data
-from bpfree.algorithms import Backprop, DirectFeedback, ForwardGNN, Learner, MonoForward, NoProp, algorithm
+from bpfree.algorithms import (
+    Backprop,
+    DirectFeedback,
+    ForwardGNN,
+    Learner,
+    MonoForward,
+    NoProp,
+    NoPropBackprop,
+    algorithm,
+)
 from bpfree.data import Batches, Dataset
 from bpfree.data.graph_batches import GraphBatches
 from bpfree.energy import EnergyMeter
@@ -30,6 +39,7 @@ __all__ = [
     "Learner",
     "MonoForward",
     "NoProp",
+    "NoPropBackprop",
     "Trainer",
     "TrainingConfig",
     "algorithm",

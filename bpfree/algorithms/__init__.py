@@ -7,6 +7,7 @@ from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
+from bpfree.algorithms.noprop_backprop import NoPropBackprop
 
 __all__ = [
     "ALGORITHMS",
@@ -18,6 +19,7 @@ __all__ = [
     "Learner",
     "MonoForward",
     "NoProp",
+    "NoPropBackprop",
     "Paper",
     "Stage",
     "Support",

@@ -1,10 +1,12 @@
-"""What the blocks of a NoProp network share: embeddings of the classes, the read-out, the noise of inference.
+"""What NoProp networks are made of beside their processes: blocks, embeddings of the classes, read-out, noise.
 
 Shapes: `B` batch, `C` classes, `d` width of an embedding.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -12,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms.learner import Batch
 from bpfree.errors import UsageError, unknown_name
-from bpfree.networks.streams import content_keys, mix, normal, sequence
+from bpfree.networks.blocks import Shape
+from bpfree.networks.noprop import Denoiser, denoisers
+from bpfree.networks.streams import Stream, StreamDropout, content_keys, derive, mix, normal, sequence
 
 EmbeddingKind = Literal["onehot", "learned", "prototype"]
 ReadoutKind = Literal["linear", "radial"]
@@ -28,7 +33,7 @@ class Embeddings(nn.Module):
     """W_E, one row per class.
 
     "onehot" is the identity and fixed; "learned" starts with orthonormal rows where d allows it; "prototype" has rows
-    as wide as an input, is learned too, and starts at random until `set_prototypes` is called.
+    as wide as an input, is learned too, and starts at random until `prepare` is called.
 
     Args:
         kind: "onehot", "learned" or "prototype".
@@ -80,16 +85,19 @@ class Embeddings(nn.Module):
             return -(z[:, None] - self.weight).square().sum(2) / (2 * variance)
 
     @torch.no_grad()
-    def set_prototypes(self, inputs: Tensor, targets: Tensor) -> None:
-        """Make each row its class's medoid: the sample whose median distance to the class is smallest.
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Make each prototype its class's medoid: the sample whose median distance to the class is smallest.
 
         Args:
-            inputs: (n, ...) samples of d values.
-            targets: (n,) their classes.
+            batches: all training samples, of d values each, and their classes. Other embeddings leave them unread.
 
         Raises:
             UsageError: a class has no sample.
         """
+        if self.kind != "prototype":
+            return
+        parts = list(batches)
+        inputs, targets = (torch.cat(list(column)) for column in zip(*parts, strict=True))
         for label, row in enumerate(self.weight):
             samples = inputs[targets == label].flatten(1)
             if not len(samples):
@@ -170,3 +178,61 @@ class SampleNoise:
         """(B, d) noise of one step."""
         keys = mix(self._keys + torch.full_like(self._keys[0], step) * STEP)
         return normal(sequence(keys, self._dim)).to(self._dtype)
+
+
+class BlockNoise(nn.Module):
+    """The random streams of a NoProp network: one per block, those of its dropout, and the key of inference.
+
+    Args:
+        blocks: the network's blocks.
+        seed: fixes all of them; None draws one from PyTorch's global generator.
+    """
+
+    key: Tensor
+
+    def __init__(self, blocks: Iterable[nn.Module], seed: int | None) -> None:
+        super().__init__()
+        seed = int(torch.randint(1 << 62, ())) if seed is None else seed
+        self.register_buffer("key", torch.tensor(derive(seed, 0)))
+        streams = []
+        for index, block in enumerate(blocks):
+            streams.append(Stream(derive(seed, 1, index)))
+            dropouts = (part for part in block.modules() if isinstance(part, StreamDropout))
+            for place, dropout in enumerate(dropouts):
+                dropout.stream.rekey(derive(seed, 2, index, place))
+        self.streams = nn.ModuleList(streams)
+
+
+def embedding_width(kind: EmbeddingKind, classes: int, dim: int, input_shape: Shape) -> int:
+    """d: C of one-hot embeddings, `dim` of learned ones, an input's size of prototypes."""
+    if dim < 1:
+        raise UsageError(f"embedding_dim must be at least 1, got {dim}")
+    return {"onehot": classes, "prototype": math.prod(input_shape)}.get(kind, dim)
+
+
+def blocks_of(
+    modules: list[nn.Module],
+    count: int,
+    classes: int,
+    dim: int,
+    input_shape: Shape,
+    timed: bool,
+    prototypes: bool,
+    width: int,
+) -> list[Denoiser]:
+    """The user's own denoisers, or `count` blocks around the user's image branch.
+
+    Raises:
+        UsageError: another number of denoisers than steps.
+    """
+    own = [module for module in modules if isinstance(module, Denoiser)]
+    if not own:
+        return denoisers(modules, count, classes, dim, input_shape, timed=timed, prototypes=prototypes, width=width)
+    if len(own) != len(modules) or len(own) != count:
+        raise UsageError(f"expected {count} denoisers, one per block, got {len(own)} among {len(modules)} modules")
+    return own
+
+
+def trained(module: nn.Module | None) -> list[nn.Parameter]:
+    """Parameters that the user has not frozen."""
+    return [] if module is None else [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -15,6 +15,7 @@ from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
+from bpfree.algorithms.noprop_backprop import NoPropBackprop
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 
@@ -104,6 +105,13 @@ ALGORITHMS: Final = (
         NoProp,
         "NoProp: each block learns to tell a label from the input and the label's noisy embedding",
         NoProp.paper,
+    ),
+    Algorithm(
+        "noprop_backprop",
+        "noprop-bp",
+        NoPropBackprop,
+        "control: NoProp's blocks in a gated chain, back-propagation through all of them",
+        NoPropBackprop.paper,
     ),
     Algorithm(
         "direct_feedback",

@@ -36,7 +36,6 @@ Deviations from the paper, and what it leaves open:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -44,7 +43,18 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from bpfree.algorithms._noprop_parts import EmbeddingKind, Embeddings, Readout, ReadoutKind, SampleNoise, Shared
+from bpfree.algorithms._noprop_parts import (
+    BlockNoise,
+    EmbeddingKind,
+    Embeddings,
+    Readout,
+    ReadoutKind,
+    SampleNoise,
+    Shared,
+    blocks_of,
+    embedding_width,
+    trained,
+)
 from bpfree.algorithms._noprop_processes import (
     DENOISING,
     READOUT,
@@ -58,8 +68,8 @@ from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Sup
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
 from bpfree.networks.gnn import GraphBlock
-from bpfree.networks.noprop import BRANCH_WIDTH, Denoiser, denoisers
-from bpfree.networks.streams import Stream, StreamDropout, derive
+from bpfree.networks.noprop import BRANCH_WIDTH, Denoiser
+from bpfree.networks.streams import Stream
 
 VariantName = Literal["dt", "ct", "fm"]
 
@@ -213,18 +223,16 @@ class NoProp(Learner):
         """W_E and p_out."""
         return Shared(self.embeddings, self.readout)
 
-    def prepare(self, inputs: Tensor, targets: Tensor) -> None:
+    def prepare(self, batches: Iterable[Batch]) -> None:
         """Make prototypes the medoids of a training set; other embeddings are left as they are.
 
         Args:
-            inputs: (n, *input_shape) training inputs as `step` gets them.
-            targets: (n,) classes.
+            batches: the training set in batches as for `step`, on the learner's device.
 
         Raises:
             UsageError: a class has no sample.
         """
-        if self.embeddings.kind == "prototype":
-            self.embeddings.set_prototypes(inputs, targets)
+        self.embeddings.prepare(batches)
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all blocks learn from each batch, each on its own."""
@@ -352,61 +360,3 @@ class NoProp(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """The weight of the denoising loss."""
         return {"eta": trial.suggest_float("eta", 0.03, 3.0, log=True)}
-
-
-class BlockNoise(nn.Module):
-    """The random streams of a NoProp network: one per block, those of its dropout, and the key of inference.
-
-    Args:
-        blocks: the network's blocks.
-        seed: fixes all of them; None draws one from PyTorch's global generator.
-    """
-
-    key: Tensor
-
-    def __init__(self, blocks: Iterable[nn.Module], seed: int | None) -> None:
-        super().__init__()
-        seed = int(torch.randint(1 << 62, ())) if seed is None else seed
-        self.register_buffer("key", torch.tensor(derive(seed, 0)))
-        streams = []
-        for index, block in enumerate(blocks):
-            streams.append(Stream(derive(seed, 1, index)))
-            dropouts = (part for part in block.modules() if isinstance(part, StreamDropout))
-            for place, dropout in enumerate(dropouts):
-                dropout.stream.rekey(derive(seed, 2, index, place))
-        self.streams = nn.ModuleList(streams)
-
-
-def embedding_width(kind: EmbeddingKind, classes: int, dim: int, input_shape: Shape) -> int:
-    """d: C of one-hot embeddings, `dim` of learned ones, an input's size of prototypes."""
-    if dim < 1:
-        raise UsageError(f"embedding_dim must be at least 1, got {dim}")
-    return {"onehot": classes, "prototype": math.prod(input_shape)}.get(kind, dim)
-
-
-def blocks_of(
-    modules: list[nn.Module],
-    count: int,
-    classes: int,
-    dim: int,
-    input_shape: Shape,
-    timed: bool,
-    prototypes: bool,
-    width: int,
-) -> list[Denoiser]:
-    """The user's own denoisers, or `count` blocks around the user's image branch.
-
-    Raises:
-        UsageError: another number of denoisers than steps.
-    """
-    own = [module for module in modules if isinstance(module, Denoiser)]
-    if not own:
-        return denoisers(modules, count, classes, dim, input_shape, timed=timed, prototypes=prototypes, width=width)
-    if len(own) != len(modules) or len(own) != count:
-        raise UsageError(f"expected {count} denoisers, one per block, got {len(own)} among {len(modules)} modules")
-    return own
-
-
-def trained(module: nn.Module | None) -> list[nn.Parameter]:
-    """Parameters that the user has not frozen."""
-    return [] if module is None else [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -53,8 +53,9 @@ OPTIONS: dict[str, dict[str, object]] = {
 RESIZED = ("fgnn-ff-la", "fgnn-t2i")  # their layers take labels or states from above as inputs
 GOODNESS = ("fgnn-symba", "fgnn-ff-la", "fgnn-ff-vn")
 TOP_DOWN = ("fgnn-t2i", "fgnn-t2l")  # declared channels: layers hear the states of the layers above
-COPIED = tuple(
-    rule for rule in OPTIONS if rule.startswith("noprop")
+COPIED = (
+    "noprop-bp",
+    *(rule for rule in OPTIONS if rule.startswith("noprop")),
 )  # the network is one branch of each of their blocks
 RULES = [rule.alias for rule in ALGORITHMS if rule.alias not in OPTIONS] + list(OPTIONS)
 
@@ -136,7 +137,7 @@ every = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for
 def test_learns_a_separable_set(rule: str, backbone: str) -> None:
     # Goodness answers by trying each class on all nodes asked about, which misleads their neighbours: ask about few.
     steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
-    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, "dfa") else {}))
+    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED[1:], "dfa") else {}))
     for index in range(steps):
         step(learner, *batch(backbone, 64, seed=index))
     right = 0.0
