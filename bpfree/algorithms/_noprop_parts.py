@@ -24,7 +24,7 @@ EmbeddingKind = Literal["onehot", "learned", "prototype"]
 ReadoutKind = Literal["linear", "radial"]
 EMBEDDINGS: Final = ("onehot", "learned", "prototype")
 READOUTS: Final = ("linear", "radial")
-MEDOID_ROWS: Final = 1024  # rows of a distance matrix at a time
+MEDOID_DISTANCES: Final = 2**23  # at a time; torch.quantile takes no more than 2^24
 DRAW: Final = 0x2545F4914F6CDD1D  # odd constants that keep the noise of draws and of steps apart
 STEP: Final = 0x9E6C63D0876A9A47 - (1 << 64)
 
@@ -107,7 +107,8 @@ class Embeddings(nn.Module):
 
 def medoid(samples: Tensor) -> Tensor:
     """Index of the sample with the smallest median Euclidean distance to all of (n, d) samples, itself included."""
-    medians = [torch.cdist(rows, samples).quantile(0.5, dim=1) for rows in samples.split(MEDOID_ROWS)]
+    at_once = max(1, MEDOID_DISTANCES // len(samples))
+    medians = [torch.cdist(rows, samples).quantile(0.5, dim=1) for rows in samples.split(at_once)]
     return torch.cat(medians).argmin()
 
 
