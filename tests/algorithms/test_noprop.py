@@ -30,6 +30,7 @@ from bpfree.algorithms._noprop_processes import (
 from bpfree.data.batches import Batches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.train import InterruptedRunError
 from bpfree.networks import Denoiser, build_network, mlp
 from bpfree.networks.noprop import denoisers
 from bpfree.networks.streams import Stream, StreamDropout
@@ -345,6 +346,39 @@ def test_blocks_learn_the_same_in_processes_of_their_own() -> None:
     expected = [weights(block) for block in trained_in(range(3)).network]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert all(equal(a, b) for a, b in zip(expected, pool.map(trained_alone, range(3)), strict=True))
+
+
+@pytest.mark.parametrize("embeddings", ["learned", "prototype"])
+def test_an_interrupted_run_ends_in_the_same_bits(embeddings: str) -> None:
+    x, y = torch.randn(48, INPUTS), torch.arange(48) % CLASSES
+    part = Batches(x, y, device="cpu")
+    config = TrainingConfig(batch_size=8, epochs=3)
+
+    def model() -> NoProp:
+        torch.manual_seed(0)
+        return learner(embeddings=embeddings)
+
+    straight, stopped, resumed = model(), model(), model()
+    Trainer(straight, part, part, config).run()
+    done: list[int] = []
+    saved: list[dict[str, Any]] = []
+    trainer = Trainer(
+        stopped,
+        part,
+        part,
+        config,
+        on_steps=lambda *_: done.append(1),
+        save=lambda state: saved.append(copy.deepcopy(state)),
+        interrupted=lambda: len(done) == 1,
+    )
+    with pytest.raises(InterruptedRunError):
+        trainer.run()
+    torch.rand(3)
+    again = Trainer(resumed, part, part, config)
+    again.load_state_dict(saved[-1])
+    assert 0 < again.progress.steps < 18
+    again.run()
+    assert equal(weights(straight), weights(resumed))
 
 
 # 6. estimates
