@@ -7,7 +7,16 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 """
 
 from bpfree import data
-from bpfree.algorithms import Backprop, DirectFeedback, ForwardGNN, Learner, MonoForward, algorithm
+from bpfree.algorithms import (
+    Backprop,
+    DirectFeedback,
+    ForwardGNN,
+    Learner,
+    MonoForward,
+    NoProp,
+    NoPropBackprop,
+    algorithm,
+)
 from bpfree.data import Batches, Dataset
 from bpfree.data.graph_batches import GraphBatches
 from bpfree.energy import EnergyMeter
@@ -29,6 +38,8 @@ __all__ = [
     "GraphBatches",
     "Learner",
     "MonoForward",
+    "NoProp",
+    "NoPropBackprop",
     "Trainer",
     "TrainingConfig",
     "algorithm",

@@ -25,7 +25,9 @@ def test_a_graph_in_parts_is_learnt() -> None:
     assert large_graph.main(epochs=10) > 0.7
 
 
-@pytest.mark.parametrize("module", ["backprop", "direct_feedback", "forward_gnn", "mono_forward"])
+@pytest.mark.parametrize(
+    "module", ["backprop", "direct_feedback", "forward_gnn", "mono_forward", "noprop", "noprop_backprop"]
+)
 def test_docstring_examples(module: str) -> None:
     loaded = importlib.import_module(f"bpfree.algorithms.{module}")
     result = doctest.testmod(loaded)

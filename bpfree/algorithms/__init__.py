@@ -6,6 +6,8 @@ from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
+from bpfree.algorithms.noprop import NoProp
+from bpfree.algorithms.noprop_backprop import NoPropBackprop
 
 __all__ = [
     "ALGORITHMS",
@@ -16,6 +18,8 @@ __all__ = [
     "ForwardGNN",
     "Learner",
     "MonoForward",
+    "NoProp",
+    "NoPropBackprop",
     "Paper",
     "Stage",
     "Support",

@@ -14,6 +14,8 @@ from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
+from bpfree.algorithms.noprop import NoProp
+from bpfree.algorithms.noprop_backprop import NoPropBackprop
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 
@@ -96,6 +98,20 @@ ALGORITHMS: Final = (
         ForwardGNN,
         "ForwardGNN: graph layers learn forward from class prototypes, goodness or links",
         ForwardGNN.paper,
+    ),
+    Algorithm(
+        "noprop",
+        "noprop",
+        NoProp,
+        "NoProp: each block learns to tell a label from the input and the label's noisy embedding",
+        NoProp.paper,
+    ),
+    Algorithm(
+        "noprop_backprop",
+        "noprop-bp",
+        NoPropBackprop,
+        "control: NoProp's blocks in a gated chain, back-propagation through all of them",
+        NoPropBackprop.paper,
     ),
     Algorithm(
         "direct_feedback",

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, final
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -242,6 +242,14 @@ class Learner(nn.Module, ABC):
             raise UsageError(f"the state has {len(state)} optimisers, this learner {len(optimizers)}")
         for optimizer, saved in zip(optimizers, state, strict=True):
             optimizer.load_state_dict(saved)
+
+
+@runtime_checkable
+class LooksAtData(Protocol):
+    """A learner that wants to see the training set before its first step; `Trainer` shows it."""
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Look at every training sample once, not augmented."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpfree.algorithms.learner import Learner, Stage, evaluation_mode
+from bpfree.algorithms.learner import Learner, LooksAtData, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
@@ -246,6 +246,9 @@ class Trainer:
         """
         stages = self.learner.stages()
         with numerics(self.config.precision):
+            if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
+                with self.meter.phase(TRAIN):
+                    self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
             while self.progress.stage < len(stages):
                 self._run_stage(stages[self.progress.stage], len(stages))
                 self._start_next_stage()

@@ -6,9 +6,11 @@ from bpfree.networks.gnn import GraphBlock, gnn
 from bpfree.networks.graph import Edges, Graph
 from bpfree.networks.heads import Head
 from bpfree.networks.mlp import mlp
+from bpfree.networks.noprop import Denoiser, image_branch
 from bpfree.networks.registry import build_network, describe_networks
 
 __all__ = [
+    "Denoiser",
     "Edges",
     "Graph",
     "GraphBlock",
@@ -19,6 +21,7 @@ __all__ = [
     "cnn",
     "describe_networks",
     "gnn",
+    "image_branch",
     "infer_input_shape",
     "mlp",
 ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.cnn import CAFO_CHANNELS, MF_CHANNELS, cnn
 from bpfree.networks.gnn import gnn
 from bpfree.networks.mlp import mlp
+from bpfree.networks.noprop import Kind, image_branch
 
 Shape = tuple[int, ...]
 MAX_DEPTH: Final = 32  # mlp:2x1000 is depth x width; mlp:300x100 can only be two widths
@@ -59,6 +60,10 @@ def _cnn(input_shape: Shape, sizes: str) -> nn.Sequential:
     return cnn(input_shape, _widths(sizes))
 
 
+def _noprop(input_shape: Shape, kind: str) -> nn.Sequential:
+    return image_branch(input_shape, cast(Kind, kind or "dt"))
+
+
 FAMILIES: Final[dict[str, Family]] = {
     "mlp": Family(
         "mlp:DEPTHxWIDTH | mlp:WxWxW..",
@@ -70,6 +75,12 @@ FAMILIES: Final[dict[str, Family]] = {
         "cnn:mf is Conv3x3-ReLU-AvgPool with 64-128-256-512 maps, cnn:cafo is Conv3x3-ReLU-MaxPool-BatchNorm with "
         "32-128-512; cnn:32x64 names the maps (average pooling)",
         _cnn,
+    ),
+    "noprop": Family(
+        "noprop:dt | noprop:ct",
+        "image branch of NoProp's blocks: three convolutions without padding and a linear layer to 256 units, with "
+        "batch normalisation behind it (dt) or ReLU (ct); other rules train it as one block",
+        _noprop,
     ),
     "gcn": Family("gcn:DEPTHxWIDTH", "graph convolutions GCN-ReLU, for graphs; gcn is gcn:2x128", partial(_gnn, "gcn")),
     "sage": Family("sage:DEPTHxWIDTH", "GraphSAGE (mean)-ReLU, for graphs", partial(_gnn, "sage")),

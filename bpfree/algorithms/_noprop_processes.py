@@ -1,0 +1,334 @@
+"""From noise to the embedding of a label and back: the discrete and continuous diffusions and the flow of NoProp.
+
+Time runs from noise to label (opposite to DDPM): abar grows with t, and so does SNR = abar / (1 - abar).
+
+Shapes: `B` batch, `C` classes, `d` width of an embedding, `T` steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms._noprop_parts import SampleNoise, Shared
+from bpfree.errors import UsageError
+from bpfree.networks.noprop import Denoiser
+from bpfree.networks.streams import Stream
+
+COSINE_OFFSET: Final = 0.008  # Nichol and Dhariwal, arXiv 2102.09672
+SCHEDULE_UNITS: Final = 32
+Terms = dict[str, Tensor]
+DENOISING, READOUT, PRIOR = "denoising", "read-out", "prior"
+
+
+class Coefficients(NamedTuple):
+    """Of the posterior q(z_t | z_s, y) = N(a u_y + b z_s, c I) for s < t."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+
+def posterior(before: Tensor, after: Tensor) -> Coefficients:
+    """The posterior's coefficients from abar_s and abar_t; with s = t - 1 those of the paper's section 3.
+
+    Any s < t will do, since the product of the alphas between them is abar_s / abar_t.
+    """
+    alpha = before / after
+    rest = 1 - before
+    return Coefficients(
+        after.sqrt() * (1 - alpha) / rest, alpha.sqrt() * (1 - after) / rest, (1 - after) * (1 - alpha) / rest
+    )
+
+
+def snr(alpha_bar: Tensor) -> Tensor:
+    """Signal-to-noise ratio abar / (1 - abar)."""
+    return alpha_bar / (1 - alpha_bar)
+
+
+def cosine_alpha_bars(steps: int, low: float, high: float) -> Tensor:
+    """abar_0..abar_T of the cosine schedule, clamped to [low, high]: (T + 1,) float64.
+
+    Raises:
+        UsageError: clamps outside (0, 1) or the wrong way round, or so narrow that abar does not grow at each step.
+    """
+    if not 0 < low < high < 1:
+        raise UsageError(f"alpha_bar_min and alpha_bar_max must satisfy 0 < min < max < 1, got {low} and {high}")
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, got {steps}")
+    remaining = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    signal = ((remaining + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2).cos().square()
+    bars = (signal / signal[-1]).clamp(low, high)
+    if not bool((bars.diff() > 0).all()):
+        raise UsageError(f"the clamps {low} and {high} flatten a schedule of {steps} steps; widen them")
+    return bars
+
+
+def prior_loss(alpha_bar: Tensor, targets: Tensor) -> Tensor:
+    """KL(q(z_0 | y) || N(0, I)), mean over (B, d) embeddings: (abar |u|^2 - d abar - d ln(1 - abar)) / 2."""
+    dim = targets.shape[1]
+    squares = targets.square().sum(1).mean()
+    return 0.5 * (alpha_bar * squares - dim * alpha_bar - dim * torch.log1p(-alpha_bar))
+
+
+def noised(alpha_bar: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+    """A sample of q(z_t | y): sqrt(abar) u_y + sqrt(1 - abar) noise; (B, d), abar 0-d or (B, 1)."""
+    return alpha_bar.sqrt() * targets + (1 - alpha_bar).sqrt() * noise
+
+
+def squared_errors(estimates: Tensor, targets: Tensor) -> Tensor:
+    """(B,): squared Euclidean distances, a sum over d and not a mean."""
+    return (estimates - targets).square().sum(1)
+
+
+class Process(nn.Module, ABC):
+    """A way between noise and embeddings: what it makes of a batch in training, and how it samples.
+
+    Attributes:
+        samplers: names of the ways to sample, its own first.
+        timed: whether one block serves all times.
+        steps: T; where one block serves all times, how many steps inference takes.
+    """
+
+    samplers: ClassVar[tuple[str, ...]]
+    timed: ClassVar[bool]
+
+    def __init__(self, steps: int, eta: float) -> None:
+        super().__init__()
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        if not eta > 0:
+            raise UsageError(f"eta must be positive, got {eta}")
+        self.steps, self.eta = steps, eta
+
+    @abstractmethod
+    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
+        """The terms of block `index`'s loss on (B, *input_shape) inputs and (B,) classes, to be added up."""
+
+    @abstractmethod
+    def trajectory(
+        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """From noise to an embedding in `steps` steps: after each, (B, C) logits of its block and (B, d) z."""
+
+    @abstractmethod
+    def scores(self, z: Tensor, shared: Shared) -> Tensor:
+        """(B, d) end of a trajectory -> (B, C) class scores."""
+
+
+class DiscreteDiffusion(Process):
+    """NoProp-DT: T blocks, block t from z_{t-1} to the label (the paper's eq. 8, Algorithm 1).
+
+    Args:
+        steps: T.
+        eta: weight of the denoising loss.
+        low: clamp of abar from below.
+        high: clamp of abar from above; it alone sets the last block's weight.
+    """
+
+    samplers = ("stochastic", "mean")
+    timed = False
+    alpha_bars: Tensor
+    weights: Tensor
+
+    def __init__(self, steps: int, eta: float, low: float, high: float) -> None:
+        super().__init__(steps, eta)
+        bars = cosine_alpha_bars(steps, low, high)
+        self.register_buffer("alpha_bars", bars)  # abar_0 .. abar_T
+        self.register_buffer("weights", 0.5 * steps * eta * snr(bars).diff())  # of blocks 1 .. T
+
+    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
+        """CE(z_T) + KL + T/2 eta (SNR(t) - SNR(t-1)) |uhat - u_y|^2 with z_{t-1} and z_T drawn independently."""
+        targets = shared.embeddings(y)
+        noise = stream.normal((2, *targets.shape), targets.dtype)
+        before = noised(self.alpha_bars[index], targets, noise[0])
+        last = noised(self.alpha_bars[-1], targets, noise[1])
+        estimates = shared.embeddings.estimate(block(x, before))
+        terms = {
+            DENOISING: self.weights[index] * squared_errors(estimates, targets).mean(),
+            READOUT: F.cross_entropy(shared.read(last), y),
+        }
+        if shared.embeddings.learned:  # otherwise a constant
+            terms[PRIOR] = prior_loss(self.alpha_bars[0], targets)
+        return terms
+
+    def trajectory(
+        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """z_t = a uhat + b z_s + sqrt(c) noise; with fewer steps than blocks, evenly spread blocks jump further."""
+        if not 1 <= steps <= self.steps:
+            raise UsageError(f"NoProp-DT with {self.steps} blocks denoises in 1 to {self.steps} steps, not {steps}")
+        stops = [round(step * self.steps / steps) for step in range(steps + 1)]
+        z = noise(0)
+        for step in range(steps):
+            at, to = stops[step], stops[step + 1]
+            logits = blocks[at](x, z)
+            a, b, c = posterior(self.alpha_bars[at], self.alpha_bars[to])
+            z = a * shared.embeddings.estimate(logits) + b * z
+            if sampler == "stochastic":
+                z = z + c.sqrt() * noise(step + 1)
+            yield logits, z
+
+    def scores(self, z: Tensor, shared: Shared) -> Tensor:
+        """Logits of p_out(y | z_T)."""
+        return shared.read(z)
+
+
+class NoiseSchedule(nn.Module):
+    """The learned schedule of NoProp-CT: abar(t) = sigmoid(-gamma(t)) with gamma falling from g1 to g0.
+
+    gamma(t) = g0 + (g1 - g0) (1 - gbar(t)), gbar(t) = (g(t) - g(0)) / (g(1) - g(0)), g(t) = v . sigmoid(w t + b) with
+    v, w > 0 (softplus). g1 - g0 is an exponential, so that g0 < g1 whatever is learned.
+
+    Args:
+        low: g0 at the start.
+        high: g1 at the start.
+
+    Raises:
+        UsageError: `low` is not below `high`.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        if not low < high:
+            raise UsageError(f"gamma_min must lie below gamma_max, got {low} and {high}")
+        self.low = nn.Parameter(torch.tensor(float(low)))
+        self.log_range = nn.Parameter(torch.tensor(math.log(high - low)))
+        self.slopes = nn.Parameter(torch.randn(SCHEDULE_UNITS))
+        self.shifts = nn.Parameter(torch.randn(SCHEDULE_UNITS))
+        self.heights = nn.Parameter(torch.randn(SCHEDULE_UNITS))
+
+    @property
+    def high(self) -> Tensor:
+        """g1 = gamma(0)."""
+        return self.low + self.log_range.exp()
+
+    def _grow(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """g and its derivative at (n,) times."""
+        slopes, heights = F.softplus(self.slopes), F.softplus(self.heights)
+        units = torch.sigmoid(time[:, None] * slopes + self.shifts)
+        return (units * heights).sum(1), (units * (1 - units) * slopes * heights).sum(1)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) times in [0, 1] -> gamma and its derivative, both (n,)."""
+        values, slopes = self._grow(time)
+        ends, _ = self._grow(torch.stack([torch.zeros_like(self.low), torch.ones_like(self.low)]))
+        span, extent = self.log_range.exp(), ends[1] - ends[0]
+        return self.low + span * (1 - (values - ends[0]) / extent), -span * slopes / extent
+
+
+class ContinuousDiffusion(Process):
+    """NoProp-CT: one block for all times, and a learned noise schedule (the paper's section 3.2).
+
+    Args:
+        steps: steps of inference.
+        eta: weight of the denoising loss.
+        low: g0 at the start.
+        high: g1 at the start.
+    """
+
+    samplers = ("stochastic", "mean", "ode")
+    timed = True
+
+    def __init__(self, steps: int, eta: float, low: float, high: float) -> None:
+        super().__init__(steps, eta)
+        self.schedule = NoiseSchedule(low, high)
+
+    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
+        """CE(z_1) + KL + eta/2 E_t[SNR'(t) |uhat - u_y|^2], SNR' = -gamma' exp(-gamma)."""
+        targets = shared.embeddings(y)
+        time = stream.uniform((len(y),), targets.dtype)
+        noise = stream.normal((2, *targets.shape), targets.dtype)
+        gamma, slope = self.schedule(time)
+        before = noised(torch.sigmoid(-gamma)[:, None], targets, noise[0])
+        last = noised(torch.sigmoid(-self.schedule.low), targets, noise[1])
+        errors = squared_errors(shared.embeddings.estimate(block(x, before, time)), targets)
+        return {
+            DENOISING: 0.5 * self.eta * (-slope * (-gamma).exp() * errors).mean(),
+            READOUT: F.cross_entropy(shared.read(last), y),
+            PRIOR: prior_loss(torch.sigmoid(-self.schedule.high), targets),
+        }
+
+    def trajectory(
+        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The posterior's steps on a grid of times, or Euler's on dz/dt = -gamma'/2 (sqrt(abar) uhat - abar z)."""
+        z = noise(0)
+        times = torch.linspace(0, 1, steps + 1, dtype=z.dtype, device=z.device)
+        gammas, slopes = self.schedule(times)
+        bars = torch.sigmoid(-gammas)
+        features = blocks[0].encode(x)
+        for step in range(steps):
+            logits = blocks[0].decode(features, z, times[step].expand(len(z)))
+            estimates = shared.embeddings.estimate(logits)
+            if sampler == "ode":
+                z = z - slopes[step] / (2 * steps) * (bars[step].sqrt() * estimates - bars[step] * z)
+            else:
+                a, b, c = posterior(bars[step], bars[step + 1])
+                z = a * estimates + b * z
+                if sampler == "stochastic":
+                    z = z + c.sqrt() * noise(step + 1)
+            yield logits, z
+
+    def scores(self, z: Tensor, shared: Shared) -> Tensor:
+        """Logits of p_out(y | z_1)."""
+        return shared.read(z)
+
+
+class FlowMatching(Process):
+    """NoProp-FM: one block predicts the velocity from noise to embedding (the paper's section 3.3).
+
+    Args:
+        steps: steps of inference.
+        eta: weight of the loss.
+        sigma: standard deviation around the straight path.
+    """
+
+    samplers = ("ode",)
+    timed = True
+
+    def __init__(self, steps: int, eta: float, sigma: float) -> None:
+        super().__init__(steps, eta)
+        if not sigma >= 0:
+            raise UsageError(f"path_sigma must not be negative, got {sigma}")
+        self.sigma = sigma
+
+    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
+        """eta |v(z_t, x, t) - (z_1 - z_0)|^2, and CE of z_t + (1 - t) v if embeddings are learned."""
+        targets = shared.embeddings(y)
+        time = stream.uniform((len(y),), targets.dtype)
+        noise = stream.normal((2, *targets.shape), targets.dtype)
+        moment = time[:, None]
+        z = moment * targets + (1 - moment) * noise[0] + self.sigma * noise[1]
+        velocity = self._velocity(block(x, z, time), shared)
+        terms = {DENOISING: self.eta * squared_errors(velocity, targets - noise[0]).mean()}
+        if shared.readout is not None:
+            terms[READOUT] = F.cross_entropy(shared.read(z + (1 - moment) * velocity), y)
+        return terms
+
+    @staticmethod
+    def _velocity(logits: Tensor, shared: Shared) -> Tensor:
+        """logits W_E, not confined to the embeddings' convex hull."""
+        return shared.embeddings.project(logits.to(shared.embeddings.weight.dtype))
+
+    def trajectory(
+        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Euler's steps along the velocity."""
+        z = noise(0)
+        times = torch.arange(steps, dtype=z.dtype, device=z.device) / steps
+        features = blocks[0].encode(x)
+        for step in range(steps):
+            logits = blocks[0].decode(features, z, times[step].expand(len(z)))
+            z = z + self._velocity(logits, shared) / steps
+            yield logits, z
+
+    def scores(self, z: Tensor, shared: Shared) -> Tensor:
+        """The nearest embedding scores highest."""
+        return shared.embeddings.log_similarity(z, 1.0)

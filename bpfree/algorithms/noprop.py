@@ -1,0 +1,362 @@
+"""NoProp: every block learns, on its own, to predict the embedding of the label from the input and a noisy label.
+
+Paper: Li, Teh, Pascanu, "NoProp: Training Neural Networks without Full Back-propagation or Full Forward-propagation",
+CoLLAs 2025, arXiv 2503.24322 (v1: "... without Back-propagation or Forward-propagation"). Time t runs from noise to
+label, abar_t is the product of the alphas from t up to T, so abar and SNR = abar / (1 - abar) grow with t.
+
+NoProp-DT ("dt"; section 3, eq. 8, Algorithm 1), blocks t = 1..T:
+
+    z_t ~ q(z_t | y) = N(sqrt(abar_t) u_y, 1 - abar_t)           u_y a row of W_E, (B, d)
+    uhat_t = softmax(block_t(x, z_{t-1})) W_E                    (B, C) (C, d) -> (B, d)
+    loss_t = -log p_out(y | z_T) + KL(q(z_0 | y) || N(0, I)) + T/2 eta (SNR(t) - SNR(t-1)) |uhat_t - u_y|^2
+    z_t <- a_t uhat_t + b_t z_{t-1} + sqrt(c_t) noise            inference from z_0 ~ N(0, I); argmax p_out(. | z_T)
+    a_t = sqrt(abar_t) (1 - alpha_{t-1}) / (1 - abar_{t-1})      alpha_{t-1} = abar_{t-1} / abar_t
+    b_t = sqrt(alpha_{t-1}) (1 - abar_t) / (1 - abar_{t-1})
+    c_t = (1 - abar_t) (1 - alpha_{t-1}) / (1 - abar_{t-1})
+
+NoProp-CT ("ct"): one block with a time input, abar(t) = sigmoid(-gamma(t)) learned, eta/2 E_t[SNR'(t) |uhat - u_y|^2].
+NoProp-FM ("fm"): one block, z_t = t u_y + (1 - t) z_0 (+ sigma noise), eta |block(x, z_t, t) W_E - (u_y - z_0)|^2;
+inference by Euler's steps, the class is that of the nearest embedding.
+
+A gradient stays within one block. W_E (unless one-hot), p_out and gamma are shared and learn from every block's loss.
+CE sees z_T alone, never what a block says of the input.
+
+Deviations from the paper, and what it leaves open:
+- Algorithm 1 goes over the data once per block; here a step trains every block, in order, on one batch. With one-hot
+  embeddings blocks do not interact, so only the batches that a block sees together with others differ. p_out and a
+  learned W_E take one step per block and batch in both. An epoch here is Algorithm 1's.
+- The schedule is "cosine" without a formula: here Nichol and Dhariwal's with s = 0.008, abar clamped to
+  [alpha_bar_min, alpha_bar_max]. The upper clamp alone sets the last block's weight.
+- sigma of p_out and of the flow, gamma's start and hidden width, and how time is embedded are not given: options, or
+  constants in `_noprop_processes.py` and `networks/noprop.py`.
+- Neither W_E nor gamma decays; the paper does not say.
+- Noise comes from a stream per block, at inference from the sample's own values (see `networks/streams.py`), so blocks
+  can be trained in any order or in processes of their own, and an answer does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.algorithms._noprop_parts import (
+    BlockNoise,
+    EmbeddingKind,
+    Embeddings,
+    Readout,
+    ReadoutKind,
+    SampleNoise,
+    Shared,
+    blocks_of,
+    embedding_width,
+    trained,
+)
+from bpfree.algorithms._noprop_processes import (
+    DENOISING,
+    READOUT,
+    ContinuousDiffusion,
+    DiscreteDiffusion,
+    FlowMatching,
+    Process,
+)
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+from bpfree.networks.gnn import GraphBlock
+from bpfree.networks.noprop import BRANCH_WIDTH, Denoiser
+from bpfree.networks.streams import Stream
+
+VariantName = Literal["dt", "ct", "fm"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A process and what the paper's table of hyperparameters says of it."""
+
+    build: Callable[[_Options], Process]
+    steps: int
+    eta: float
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the processes are built from."""
+
+    steps: int
+    eta: float
+    alpha_bar: tuple[float, float]
+    gamma: tuple[float, float]
+    path_sigma: float
+
+
+VARIANTS: Final = {
+    "dt": Variant(lambda o: DiscreteDiffusion(o.steps, o.eta, *o.alpha_bar), steps=10, eta=0.1),
+    "ct": Variant(lambda o: ContinuousDiffusion(o.steps, o.eta, *o.gamma), steps=1000, eta=1.0),
+    "fm": Variant(lambda o: FlowMatching(o.steps, o.eta, o.path_sigma), steps=1000, eta=1.0),
+}
+
+
+class NoProp(Learner):
+    """NoProp-DT, CT and FM.
+
+    Args:
+        network: the image branch, any network for images or vectors; each block gets one of its own, the first this
+            one, the others fresh copies. `image_branch` has the paper's. Or a list of `Denoiser`s: the blocks as they
+            are.
+        classes: number of classes C.
+        lr: learning rate.
+        optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser; one for each block.
+        weight_decay: decay of the blocks and of p_out.
+        variant: "dt" (T blocks), "ct" or "fm" (one block for all times).
+        embeddings: rows of W_E: "onehot" (fixed), "learned" (`embedding_dim` wide), "prototype" (as wide as an input;
+            `prepare` makes them medoids of the training set).
+        embedding_dim: d of learned embeddings.
+        p_out: "linear" or "radial".
+        radial_sigma: sigma of the radial p_out.
+        steps: T of "dt"; steps of inference of "ct" and "fm". None: 10, 1000, 1000 as in the paper.
+        eta: weight of the denoising loss. None: 0.1, 1, 1 as in the paper.
+        alpha_bar_min: lower clamp of abar in "dt".
+        alpha_bar_max: upper clamp of abar in "dt".
+        gamma_min: g0 of "ct" at the start.
+        gamma_max: g1 of "ct" at the start.
+        path_sigma: sigma of the path in "fm".
+        sampler: "stochastic" as in the paper, "mean" without the noise term (dt, ct), or "ode" (ct, fm). None: the
+            variant's own.
+        width: units of the label and time branches and of the trunk.
+        noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
+            generator.
+        draw: which draw of the inference noise `scores` uses.
+        input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> branch = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> learner = NoProp(branch, classes=3, steps=2)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['block 0 loss', 'block 1 loss', 'read-out loss']
+    """
+
+    paper = Paper(
+        title="NoProp: Training Neural Networks without Full Back-propagation or Full Forward-propagation",
+        authors="Li, Teh, Pascanu",
+        year=2025,
+        arxiv="2503.24322",
+        follows="equation 8 and Algorithm 1 (DT), sections on continuous time (CT) and flow matching (FM)",
+    )
+    locality = "block"
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | OptimizerFactory = "adamw",
+        weight_decay: float = 1e-3,
+        variant: VariantName = "dt",
+        embeddings: EmbeddingKind = "onehot",
+        embedding_dim: int = 20,
+        p_out: ReadoutKind = "linear",
+        radial_sigma: float = 0.5,
+        steps: int | None = None,
+        eta: float | None = None,
+        alpha_bar_min: float = 1e-4,
+        alpha_bar_max: float = 1 - 1e-4,
+        gamma_min: float = -7.0,
+        gamma_max: float = 7.0,
+        path_sigma: float = 0.0,
+        sampler: str | None = None,
+        width: int = BRANCH_WIDTH,
+        noise_seed: int | None = None,
+        draw: int = 0,
+        input_shape: Shape | None = None,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise unknown_name("variant", variant, VARIANTS)
+        usual = VARIANTS[variant]
+        process = usual.build(
+            _Options(
+                steps=usual.steps if steps is None else steps,
+                eta=usual.eta if eta is None else eta,
+                alpha_bar=(alpha_bar_min, alpha_bar_max),
+                gamma=(gamma_min, gamma_max),
+                path_sigma=path_sigma,
+            )
+        )
+        if sampler is not None and sampler not in process.samplers:
+            raise unknown_name(f"sampler of {variant}", sampler, process.samplers)
+        modules = list(network)
+        shape = tuple(input_shape) if input_shape is not None else infer_input_shape(list(as_blocks(modules)))
+        dim = embedding_width(embeddings, classes, embedding_dim, shape)
+        count = 1 if process.timed else process.steps
+        super().__init__(
+            blocks_of(modules, count, classes, dim, shape, process.timed, embeddings == "prototype", width),
+            classes,
+            shape,
+        )
+        self.kind, self.sampler, self.draw = variant, sampler or process.samplers[0], draw
+        self.process = process
+        self.embeddings = Embeddings(embeddings, classes, dim)
+        # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
+        reads = variant != "fm" or self.embeddings.learned
+        self.readout = Readout(p_out, classes, dim, radial_sigma) if reads else None
+        self.noise = BlockNoise(self.network, noise_seed)
+        self._block_optimizers = tuple(
+            make_optimizer(trained(block), optimizer, lr=lr, weight_decay=weight_decay) for block in self.network
+        )
+        undecayed = [*trained(self.embeddings), *trained(self.process)]
+        self._shared_optimizers = tuple(
+            make_optimizer(parameters, optimizer, lr=lr, weight_decay=decay)
+            for parameters, decay in ((trained(self.readout), weight_decay), (undecayed, 0.0))
+            if parameters
+        )
+
+    @property
+    def shared(self) -> Shared:
+        """W_E and p_out."""
+        return Shared(self.embeddings, self.readout)
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Make prototypes the medoids of a training set; other embeddings are left as they are.
+
+        Args:
+            batches: the training set in batches as for `step`, on the learner's device.
+
+        Raises:
+            UsageError: a class has no sample.
+        """
+        self.embeddings.prepare(batches)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: all blocks learn from each batch, each on its own."""
+        return (
+            Stage(
+                name="all blocks",
+                modules=(self,),
+                optimizers=(*self._block_optimizers, *self._shared_optimizers),
+                update=self._update,
+                scores=self,
+                input_shape=self.input_shape,
+                classes=self.classes,
+            ),
+        )
+
+    def _update(self, batch: Batch) -> Metrics:
+        metrics, readout = {}, []
+        for index in range(len(self.network)):
+            terms = self.learn_block(index, batch)
+            metrics[f"block {index} loss"] = terms.pop(DENOISING)
+            readout.append(terms.pop(READOUT, None))
+            metrics.update({f"{name} loss": value for name, value in terms.items()})
+        losses = [loss for loss in readout if loss is not None]
+        if losses:
+            metrics[f"{READOUT} loss"] = torch.stack(losses).mean()
+        return metrics
+
+    @torch.enable_grad()
+    def learn_block(self, index: int, batch: Batch) -> Metrics:
+        """One update of one block, and of what blocks share: the body of Algorithm 1.
+
+        With one-hot embeddings a block learns the same, bit for bit, in whatever order and in whatever process the
+        others do; p_out learns from each call.
+
+        Args:
+            index: t - 1.
+            batch: as for `step`.
+
+        Returns:
+            The terms of the block's loss by name, 0-d.
+        """
+        x, y = batch
+        block, stream = self.network[index], self.noise.streams[index]
+        assert isinstance(block, Denoiser)
+        assert isinstance(stream, Stream)
+        terms = self.process.terms(index, block, x, y, self.shared, stream)
+        optimizers = (self._block_optimizers[index], *self._shared_optimizers)
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        set_gradients(parameters, torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters))
+        for optimizer in optimizers:
+            optimizer.step()
+            # one block's gradients in memory at a time, and none for the shared parameters to find in the next block
+            optimizer.zero_grad(set_to_none=True)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, C): denoise from noise, then p_out (fm: nearest embedding)."""
+        return self._denoise(inputs, self.process.steps, self.draw)
+
+    @torch.no_grad()
+    def sample(self, inputs: Tensor, *, steps: int | None = None, draw: int | None = None) -> Tensor:
+        """Scores with another number of steps, or from another draw of the noise, in evaluation mode.
+
+        Args:
+            inputs: (B, *input_shape).
+            steps: denoising steps; "dt" takes at most T and then uses evenly spread blocks. None: the learner's.
+            draw: which draw of the noise; None: the learner's.
+
+        Returns:
+            (B, C) scores.
+
+        Raises:
+            UsageError: more steps than blocks ("dt"), or fewer than one.
+        """
+        steps = self.process.steps if steps is None else steps
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        with evaluation_mode(self):
+            return self._denoise(inputs, steps, self.draw if draw is None else draw)
+
+    def _denoise(
+        self, inputs: Tensor, steps: int, draw: int, watch: Callable[[int, Tensor], None] = lambda step, logits: None
+    ) -> Tensor:
+        """Scores; `watch` sees each step's logits."""
+        noise = SampleNoise(inputs, self.noise.key, draw, self.embeddings.dim, self.embeddings.weight.dtype)
+        blocks: tuple[Any, ...] = self.blocks()
+        way = self.process.trajectory(blocks, inputs, self.shared, noise, self.sampler, steps)
+        for step, (logits, state) in enumerate(way):
+            watch(step, logits)
+            z = state
+        return self.process.scores(z, self.shared)
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Accuracy of each block's own logits on the way ("dt"), of the first and last step's otherwise.
+
+        The first is that of a plain classifier: it sees noise in place of a label.
+        """
+        inputs, targets = batch
+        last = self.process.steps - 1
+        report = {}
+
+        def watch(step: int, logits: Tensor) -> None:
+            if self.kind == "dt" or step in (0, last):
+                name = f"block {step}" if self.kind == "dt" else "first step" if step == 0 else "last step"
+                report[f"{name} accuracy"] = accuracy(logits, targets)
+
+        self._denoise(inputs, self.process.steps, self.draw, watch)
+        return report
+
+    @property
+    def variant(self) -> str:
+        """Process, embeddings and, if it is not the paper's, the sampler."""
+        sampler = "" if self.sampler == self.process.samplers[0] else f", {self.sampler}"
+        return f"{self.kind}, {self.embeddings.kind}{sampler}"
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Networks for images and vectors; graphs have no embedding to add to an input."""
+        if any(isinstance(block, GraphBlock) for block in network):
+            return Support(False, "its blocks read one input per label, not a graph")
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """The weight of the denoising loss."""
+        return {"eta": trial.suggest_float("eta", 0.03, 3.0, log=True)}

@@ -1,0 +1,188 @@
+"""The baseline of the NoProp paper: its blocks in a chain, trained end to end by back-propagation.
+
+Paper: Li, Teh, Pascanu, arXiv 2503.24322, the baseline of its experiments. Blocks as in NoProp-DT, learned gates k_t:
+
+    z_0 ~ N(0, I)                                       (B, d)
+    uhat_t = softmax(block_t(x, z_{t-1})) W_E           t = 1..T
+    z_t = (1 - k_t) z_{t-1} + k_t uhat_t                k_t = tanh(w_t), w_t a number
+    loss = -log p_out(y | z_T)                          through all blocks
+
+Deviations from the paper: where w_t starts is not given; here at 1 (k = 0.76). W_E and the gates do not decay. Noise
+comes from streams as in `noprop.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms._noprop_parts import (
+    BlockNoise,
+    EmbeddingKind,
+    Embeddings,
+    Readout,
+    ReadoutKind,
+    SampleNoise,
+    blocks_of,
+    embedding_width,
+    trained,
+)
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.errors import UsageError
+from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+from bpfree.networks.gnn import GraphBlock
+from bpfree.networks.noprop import BRANCH_WIDTH
+from bpfree.networks.streams import Stream
+
+
+class NoPropBackprop(Learner):
+    """Back-propagation through the chain of NoProp-DT's blocks.
+
+    Args:
+        network: the image branch of each block, as for `NoProp`.
+        classes: number of classes C.
+        lr: learning rate.
+        optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser.
+        weight_decay: decay of the blocks and of p_out.
+        embeddings: "onehot", "learned" or "prototype".
+        embedding_dim: d of learned embeddings.
+        p_out: "linear" or "radial".
+        radial_sigma: sigma of the radial p_out.
+        steps: T, the number of blocks.
+        width: units of the label branches and of the trunks.
+        noise_seed: fixes z_0 and dropout; None takes it from PyTorch's global generator.
+        draw: which draw of z_0 `scores` uses.
+        input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> learner = NoPropBackprop(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), classes=3, steps=2)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['loss']
+    """
+
+    paper = Paper(
+        title="NoProp: Training Neural Networks without Full Back-propagation or Full Forward-propagation",
+        authors="Li, Teh, Pascanu",
+        year=2025,
+        arxiv="2503.24322",
+        follows="the back-propagation baseline: the same blocks, gated residual steps, trained end to end",
+    )
+    locality = "network"
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | OptimizerFactory = "adamw",
+        weight_decay: float = 1e-3,
+        embeddings: EmbeddingKind = "onehot",
+        embedding_dim: int = 20,
+        p_out: ReadoutKind = "linear",
+        radial_sigma: float = 0.5,
+        steps: int = 10,
+        width: int = BRANCH_WIDTH,
+        noise_seed: int | None = None,
+        draw: int = 0,
+        input_shape: Shape | None = None,
+    ) -> None:
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        modules = list(network)
+        shape = tuple(input_shape) if input_shape is not None else infer_input_shape(list(as_blocks(modules)))
+        dim = embedding_width(embeddings, classes, embedding_dim, shape)
+        super().__init__(
+            blocks_of(modules, steps, classes, dim, shape, False, embeddings == "prototype", width), classes, shape
+        )
+        self.draw = draw
+        self.embeddings = Embeddings(embeddings, classes, dim)
+        self.readout = Readout(p_out, classes, dim, radial_sigma)
+        self.gates = nn.Parameter(torch.ones(steps))  # w_t
+        self.noise = BlockNoise(self.network, noise_seed)
+        decayed = [*trained(self.network), *trained(self.readout)]
+        self._optimizers = (
+            make_optimizer(decayed, optimizer, lr=lr, weight_decay=weight_decay),
+            make_optimizer([self.gates, *trained(self.embeddings)], optimizer, lr=lr),
+        )
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Make prototypes the medoids of a training set, as `NoProp.prepare`."""
+        self.embeddings.prepare(batches)
+
+    def _chain(self, inputs: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Scores, and each block's logits, from (B, d) z_0."""
+        every = []
+        for block, gate in zip(self.network, self.gates.tanh(), strict=True):
+            every.append(block(inputs, z))
+            z = (1 - gate) * z + gate * self.embeddings.estimate(every[-1])
+        return self.readout(z, self.embeddings), every
+
+    def _start(self, inputs: Tensor) -> Tensor:
+        """(B, d) z_0 of inference."""
+        weight = self.embeddings.weight
+        return SampleNoise(inputs, self.noise.key, self.draw, self.embeddings.dim, weight.dtype)(0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, C) logits of p_out(y | z_T)."""
+        return self._chain(inputs, self._start(inputs))[0]
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: everything learns together."""
+        return (
+            Stage(
+                name="all",
+                modules=(self,),
+                optimizers=self._optimizers,
+                update=self._update,
+                scores=self,
+                input_shape=self.input_shape,
+                classes=self.classes,
+            ),
+        )
+
+    @torch.enable_grad()
+    def _update(self, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        stream = self.noise.streams[0]
+        assert isinstance(stream, Stream)
+        z = stream.normal((len(targets), self.embeddings.dim), self.embeddings.weight.dtype)
+        loss = F.cross_entropy(self._chain(inputs, z)[0], targets)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Accuracy of each block's own logits on the way."""
+        inputs, targets = batch
+        _, every = self._chain(inputs, self._start(inputs))
+        return {f"block {index} accuracy": accuracy(logits, targets) for index, logits in enumerate(every)}
+
+    @property
+    def variant(self) -> str:
+        """The embeddings."""
+        return self.embeddings.kind
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Networks for images and vectors, as NoProp."""
+        if any(isinstance(block, GraphBlock) for block in network):
+            return Support(False, "its blocks read one input per label, not a graph")
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}

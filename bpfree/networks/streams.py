@@ -1,0 +1,152 @@
+"""Random numbers as a function of a key and a position, the same on every device.
+
+PyTorch's generators are shared by everything that draws from them: what a module gets depends on what drew before it,
+and a CPU and a GPU draw different numbers. Here a number is a hash (SplitMix64; Steele, Lea and Flood 2014) of a key,
+of how often its stream has been asked, and of its place in the answer. So modules that own streams can be trained in
+any order or apart with the same bits; the state is one integer buffer, which a checkpoint holds, a CUDA graph advances
+on the device, and a rehearsal puts back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.errors import UsageError
+
+WORD: Final = 1 << 64
+GOLDEN: Final = 0x9E3779B97F4A7C15  # odd and close to 2^64 / golden ratio: consecutive multiples are far apart
+FIRST: Final = 0xBF58476D1CE4E5B9
+SECOND: Final = 0x94D049BB133111EB
+LANES: Final = 4  # 16-bit numbers in a 64-bit hash
+
+
+def _signed(word: int) -> int:
+    """The 64 bits of `word` as PyTorch's int64 has them."""
+    word %= WORD
+    return word - WORD if word >= WORD // 2 else word
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; PyTorch's repeats the sign."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of int64 whose output bits each depend on all input bits."""
+    x = (x ^ _shifted(x, 30)).mul_(_signed(FIRST))
+    x = x.bitwise_xor_(_shifted(x, 27)).mul_(_signed(SECOND))
+    return x.bitwise_xor_(_shifted(x, 31))
+
+
+def derive(*words: int) -> int:
+    """One int64 key from several integers: other integers, or the same in another order, give another key."""
+    key = 0
+    for word in words:
+        key = int(mix(torch.tensor(_signed(key + GOLDEN * (1 + word % WORD)))))
+    return key
+
+
+def sequence(key: Tensor, count: int) -> Tensor:
+    """(...) int64 keys -> (..., count) hashes of each key and a position."""
+    positions = torch.arange(1, count + 1, device=key.device).mul_(_signed(GOLDEN))
+    return mix(key[..., None] + positions)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Hashes as float64 in the open interval (0, 1)."""
+    return _shifted(bits, 11).double().add_(0.5).mul_(2.0**-53)
+
+
+def normal(bits: Tensor) -> Tensor:
+    """Hashes as float64 of the standard normal distribution, by the inverse of its distribution function."""
+    return uniform(bits).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+
+
+def content_keys(inputs: Tensor) -> Tensor:
+    """(B, ...) -> (B,) int64 hashes of each sample's values in float32.
+
+    What a sample draws with such a key does not depend on the batch that it is in.
+    """
+    # + 0.0 makes one zero of the two
+    values = (inputs.flatten(1).float() + 0.0).contiguous().view(torch.int32).long()
+    weights = sequence(torch.zeros((), dtype=torch.int64, device=inputs.device), values.shape[1])
+    return mix((values * weights).sum(1))
+
+
+class Stream(nn.Module):
+    """A source of random numbers that nothing else draws from.
+
+    Args:
+        key: what it draws is a function of the key and of how often it was asked before; None draws a key from
+            PyTorch's global generator.
+    """
+
+    key: Tensor
+    count: Tensor
+
+    def __init__(self, key: int | None = None) -> None:
+        super().__init__()
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.reset_parameters() if key is None else self.rekey(key)
+
+    def reset_parameters(self) -> None:
+        """Start anew with a key from PyTorch's global generator."""
+        self.rekey(int(torch.randint(1 << 62, ())))
+
+    def rekey(self, key: int) -> None:
+        """Start anew with `key`."""
+        self.key.fill_(_signed(key))
+        self.count.zero_()
+
+    @torch.no_grad()
+    def bits(self, count: int) -> Tensor:
+        """(count,) int64 hashes; the next call gives others."""
+        base = mix(self.key + self.count * _signed(FIRST))
+        self.count.add_(1)
+        return sequence(base, count)
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Standard normal numbers."""
+        return normal(self.bits(math.prod(shape))).view(*shape).to(dtype)
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uniform numbers of [0, 1]: rounding to `dtype` may reach the ends."""
+        return uniform(self.bits(math.prod(shape))).view(*shape).to(dtype)
+
+
+class StreamDropout(nn.Module):
+    """Dropout from a stream of its own.
+
+    Args:
+        p: probability with which a value becomes zero, in steps of 2^-16.
+
+    Raises:
+        UsageError: `p` is not in [0, 1).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise UsageError(f"dropout must lie in [0, 1), got {p}")
+        self.p = p
+        self.stream = Stream()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of any shape, those that are kept divided by 1 - p."""
+        if not self.training or not self.p:
+            return x
+        lanes = self.stream.bits(-(-x.numel() // LANES)).view(torch.int16)[: x.numel()]
+        dropped = lanes < round(self.p * 2**16) - 2**15
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # a mask as x lies in memory
+            batch, channels, height, width = x.shape
+            dropped = dropped.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x.masked_fill(dropped.view(x.shape), 0.0) * (1 / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,782 @@
+"""NoProp: the fourteen tests of its specification, and what its options promise."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms import NoProp, NoPropBackprop
+from bpfree.algorithms._noprop_parts import Embeddings, SampleNoise, medoid
+from bpfree.algorithms._noprop_processes import (
+    ContinuousDiffusion,
+    DiscreteDiffusion,
+    FlowMatching,
+    NoiseSchedule,
+    cosine_alpha_bars,
+    noised,
+    posterior,
+    prior_loss,
+    snr,
+)
+from bpfree.data.batches import Batches
+from bpfree.errors import UsageError
+from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.train import InterruptedRunError
+from bpfree.networks import Denoiser, build_network, mlp
+from bpfree.networks.noprop import denoisers
+from bpfree.networks.streams import Stream, StreamDropout
+from tests.reference import noprop as reference
+
+F64 = torch.float64
+CLASSES = 3
+INPUTS = 5
+LR = 0.05
+
+
+class LinearDenoiser(Denoiser):
+    """Logits x A^T + z B^T + t w + bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(INPUTS, CLASSES), nn.Linear(dim, CLASSES, bias=False)
+        self.w = nn.Parameter(torch.randn(CLASSES))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+    def decode(self, features: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
+        timed = 0 * self.w if time is None else time[:, None] * self.w
+        return features + self.b(z) + timed
+
+
+class Oracle(Denoiser):
+    """Says a sample's class, which the sample holds in its first value, as surely as `sharpness` asks."""
+
+    def __init__(self, sharpness: float) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(sharpness))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sharpness * F.one_hot(x[:, 0].long(), CLASSES)
+
+    def decode(self, features: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
+        return features
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LR)
+
+
+def linear(count: int = 4, dim: int = CLASSES, **options: Any) -> NoProp:
+    steps = {"steps": count} if options.get("variant", "dt") == "dt" else {}
+    blocks = [LinearDenoiser(dim) for _ in range(count if steps else 1)]
+    options = {"optimizer": sgd, "noise_seed": 5, **steps, **options}
+    return NoProp(blocks, CLASSES, input_shape=(INPUTS,), **options).double()
+
+
+def learner(steps: int = 3, **options: Any) -> NoProp:
+    branch = nn.Sequential(*mlp((INPUTS,), (8,))[0], StreamDropout(0.2))
+    return NoProp([branch], CLASSES, input_shape=(INPUTS,), steps=steps, width=8, **{"noise_seed": 1, **options})
+
+
+def batch(size: int = 8, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, INPUTS, dtype=dtype), torch.arange(size) % CLASSES
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in module.state_dict().values() if isinstance(tensor, Tensor)]
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# 1. coefficients
+
+# t, abar, a, b, c, SNR(t) - SNR(t-1) for T = 10, as the specification prints them
+TABLE = """
+1 .024092 .154586 .062881 .971955 .024586
+2 .094046 .233740 .469853 .690511 .079122
+3 .203121 .267143 .598518 .472344 .151088
+4 .340810 .295971 .638617 .334198 .262116
+5 .493844 .330356 .637874 .237943 .458661
+6 .647478 .377217 .608252 .165259 .861030
+7 .786911 .445877 .548310 .107106 1.85616
+8 .898706 .553418 .444811 .059133 5.17938
+9 .972093 .734819 .264904 .020799 25.9607
+10 .9999 .996467 .003533 .000100 9964.17
+"""
+
+
+def test_coefficients_of_the_specification() -> None:
+    printed = np.array([row.split() for row in TABLE.strip().splitlines()], float)
+    bars = cosine_alpha_bars(10, 1e-4, 1 - 1e-4)
+    a, b, c = posterior(bars[:-1], bars[1:])
+    for column, values in zip(printed.T[1:], (bars[1:], a, b, c, snr(bars).diff()), strict=True):
+        np.testing.assert_allclose(values.numpy(), column, rtol=3e-6, atol=6e-7)
+    assert bars[0] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 100])
+def test_coefficients_agree_with_numpy_and_keep_mean_and_variance(steps: int) -> None:
+    low, high = (1e-4, 1 - 1e-4) if steps <= 10 else (1e-6, 1 - 1e-6)
+    bars = cosine_alpha_bars(steps, low, high)
+    expected = reference.cosine_alpha_bars(steps, low, high)
+    np.testing.assert_allclose(bars.numpy(), expected, rtol=1e-12)
+    before, after = bars[:-1], bars[1:]
+    a, b, c = posterior(before, after)
+    for got, wanted in zip((a, b, c), reference.coefficients(expected), strict=True):
+        np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-9)
+        assert (got > 0).all()
+    assert (bars.diff() > 0).all()
+    assert (snr(bars).diff() > 0).all()
+    alpha = before / after
+    same = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(a + b * before.sqrt(), after.sqrt(), **same)
+    torch.testing.assert_close(b**2 * (1 - before) + c, 1 - after, **same)
+    torch.testing.assert_close(alpha * (1 - after) + 1 - alpha, 1 - before, **same)
+    torch.testing.assert_close(a**2 / (2 * c), 0.5 * snr(bars).diff(), **same)
+    whole = (bars[0] / bars[-1]).sqrt() * (1 - bars[-1]) / (1 - bars[0])
+    torch.testing.assert_close(b.prod(), whole, **same)
+
+
+def test_a_jump_is_the_steps_it_replaces() -> None:
+    bars = cosine_alpha_bars(6, 1e-4, 0.999)
+    mean, scale, variance = torch.zeros((), dtype=F64), torch.ones((), dtype=F64), torch.zeros((), dtype=F64)
+    for t in range(1, 6):
+        a, b, c = posterior(bars[t], bars[t + 1])
+        mean, scale, variance = a + b * mean, b * scale, b**2 * variance + c
+    torch.testing.assert_close(torch.stack([mean, scale, variance]), torch.stack(posterior(bars[1], bars[6])))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.4), (0.0, 0.9), (0.1, 1.0), (0.3, 0.31)])
+def test_clamps_that_make_no_schedule_are_refused(low: float, high: float) -> None:
+    with pytest.raises(UsageError, match=r"alpha_bar_min|clamps"):
+        cosine_alpha_bars(10, low, high)
+
+
+# 2. Monte Carlo
+
+
+def test_noising_and_denoising_chains_have_the_marginals() -> None:
+    count, u, T = 100_000, 1.3, 6
+    bars = cosine_alpha_bars(T, 1e-3, 0.999)
+    alpha = torch.cat([bars[:-1] / bars[1:], bars[-1:]])
+
+    def agrees(z: Tensor, bar: Tensor) -> None:
+        mean, variance = bar.sqrt() * u, 1 - bar
+        assert abs(z.mean() - mean) < 4 * (variance / count).sqrt()
+        assert abs(z.var() - variance) < 4 * variance * (2 / count) ** 0.5
+
+    z = alpha[T].sqrt() * u + (1 - alpha[T]).sqrt() * torch.randn(count, dtype=F64)
+    for t in range(T, -1, -1):
+        agrees(z, bars[t])
+        z = alpha[t - 1].sqrt() * z + (1 - alpha[t - 1]).sqrt() * torch.randn(count, dtype=F64)
+    z = noised(bars[0], torch.full((count,), u, dtype=F64), torch.randn(count, dtype=F64))
+    for t in range(1, T + 1):
+        a, b, c = posterior(bars[t - 1], bars[t])
+        z = a * u + b * z + c.sqrt() * torch.randn(count, dtype=F64)
+        agrees(z, bars[t])
+
+
+# 3. losses and one block's update against NumPy
+
+
+def linear_arrays(model: NoProp, index: int) -> dict[str, Any]:
+    block, readout = model.network[index], model.readout
+    arrays = {"A": block.a.weight, "B": block.b.weight, "w": block.w, "bias": block.a.bias}
+    if readout is not None:
+        arrays |= {"F": readout.linear.weight, "f": readout.linear.bias}
+    return {name: tensor.detach().numpy().copy() for name, tensor in arrays.items()}
+
+
+def upcoming(model: NoProp, index: int, *, time: bool, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """What a block's stream will give next: times, and the two noises."""
+    stream = copy.deepcopy(model.noise.streams[index])
+    t = stream.uniform((shape[0],), F64).numpy() if time else np.zeros(shape[0])
+    return t, stream.normal((2, *shape), F64).numpy()
+
+
+@pytest.mark.parametrize("embeddings", ["onehot", "learned"])
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_one_update_of_a_block_agrees_with_numpy(embeddings: str, index: int) -> None:
+    dim = CLASSES if embeddings == "onehot" else 4
+    model = linear(embeddings=embeddings, embedding_dim=4, dim=dim, eta=0.3)
+    x, y = batch()
+    _, (before, last) = upcoming(model, index, time=False, shape=(len(x), dim))
+    old = linear_arrays(model, index)
+    del old["w"]
+    table = model.embeddings.weight.detach().numpy().copy()
+    bars = reference.cosine_alpha_bars(4, 1e-4, 1 - 1e-4)
+    terms, gradients = reference.dt_block(
+        index + 1, x.numpy(), y.numpy(), before, last, W_E=table, abar=bars, eta=0.3, **old
+    )
+    got = model.learn_block(index, (x, y))
+    for name, value in got.items():
+        assert value.item() == pytest.approx(terms[name], rel=1e-9)
+    assert ("prior" in got) == (embeddings == "learned")
+    new = linear_arrays(model, index)
+    for name, value in old.items():
+        np.testing.assert_allclose(new[name], value - LR * gradients[name], rtol=1e-9, atol=1e-11)
+    moved = gradients["W_E"] if embeddings == "learned" else 0
+    np.testing.assert_allclose(model.embeddings.weight.detach().numpy(), table - LR * moved, rtol=1e-9, atol=1e-11)
+
+
+def test_float32_agrees_with_numpy() -> None:
+    model, double = linear(eta=0.3).float(), linear(eta=0.3)
+    double.load_state_dict(model.state_dict())
+    x, y = batch()
+    single, exact = model.learn_block(1, (x.float(), y)), double.learn_block(1, (x, y))
+    for name, value in single.items():
+        assert value.item() == pytest.approx(exact[name].item(), rel=1e-5)
+    for a, b in zip(model.network[1].parameters(), double.network[1].parameters(), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_prior_vanishes_with_its_signal_and_is_the_divergence_of_gaussians() -> None:
+    u = torch.randn(7, 4, dtype=F64)
+    for bar in (1e-4, 0.3, 0.9):
+        got = prior_loss(torch.tensor(bar, dtype=F64), u)
+        assert got.item() == pytest.approx(reference.prior(bar, u.numpy()), rel=1e-9)
+    assert abs(prior_loss(torch.tensor(1e-12, dtype=F64), u).item()) < 1e-10
+
+
+def test_continuous_loss_agrees_with_numpy() -> None:
+    model = linear(variant="ct", eta=0.7)
+    x, y = batch()
+    t, (before, last) = upcoming(model, 0, time=True, shape=(len(x), CLASSES))
+    schedule = model.process.schedule
+    parts = (schedule.low, schedule.log_range.exp(), F.softplus(schedule.slopes), schedule.shifts)
+    arrays = [part.detach().numpy() for part in (*parts, F.softplus(schedule.heights))]
+    expected = reference.ct_terms(
+        t, x.numpy(), y.numpy(), before, last, schedule=arrays, eta=0.7, **linear_arrays(model, 0)
+    )
+    got = model.learn_block(0, (x, y))
+    assert {name: value.item() for name, value in got.items()} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.4])
+def test_flow_loss_agrees_with_numpy(sigma: float) -> None:
+    model = linear(variant="fm", embeddings="learned", embedding_dim=4, dim=4, path_sigma=sigma, eta=0.7)
+    x, y = batch()
+    t, (start, path) = upcoming(model, 0, time=True, shape=(len(x), 4))
+    table = model.embeddings.weight.detach().numpy().copy()
+    expected = reference.fm_terms(
+        t, x.numpy(), y.numpy(), start, path, W_E=table, sigma=sigma, eta=0.7, **linear_arrays(model, 0)
+    )
+    got = model.learn_block(0, (x, y))
+    assert {name: value.item() for name, value in got.items()} == pytest.approx(expected, rel=1e-9)
+
+
+# 4. isolation
+
+
+def test_a_blocks_loss_reaches_no_other_block() -> None:
+    model = learner()
+    x, y = batch(dtype=torch.float32)
+    for index in range(3):
+        terms = model.process.terms(index, model.network[index], x, y, model.shared, model.noise.streams[index])
+        model.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        for other, block in enumerate(model.network):
+            reached = [parameter.grad is not None for parameter in block.parameters()]
+            assert all(reached) if other == index else not any(reached)
+
+
+def test_other_blocks_and_the_readout_leave_a_block_alone() -> None:
+    plain, disturbed = learner(), learner()
+    disturbed.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for module in (disturbed.network[0], disturbed.network[2], disturbed.readout):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    x, y = batch(dtype=torch.float32)
+    for _ in range(2):
+        a, b = plain.learn_block(1, (x, y)), disturbed.learn_block(1, (x, y))
+        assert torch.equal(a["denoising"], b["denoising"])
+        assert not torch.equal(a["read-out"], b["read-out"])
+    assert equal(weights(plain.network[1]), weights(disturbed.network[1]))
+
+
+# 5. order
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(9)
+    return [(torch.randn(8, INPUTS, generator=generator), torch.arange(8) % CLASSES) for _ in range(4)]
+
+
+def trained_in(order: Sequence[int]) -> NoProp:
+    torch.manual_seed(3)
+    model = learner()
+    for index in order:
+        torch.rand(index + 1)  # whatever else draws from the global generator
+        for pair in batches():
+            model.learn_block(index, pair)
+    return model
+
+
+def trained_alone(index: int) -> list[Tensor]:
+    torch.set_num_threads(1)
+    return weights(trained_in([index]).network[index])
+
+
+def test_blocks_learn_the_same_in_any_order_or_alone() -> None:
+    torch.manual_seed(3)
+    together = learner()
+    for pair in batches():
+        together.step(pair)
+    expected = [weights(block) for block in together.network]
+    for order in itertools.permutations(range(3)):
+        assert all(equal(a, weights(b)) for a, b in zip(expected, trained_in(order).network, strict=True))
+    for index in range(3):
+        assert equal(expected[index], trained_alone(index))
+
+
+def test_blocks_learn_the_same_in_processes_of_their_own() -> None:
+    expected = [weights(block) for block in trained_in(range(3)).network]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert all(equal(a, b) for a, b in zip(expected, pool.map(trained_alone, range(3)), strict=True))
+
+
+@pytest.mark.parametrize("embeddings", ["learned", "prototype"])
+def test_an_interrupted_run_ends_in_the_same_bits(embeddings: str) -> None:
+    x, y = torch.randn(48, INPUTS), torch.arange(48) % CLASSES
+    part = Batches(x, y, device="cpu")
+    config = TrainingConfig(batch_size=8, epochs=3)
+
+    def model() -> NoProp:
+        torch.manual_seed(0)
+        return learner(embeddings=embeddings)
+
+    straight, stopped, resumed = model(), model(), model()
+    Trainer(straight, part, part, config).run()
+    done: list[int] = []
+    saved: list[dict[str, Any]] = []
+    trainer = Trainer(
+        stopped,
+        part,
+        part,
+        config,
+        on_steps=lambda *_: done.append(1),
+        save=lambda state: saved.append(copy.deepcopy(state)),
+        interrupted=lambda: len(done) == 1,
+    )
+    with pytest.raises(InterruptedRunError):
+        trainer.run()
+    torch.rand(3)
+    again = Trainer(resumed, part, part, config)
+    again.load_state_dict(saved[-1])
+    assert 0 < again.progress.steps < 18
+    again.run()
+    assert equal(weights(straight), weights(resumed))
+
+
+# 6. estimates
+
+
+def test_estimates_are_in_the_hull_of_the_embeddings() -> None:
+    logits = 3 * torch.randn(20, CLASSES, dtype=F64)
+    onehot = Embeddings("onehot", CLASSES, CLASSES).double()
+    assert torch.equal(onehot.estimate(logits), logits.softmax(1))
+    learned = Embeddings("learned", CLASSES, 7).double()
+    coefficients = torch.linalg.lstsq(learned.weight.T, learned.estimate(logits).T).solution.T
+    assert (coefficients >= 0).all()
+    torch.testing.assert_close(coefficients.sum(1), torch.ones(20, dtype=F64))
+    torch.testing.assert_close(learned.weight @ learned.weight.T, torch.eye(CLASSES, dtype=F64))
+
+
+def test_velocity_is_linear_in_the_logits() -> None:
+    model = linear(variant="fm", embeddings="learned", embedding_dim=4, dim=4)
+    logits = torch.randn(5, CLASSES, dtype=F64)
+    one, three = (FlowMatching._velocity(scale * logits, model.shared) for scale in (1, 3))
+    torch.testing.assert_close(three, 3 * one)
+    torch.testing.assert_close(one, logits @ model.embeddings.weight)
+
+
+# 7. embeddings
+
+
+def test_learned_embeddings_learn_from_target_noising_and_projection() -> None:
+    model = learner(embeddings="learned", embedding_dim=6)
+    x, y = batch(dtype=torch.float32)
+    table = model.embeddings.weight.detach().clone()
+    terms = model.process.terms(0, model.network[0], x, y, model.shared, model.noise.streams[0])
+    whole = torch.autograd.grad(terms["denoising"], model.embeddings.weight, retain_graph=True)[0]
+    absent = torch.autograd.grad(terms["read-out"], model.embeddings.weight)[0]
+    assert whole.abs().sum(1).all()
+    assert absent.abs().sum() > 0  # through z_T
+    model.step((x, y))
+    assert not torch.equal(table, model.embeddings.weight)
+
+
+def test_onehot_embeddings_stay_the_identity() -> None:
+    model = learner()
+    model.step(batch(dtype=torch.float32))
+    assert not model.embeddings.weight.requires_grad
+    assert torch.equal(model.embeddings.weight, torch.eye(CLASSES))
+
+
+# 8. predictions
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "ct", "steps": 20}, {"variant": "fm", "steps": 20}])
+def test_predictions_depend_on_seed_and_draw_but_not_on_the_batch(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = learner(**options)
+    x, y = batch(12, torch.float32)
+    model.step((x, y))
+    scores = model.scores(x)
+    assert torch.equal(scores, model.scores(x))
+    parts = torch.cat([model.scores(x[:5]), model.scores(x[5:])])
+    torch.testing.assert_close(scores, parts)
+    assert not torch.allclose(scores, model.sample(x, draw=1))
+    torch.manual_seed(0)
+    other = learner(noise_seed=2, **options)
+    other.network.load_state_dict(model.network.state_dict())
+    other.embeddings.load_state_dict(model.embeddings.state_dict())
+    if model.readout is not None:
+        other.readout.load_state_dict(model.readout.state_dict())
+    assert not torch.allclose(scores, other.scores(x))
+
+
+def test_noise_of_samples_steps_and_draws_is_standard_and_independent() -> None:
+    x = torch.randn(4000, 2)
+    key = torch.tensor(3)
+    noises = [SampleNoise(x, key, draw, 5, F64)(step) for draw, step in itertools.product(range(2), range(2))]
+    table = torch.cat([*noises], 1)
+    correlation = torch.corrcoef(table.T) - torch.eye(20)
+    assert correlation.abs().max() < 5 / 4000**0.5
+    assert table.mean(0).abs().max() < 4.5 / 4000**0.5
+    assert (table.var(0) - 1).abs().max() < 4.5 * (2 / 4000) ** 0.5
+
+
+def test_streams_are_normal_and_uniform() -> None:
+    stream = Stream(7)
+    for values, moments in (
+        (stream.normal((200_000,), F64), (0, 1, 0, 3)),
+        (stream.uniform((200_000,), F64), (1 / 2, 1 / 3, 1 / 4, 1 / 5)),
+    ):
+        for power, moment in enumerate(moments, 1):
+            spread = values.pow(power).std() / 200_000**0.5
+            assert abs(values.pow(power).mean() - moment) < 4.5 * spread
+    assert not torch.equal(stream.bits(4), stream.bits(4))
+
+
+def test_dropout_keeps_the_mean_and_draws_anew() -> None:
+    dropout = StreamDropout(0.2)
+    x = torch.ones(300, 7, 9, 11)
+    first, second = dropout(x), dropout(x)
+    kept = (first != 0).double().mean().item()
+    assert kept == pytest.approx(0.8, abs=4 * (0.16 / x.numel()) ** 0.5 + 2**-16)
+    assert first.max().item() == pytest.approx(1.25)
+    assert not torch.equal(first, second)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+# 9. oracles
+
+
+def oracle(sharpness: float, **options: Any) -> NoProp:
+    steps = options.pop("steps", 10)
+    count = steps if options.get("variant", "dt") == "dt" else 1
+    blocks = [Oracle(sharpness) for _ in range(count)]
+    model = NoProp(blocks, CLASSES, input_shape=(INPUTS,), steps=steps, noise_seed=0, **options)
+    if model.readout is not None:
+        with torch.no_grad():
+            model.readout.linear.weight.copy_(torch.eye(CLASSES))
+            model.readout.linear.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "mean"},
+        {"p_out": "radial"},
+        {"variant": "ct", "steps": 1000},
+        {"variant": "ct", "steps": 1000, "sampler": "ode"},
+    ],
+)
+def test_oracle_blocks_are_always_right_and_empty_ones_guess(options: dict[str, Any]) -> None:
+    count = 600 if options.get("variant") == "ct" else 3000
+    y = torch.arange(count) % CLASSES
+    x = torch.randn(count, INPUTS)
+    x[:, 0] = y
+    assert torch.equal(oracle(100.0, **options).scores(x).argmax(1), y)
+    guesses = (oracle(0.0, **options).scores(x).argmax(1) == y).double().mean().item()
+    assert guesses == pytest.approx(1 / CLASSES, abs=4.5 * (2 / 9 / count) ** 0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10])
+def test_fewer_steps_than_blocks_denoise_too(steps: int) -> None:
+    x = torch.randn(60, INPUTS)
+    x[:, 0] = torch.arange(60) % CLASSES
+    assert torch.equal(oracle(100.0).sample(x, steps=steps).argmax(1), x[:, 0].long())
+
+
+def test_more_steps_than_blocks_are_refused() -> None:
+    with pytest.raises(UsageError, match="1 to 10 steps"):
+        oracle(1.0).sample(torch.randn(2, INPUTS), steps=11)
+
+
+# 10. the learned schedule
+
+
+def test_schedule_falls_between_its_ends() -> None:
+    for _ in range(20):
+        schedule = NoiseSchedule(-5.0, 6.0).double()
+        for parameter in schedule.parameters():
+            nn.init.normal_(parameter)
+        gamma, slope = schedule(torch.linspace(0, 1, 200, dtype=F64))
+        assert (gamma.diff() < 0).all()
+        assert (slope < 0).all()
+        torch.testing.assert_close(gamma[0], schedule.high)
+        torch.testing.assert_close(gamma[-1], schedule.low)
+    fresh = NoiseSchedule(-5.0, 6.0)
+    assert (fresh.low.item(), fresh.high.item()) == pytest.approx((-5, 6))
+
+
+def test_slope_of_the_signal_to_noise_ratio_is_autograds() -> None:
+    schedule = NoiseSchedule(-3.0, 4.0).double()
+    time = torch.rand(50, dtype=F64, requires_grad=True)
+    gamma, slope = schedule(time)
+    expected = torch.autograd.grad((-gamma).exp().sum(), time)[0]
+    torch.testing.assert_close(-slope * (-gamma).exp(), expected)
+
+
+def test_ode_keeps_the_noise_of_a_sample() -> None:
+    """d/dt [sqrt(abar) u + sqrt(1 - abar) e] is the drift of the ODE, which many Euler steps follow."""
+    process = ContinuousDiffusion(4000, 1.0, -3.0, 3.0).double()
+    u, e = torch.randn(2, 6, dtype=F64)
+    model = oracle(1e4, variant="ct", steps=10, sampler="ode").double()
+    schedule = process.schedule
+    time = torch.rand(1, dtype=F64, requires_grad=True)
+    gamma, slope = schedule(time)
+    bar = torch.sigmoid(-gamma)
+    path = bar.sqrt() * u + (1 - bar).sqrt() * e
+    speed = torch.stack([torch.autograd.grad(value, time, retain_graph=True)[0][0] for value in path])
+    torch.testing.assert_close(speed, -slope / 2 * (bar.sqrt() * u - bar * path))
+    x = torch.zeros(4, INPUTS, dtype=F64)
+    start = torch.randn(4, CLASSES, dtype=F64)
+    way = process.trajectory(model.blocks(), x, model.shared, lambda step: start, "ode", 4000)
+    end = list(way)[-1][1]
+    first, last = torch.sigmoid(-schedule.high), torch.sigmoid(-schedule.low)
+    target = model.embeddings(torch.zeros(4, dtype=torch.int64))
+    noise = (start - first.sqrt() * target) / (1 - first).sqrt()
+    torch.testing.assert_close(end, noised(last, target, noise), rtol=0, atol=5e-3)
+
+
+def test_both_ends_of_the_schedule_learn() -> None:
+    model = linear(variant="ct")
+    schedule = model.process.schedule
+    terms = model.process.terms(0, model.network[0], *batch(), model.shared, model.noise.streams[0])
+    gradients = torch.autograd.grad(sum(terms.values()), list(schedule.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+# 11. flow matching
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_the_true_velocity_leads_to_the_embedding(steps: int) -> None:
+    start = torch.randn(6, CLASSES, dtype=F64)
+    y = torch.arange(6) % CLASSES
+    goal = torch.eye(CLASSES, dtype=F64)[y]
+
+    class Straight(Denoiser):
+        def encode(self, x: Tensor) -> Tensor:
+            return goal - start
+
+        def decode(self, features: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
+            return features
+
+    model = linear(variant="fm")
+    way = model.process.trajectory([Straight()], start, model.shared, lambda step: start, "ode", steps)
+    end = list(way)[-1][1]
+    torch.testing.assert_close(end, goal, rtol=0, atol=1e-10)
+    assert torch.equal(model.process.scores(end, model.shared).argmax(1), y)
+
+
+def test_the_class_of_a_flow_is_the_nearest_embedding() -> None:
+    embeddings = Embeddings("learned", CLASSES, 4).double()
+    with torch.no_grad():
+        embeddings.weight.mul_(torch.tensor([[1.0], [5.0], [0.2]]))  # the largest inner product would mislead
+    z = torch.randn(50, 4, dtype=F64)
+    assert torch.equal(embeddings.log_similarity(z, 1.0).argmax(1), torch.cdist(z, embeddings.weight).argmin(1))
+
+
+def test_a_flow_of_fixed_embeddings_has_no_readout() -> None:
+    assert linear(variant="fm").readout is None
+    assert linear(variant="fm", embeddings="learned", embedding_dim=4, dim=4).readout is not None
+
+
+# 12. sizes and prototypes
+
+# exact parameters per block that round to the paper's Table 5 (v2): one-hot, 20 dimensions, prototypes
+SIZES = {
+    ("dt", (1, 28, 28), 10): (919_946, 922_506, 1_401_738),
+    ("dt", (3, 32, 32), 10): (1_215_434, 1_217_994, 1_992_714),
+    ("dt", (3, 32, 32), 100): (1_250_084, 1_229_604, 2_004_324),
+    ("ct", (1, 28, 28), 10): (867_722, 870_282, 1_482_122),
+    ("ct", (3, 32, 32), 10): (1_163_210, 1_165_770, 2_073_098),
+    ("ct", (3, 32, 32), 100): (1_197_860, 1_177_380, 2_084_708),
+}
+
+
+@pytest.mark.parametrize(("kind", "shape", "classes"), SIZES)
+def test_blocks_have_the_papers_sizes(kind: str, shape: tuple[int, ...], classes: int) -> None:
+    counts = []
+    for dim, prototypes in ((classes, False), (20, False), (int(np.prod(shape)), True)):
+        network = build_network(f"noprop:{kind}", shape)
+        block = denoisers(network, 1, classes, dim, shape, timed=kind == "ct", prototypes=prototypes)[0]
+        counts.append(sum(parameter.numel() for parameter in block.parameters()))
+    assert tuple(counts) == SIZES[kind, shape, classes]
+
+
+def test_a_prototype_has_the_smallest_median_distance() -> None:
+    # median distances are 2, 1, 2, 8, 28; the mean distance would be smallest at 2
+    line = torch.tensor([[0.0], [1.0], [2.0], [9.0], [30.0]])
+    assert medoid(line).item() == 1
+    assert medoid(torch.tensor([[5.0], [0.0], [1.0], [2.0]])).item() == 2
+
+
+def test_training_begins_by_choosing_prototypes() -> None:
+    x = torch.randn(60, INPUTS)
+    y = torch.arange(60) % CLASSES
+    chosen = []
+    model = learner(steps=2, embeddings="prototype")
+    part = Batches(x, y, device="cpu")
+    config = TrainingConfig(batch_size=20, epochs=1, precision="fp32")
+    Trainer(
+        model, part, part, config, on_steps=lambda *_: chosen.append(model.embeddings.weight.detach().clone())
+    ).run()
+    expected = torch.stack(
+        [x[y == c][np.median(torch.cdist(x[y == c], x[y == c]), 1).argmin()] for c in range(CLASSES)]
+    )
+    assert chosen[0].shape == expected.shape
+    # the first steps of Adam move a value by no more than the rate each
+    assert (chosen[0] - expected).abs().max() < 3 * 2 * 1e-3 * 1.5
+
+
+# 13. training and inference see the same
+
+
+def test_blocks_meet_at_inference_what_they_were_trained_on() -> None:
+    model = oracle(100.0, steps=6, alpha_bar_max=0.99)
+    count = 20_000
+    x = torch.randn(count, INPUTS)
+    x[:, 0] = torch.arange(count) % CLASSES
+    targets = torch.eye(CLASSES)[x[:, 0].long()]
+    met: list[Tensor] = []
+    for block in model.network:
+        block.register_forward_pre_hook(lambda module, inputs: met.append(inputs[1].detach()))
+    model.scores(x)
+    for z, bar in zip(met, model.process.alpha_bars[:-1].tolist(), strict=True):
+        residual = z - bar**0.5 * targets
+        # the chain starts from N(0, I) and not from q(z_0 | y): off by at most sqrt(abar_0) in the mean
+        assert residual.mean(0).abs().max() < 4.5 * ((1 - bar) / count) ** 0.5 + 0.01
+        assert residual.var().item() == pytest.approx(1 - bar, rel=0.03)
+
+
+# 14. labels
+
+
+@pytest.mark.parametrize("variant", ["dt", "ct", "fm"])
+def test_prediction_never_reads_an_embedding_of_a_label(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learner(variant=variant)
+    x, y = batch(dtype=torch.float32)
+    model.step((x, y))
+    expected = model.sample(x, steps=3)
+
+    def refuse(self: Embeddings, targets: Tensor) -> Tensor:
+        raise AssertionError("a label was read")
+
+    monkeypatch.setattr(Embeddings, "forward", refuse)
+    y.fill_(-999)
+    assert torch.equal(expected, model.sample(x, steps=3))
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "xt"}, "variant"),
+        ({"embeddings": "two-hot"}, "embeddings"),
+        ({"p_out": "cubic"}, "p_out"),
+        ({"sampler": "ode"}, "sampler of dt"),
+        ({"variant": "fm", "sampler": "mean"}, "sampler of fm"),
+        ({"eta": 0.0}, "eta"),
+        ({"steps": 0}, "steps"),
+        ({"variant": "ct", "gamma_min": 3.0, "gamma_max": 3.0}, "gamma_min"),
+        ({"variant": "fm", "path_sigma": -1.0}, "path_sigma"),
+        ({"radial_sigma": 0.0}, "radial_sigma"),
+        ({"embeddings": "learned", "embedding_dim": 0}, "embedding_dim"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        learner(**options)
+
+
+def test_a_layer_that_cannot_be_drawn_anew_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(INPUTS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    with pytest.raises(UsageError, match="reset_parameters"):
+        NoProp([nn.Linear(INPUTS, INPUTS), Fixed()], CLASSES, steps=2)
+
+
+def test_another_number_of_denoisers_than_steps_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected 10 denoisers"):
+        NoProp([LinearDenoiser(CLASSES)], CLASSES, input_shape=(INPUTS,))
+
+
+def test_blocks_start_apart_but_biases_at_zero() -> None:
+    model = NoProp(mlp((INPUTS,), (8,)), CLASSES, steps=3)
+    linears = [next(part for part in block.image.modules() if isinstance(part, nn.Linear)) for block in model.network]
+    assert not torch.equal(linears[0].weight, linears[1].weight)
+    assert not torch.equal(linears[1].weight, linears[2].weight)
+    assert not any(part.bias.any() for part in linears)
+
+
+def test_the_weights_of_the_discrete_loss() -> None:
+    process = DiscreteDiffusion(10, 0.1, 1e-4, 1 - 1e-4)
+    expected = 5 * 0.1 * reference.snr_steps(reference.cosine_alpha_bars(10, 1e-4, 1 - 1e-4))
+    np.testing.assert_allclose(process.weights.numpy(), expected, rtol=1e-9)
+
+
+def test_back_propagation_through_the_chain() -> None:
+    """Gates and first block learn through all blocks behind them; one step of two linear blocks, written out."""
+    blocks = [LinearDenoiser(CLASSES) for _ in range(2)]
+    model = NoPropBackprop(blocks, CLASSES, input_shape=(INPUTS,), steps=2, optimizer=sgd, noise_seed=0).double()
+    x, y = batch()
+    z = copy.deepcopy(model.noise.streams[0]).normal((len(x), CLASSES), F64).numpy()
+    for block, gate in zip(model.network, np.tanh([1.0, 1.0]), strict=True):
+        logits = x.numpy() @ block.a.weight.detach().numpy().T + block.a.bias.detach().numpy()
+        estimate = reference.softmax(logits + z @ block.b.weight.detach().numpy().T)
+        z = (1 - gate) * z + gate * estimate
+    linear_map = model.readout.linear
+    scores = z @ linear_map.weight.detach().numpy().T + linear_map.bias.detach().numpy()
+    before = [weights(block) for block in model.network]
+    gates = model.gates.detach().clone()
+    assert model.step((x, y))["loss"].item() == pytest.approx(reference.cross_entropy(scores, y.numpy()), rel=1e-9)
+    assert not equal(before[0], weights(model.network[0]))
+    assert (gates != model.gates).all()
