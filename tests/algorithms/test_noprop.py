@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms import NoProp, NoPropBackprop
+from bpfree.algorithms import NoProp
 from bpfree.algorithms._noprop_parts import Embeddings, SampleNoise, medoid
 from bpfree.algorithms._noprop_processes import (
     ContinuousDiffusion,
@@ -761,22 +761,3 @@ def test_the_weights_of_the_discrete_loss() -> None:
     process = DiscreteDiffusion(10, 0.1, 1e-4, 1 - 1e-4)
     expected = 5 * 0.1 * reference.snr_steps(reference.cosine_alpha_bars(10, 1e-4, 1 - 1e-4))
     np.testing.assert_allclose(process.weights.numpy(), expected, rtol=1e-9)
-
-
-def test_back_propagation_through_the_chain() -> None:
-    """Gates and first block learn through all blocks behind them; one step of two linear blocks, written out."""
-    blocks = [LinearDenoiser(CLASSES) for _ in range(2)]
-    model = NoPropBackprop(blocks, CLASSES, input_shape=(INPUTS,), steps=2, optimizer=sgd, noise_seed=0).double()
-    x, y = batch()
-    z = copy.deepcopy(model.noise.streams[0]).normal((len(x), CLASSES), F64).numpy()
-    for block, gate in zip(model.network, np.tanh([1.0, 1.0]), strict=True):
-        logits = x.numpy() @ block.a.weight.detach().numpy().T + block.a.bias.detach().numpy()
-        estimate = reference.softmax(logits + z @ block.b.weight.detach().numpy().T)
-        z = (1 - gate) * z + gate * estimate
-    linear_map = model.readout.linear
-    scores = z @ linear_map.weight.detach().numpy().T + linear_map.bias.detach().numpy()
-    before = [weights(block) for block in model.network]
-    gates = model.gates.detach().clone()
-    assert model.step((x, y))["loss"].item() == pytest.approx(reference.cross_entropy(scores, y.numpy()), rel=1e-9)
-    assert not equal(before[0], weights(model.network[0]))
-    assert (gates != model.gates).all()

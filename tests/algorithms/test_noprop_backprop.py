@@ -1,0 +1,37 @@
+"""Back-propagation through NoProp's chain against its NumPy reference."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from bpfree.algorithms import NoPropBackprop
+from bpfree.errors import UsageError
+from tests.algorithms.test_noprop import CLASSES, F64, INPUTS, LR, LinearDenoiser, batch, sgd
+from tests.reference import noprop_backprop as reference
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_one_step_of_linear_blocks(steps: int) -> None:
+    blocks = [LinearDenoiser(CLASSES) for _ in range(steps)]
+    model = NoPropBackprop(blocks, CLASSES, input_shape=(INPUTS,), steps=steps, optimizer=sgd, noise_seed=0).double()
+    x, y = batch()
+    z_0 = copy.deepcopy(model.noise.streams[0]).normal((len(x), CLASSES), F64).numpy()
+    linears = [(block.a.weight, block.b.weight, block.a.bias) for block in model.network]
+    w, linear_map = model.gates, model.readout.linear
+    moved = [*[p for three in linears for p in three], w, linear_map.weight, linear_map.bias]
+    before = [parameter.detach().clone().numpy() for parameter in moved]
+    triples = [tuple(before[3 * t : 3 * t + 3]) for t in range(steps)]
+    loss, d_blocks, *others = reference.chain(x.numpy(), y.numpy(), z_0, triples, *before[3 * steps :])
+    assert model.step((x, y))["loss"].item() == pytest.approx(loss, rel=1e-9)
+    gradients = [*[d for three in d_blocks for d in three], *others]
+    for parameter, start, gradient in zip(moved, before, gradients, strict=True):
+        assert np.abs(gradient).max() > 0
+        np.testing.assert_allclose(parameter.detach().numpy(), start - LR * gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_chain_needs_a_block() -> None:
+    with pytest.raises(UsageError, match="steps must be at least 1"):
+        NoPropBackprop([LinearDenoiser(CLASSES)], CLASSES, input_shape=(INPUTS,), steps=0)
