@@ -30,6 +30,7 @@ def cli(context: click.Context) -> None:
     bpfree run --algo bp --dataset mnist        the baseline, with the preset's hyperparameters
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
+    bpfree energy measure -- python train.py    joules, seconds and watts of any program
     """
     if os.environ.get("NO_COLOR"):  # https://no-color.org; click itself only looks for a terminal
         context.color = False

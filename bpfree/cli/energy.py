@@ -70,7 +70,11 @@ def measure(source: str, idle_seconds: float, output: Path | None, form: str, pr
     if output is None:
         click.echo(text, err=True)
     else:
-        output.write_text(text + "\n")
+        try:
+            output.write_text(text + "\n")
+        except OSError as error:  # the program has run: its energy must not be lost
+            click.echo(f"{text}\nbpfree: error: cannot write {output}: {error.strerror}", err=True)
+            sys.exit(measured.exit_code or 1)
     sys.exit(measured.exit_code)
 
 
@@ -127,12 +131,9 @@ def calibrate_command(device: str, source: str, seconds: float, output: Path | N
             seconds=seconds,
             on_state=lambda state: click.echo(f"{state} for {seconds:g} s", err=True),
         )
-    path = calibration.save(output)
-    if form == "json":
-        click.echo(path.read_text().strip())
-    else:
-        click.echo(text_table(calibration_rows(calibration)))
-    click.echo(f"saved as {path}", err=True)
+    # shown before it is saved: it must not be lost where it cannot be written
+    click.echo(calibration.as_json() if form == "json" else text_table(calibration_rows(calibration)))
+    click.echo(f"saved as {calibration.save(output)}", err=True)
 
 
 def calibration_rows(calibration: Calibration) -> list[dict[str, str]]:

@@ -99,6 +99,10 @@ class Calibration:
         update_ms = next(iter(self.loaded.sensors.values())).update_ms
         return None if update_ms is None else update_ms / 1e3
 
+    def as_json(self) -> str:
+        """What `save` writes."""
+        return json.dumps(asdict(self), indent=1)
+
     def save(self, path: Path | None = None) -> Path:
         """Write the calibration, by default to where later runs look for it; returns the path.
 
@@ -109,7 +113,7 @@ class Calibration:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.partial")
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            temporary.write_text(self.as_json() + "\n")
             temporary.replace(path)
         except OSError as error:
             raise DataError(f"cannot write the calibration to {path}: {error.strerror}") from error

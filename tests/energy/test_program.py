@@ -212,3 +212,30 @@ def test_calibrate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "sensor" in result.stdout
     assert f"saved as {output}" in result.stderr
     assert json.loads(output.read_text())["device"]["method"] == "simulated"
+
+
+def test_what_was_measured_is_told_where_it_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpfree.energy.calibration.SETTLE_S", 0.0)
+    nowhere = str(tmp_path / "missing" / "energy.json")
+    result = energy("measure", "--source", "simulated", "--output", nowhere, "--", sys.executable, "-c", "")
+    assert result.exit_code == 1
+    assert "J gross (simulated" in result.stderr
+    assert f"cannot write {nowhere}: No such file" in result.stderr
+    (tmp_path / "file").touch()
+    blocked = str(tmp_path / "file" / "calibration.json")
+    result = energy(
+        "calibrate",
+        "--source",
+        "simulated",
+        "--device",
+        "cpu",
+        "--seconds",
+        "1",
+        "--format",
+        "json",
+        "--output",
+        blocked,
+    )
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["device"]["method"] == "simulated"
+    assert "cannot write the calibration" in result.stderr
