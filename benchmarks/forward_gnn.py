@@ -9,8 +9,8 @@
 
 With --workers several runs share the device, one process each, which says nothing about time or energy: those need
 --meter, one run after another. A greedy run of the largest depth also answers for all smaller ones, whose accuracy its
-record holds, so only --every-depth trains each. Runs that are recorded under --out already are not repeated.
---collect writes what the tables need of all runs under --out to one file, a line per run.
+record holds, so only --every-depth trains each. --collect writes what the tables need of all runs under --out to one
+file, a line per run, beside those that the file has already. Runs that are recorded there or under --out are not repeated.
 """
 
 from __future__ import annotations
@@ -193,8 +193,10 @@ def work(config: RunConfig, out: Path, idle_w: tuple[float, ...], threads: int |
 def run_all(options: argparse.Namespace) -> int:
     """Do what has not been done; returns the number of failures."""
     done = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(options.out)] if options.out.exists() else []
+    if options.collect and options.collect.exists():
+        done += [record["config"] for record in load_records(options.collect)]
     left = [config for config in tasks(options) if config.to_dict() not in done]
-    print(f"{len(left)} runs to do, {len(done)} recorded under {options.out}", flush=True)
+    print(f"{len(left)} runs to do, {len(done)} recorded", flush=True)
     if not left:
         return 0
     started, failures = time.monotonic(), 0
@@ -253,15 +255,15 @@ KEPT: Final = (
 
 
 def collect(root: Path, file: Path) -> None:
-    """Write the runs under `root` as lines of JSON: configuration, and what of the summary is kept."""
-    lines = []
-    for path in find_runs(root):
+    """Add the runs under `root` to lines of JSON: configuration, and what of the summary is kept."""
+    lines = set(file.read_text().splitlines(keepends=True)) if file.exists() else set()
+    for path in find_runs(root) if root.exists() else ():
         folder = RunFolder.open(path)
         summary = folder.read_json(SUMMARY)
         kept = {name: summary[name] for name in KEPT if name in summary}
         if kept["energy"]["gross_j"] is None:
             kept["energy"] = {name: kept["energy"][name] for name in ("gross_j", "method", "flags")}
-        lines.append(json.dumps({"run": path.name, "config": folder.read_json(CONFIG), **kept}) + "\n")
+        lines.add(json.dumps({"run": path.name, "config": folder.read_json(CONFIG), **kept}) + "\n")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(sorted(lines)))
     print(f"{len(lines)} runs in {file}")
