@@ -9,8 +9,8 @@
 
 With --workers several runs share the device, one process each, which says nothing about time or energy: those need
 --meter, one run after another. A greedy run of the largest depth also answers for all smaller ones, whose accuracy its
-record holds, so only --every-depth trains each. --collect writes what the tables need of all runs under --out to one
-file, a line per run, beside those that the file has already. Runs that are recorded there or under --out are not repeated.
+record holds, so only --every-depth trains each. --collect adds what the tables need of all runs under --out to a file
+of one line per run. Runs that are recorded there or under --out are not repeated.
 """
 
 from __future__ import annotations

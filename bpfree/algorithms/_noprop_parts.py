@@ -18,15 +18,14 @@ from bpfree.algorithms.learner import Batch
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 from bpfree.networks.noprop import Denoiser, denoisers
-from bpfree.networks.streams import Stream, StreamDropout, content_keys, derive, mix, normal, sequence
+from bpfree.networks.streams import Stream, StreamDropout, content_keys, derive, hashes, mix, normal
 
 EmbeddingKind = Literal["onehot", "learned", "prototype"]
 ReadoutKind = Literal["linear", "radial"]
 EMBEDDINGS: Final = ("onehot", "learned", "prototype")
 READOUTS: Final = ("linear", "radial")
 MEDOID_DISTANCES: Final = 2**23  # at a time; torch.quantile takes no more than 2^24
-DRAW: Final = 0x2545F4914F6CDD1D  # odd constants that keep the noise of draws and of steps apart
-STEP: Final = 0x9E6C63D0876A9A47 - (1 << 64)
+DRAW: Final = 0x2545F4914F6CDD1D  # odd: keeps the noise of draws apart
 
 
 class Embeddings(nn.Module):
@@ -81,8 +80,9 @@ class Embeddings(nn.Module):
     def log_similarity(self, z: Tensor, variance: float) -> Tensor:
         """(B, d) -> (B, C): -||z - u_c||^2 / (2 variance), highest for the nearest embedding."""
         with torch.autocast(z.device.type, enabled=False):
-            # subtracted before squaring: the expanded product would cancel
-            return -(z[:, None] - self.weight).square().sum(2) / (2 * variance)
+            # not by the expanded product, which would cancel
+            distances = torch.cdist(z, self.weight, compute_mode="donot_use_mm_for_euclid_dist")
+            return -distances.square() / (2 * variance)
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
@@ -177,8 +177,8 @@ class SampleNoise:
 
     def __call__(self, step: int) -> Tensor:
         """(B, d) noise of one step."""
-        keys = mix(self._keys + torch.full_like(self._keys[0], step) * STEP)
-        return normal(sequence(keys, self._dim)).to(self._dtype)
+        count = torch.full((), step, dtype=torch.int64, device=self._keys.device)
+        return normal(hashes(self._keys, count, self._dim)).to(self._dtype)
 
 
 class BlockNoise(nn.Module):

@@ -87,6 +87,14 @@ def squared_errors(estimates: Tensor, targets: Tensor) -> Tensor:
     return (estimates - targets).square().sum(1)
 
 
+class Draws(NamedTuple):
+    """What a block's step draws for a batch: (B, d) embeddings of the labels, (2, B, d) noise, (B,) times if any."""
+
+    targets: Tensor
+    noise: Tensor
+    time: Tensor | None
+
+
 class Process(nn.Module, ABC):
     """A way between noise and embeddings: what it makes of a batch in training, and how it samples.
 
@@ -107,9 +115,26 @@ class Process(nn.Module, ABC):
             raise UsageError(f"eta must be positive, got {eta}")
         self.steps, self.eta = steps, eta
 
+    def draw(self, y: Tensor, shared: Shared, stream: Stream) -> Draws:
+        """Embeddings, times and noise for (B,) classes."""
+        targets = shared.embeddings(y)
+        time = stream.uniform((len(y),), targets.dtype) if self.timed else None
+        return Draws(targets, stream.normal((2, *targets.shape), targets.dtype), time)
+
     @abstractmethod
-    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
-        """The terms of block `index`'s loss on (B, *input_shape) inputs and (B,) classes, to be added up."""
+    def block_terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """The terms of block `index`'s loss that need the block, on (B, *input_shape) inputs, to be added up."""
+
+    @abstractmethod
+    def shared_terms(self, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """The terms of a block's loss in which no block has a part: of the read-out and the prior."""
+
+    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """All terms of block `index`'s loss, to be added up."""
+        return {
+            **self.block_terms(index, block, x, y, shared, draws),
+            **self.shared_terms(y, shared, draws),
+        }
 
     @abstractmethod
     def trajectory(
@@ -143,19 +168,18 @@ class DiscreteDiffusion(Process):
         self.register_buffer("alpha_bars", bars)  # abar_0 .. abar_T
         self.register_buffer("weights", 0.5 * steps * eta * snr(bars).diff())  # of blocks 1 .. T
 
-    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
-        """CE(z_T) + KL + T/2 eta (SNR(t) - SNR(t-1)) |uhat - u_y|^2 with z_{t-1} and z_T drawn independently."""
-        targets = shared.embeddings(y)
-        noise = stream.normal((2, *targets.shape), targets.dtype)
-        before = noised(self.alpha_bars[index], targets, noise[0])
-        last = noised(self.alpha_bars[-1], targets, noise[1])
+    def block_terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """T/2 eta (SNR(t) - SNR(t-1)) |uhat - u_y|^2 from z_{t-1}."""
+        before = noised(self.alpha_bars[index], draws.targets, draws.noise[0])
         estimates = shared.embeddings.estimate(block(x, before))
-        terms = {
-            DENOISING: self.weights[index] * squared_errors(estimates, targets).mean(),
-            READOUT: F.cross_entropy(shared.read(last), y),
-        }
+        return {DENOISING: self.weights[index] * squared_errors(estimates, draws.targets).mean()}
+
+    def shared_terms(self, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """CE(z_T) + KL, z_T drawn independently of z_{t-1}."""
+        last = noised(self.alpha_bars[-1], draws.targets, draws.noise[1])
+        terms = {READOUT: F.cross_entropy(shared.read(last), y)}
         if shared.embeddings.learned:  # otherwise a constant
-            terms[PRIOR] = prior_loss(self.alpha_bars[0], targets)
+            terms[PRIOR] = prior_loss(self.alpha_bars[0], draws.targets)
         return terms
 
     def trajectory(
@@ -240,19 +264,19 @@ class ContinuousDiffusion(Process):
         super().__init__(steps, eta)
         self.schedule = NoiseSchedule(low, high)
 
-    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
-        """CE(z_1) + KL + eta/2 E_t[SNR'(t) |uhat - u_y|^2], SNR' = -gamma' exp(-gamma)."""
-        targets = shared.embeddings(y)
-        time = stream.uniform((len(y),), targets.dtype)
-        noise = stream.normal((2, *targets.shape), targets.dtype)
-        gamma, slope = self.schedule(time)
-        before = noised(torch.sigmoid(-gamma)[:, None], targets, noise[0])
-        last = noised(torch.sigmoid(-self.schedule.low), targets, noise[1])
-        errors = squared_errors(shared.embeddings.estimate(block(x, before, time)), targets)
+    def block_terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """eta/2 E_t[SNR'(t) |uhat - u_y|^2], SNR' = -gamma' exp(-gamma)."""
+        gamma, slope = self.schedule(draws.time)
+        before = noised(torch.sigmoid(-gamma)[:, None], draws.targets, draws.noise[0])
+        errors = squared_errors(shared.embeddings.estimate(block(x, before, draws.time)), draws.targets)
+        return {DENOISING: 0.5 * self.eta * (-slope * (-gamma).exp() * errors).mean()}
+
+    def shared_terms(self, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """CE(z_1) + KL."""
+        last = noised(torch.sigmoid(-self.schedule.low), draws.targets, draws.noise[1])
         return {
-            DENOISING: 0.5 * self.eta * (-slope * (-gamma).exp() * errors).mean(),
             READOUT: F.cross_entropy(shared.read(last), y),
-            PRIOR: prior_loss(torch.sigmoid(-self.schedule.high), targets),
+            PRIOR: prior_loss(torch.sigmoid(-self.schedule.high), draws.targets),
         }
 
     def trajectory(
@@ -263,6 +287,7 @@ class ContinuousDiffusion(Process):
         times = torch.linspace(0, 1, steps + 1, dtype=z.dtype, device=z.device)
         gammas, slopes = self.schedule(times)
         bars = torch.sigmoid(-gammas)
+        a, b, c = posterior(bars[:-1], bars[1:])
         features = blocks[0].encode(x)
         for step in range(steps):
             logits = blocks[0].decode(features, z, times[step].expand(len(z)))
@@ -270,10 +295,9 @@ class ContinuousDiffusion(Process):
             if sampler == "ode":
                 z = z - slopes[step] / (2 * steps) * (bars[step].sqrt() * estimates - bars[step] * z)
             else:
-                a, b, c = posterior(bars[step], bars[step + 1])
-                z = a * estimates + b * z
+                z = a[step] * estimates + b[step] * z
                 if sampler == "stochastic":
-                    z = z + c.sqrt() * noise(step + 1)
+                    z = z + c[step].sqrt() * noise(step + 1)
             yield logits, z
 
     def scores(self, z: Tensor, shared: Shared) -> Tensor:
@@ -299,11 +323,10 @@ class FlowMatching(Process):
             raise UsageError(f"path_sigma must not be negative, got {sigma}")
         self.sigma = sigma
 
-    def terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, stream: Stream) -> Terms:
+    def block_terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, draws: Draws) -> Terms:
         """eta |v(z_t, x, t) - (z_1 - z_0)|^2, and CE of z_t + (1 - t) v if embeddings are learned."""
-        targets = shared.embeddings(y)
-        time = stream.uniform((len(y),), targets.dtype)
-        noise = stream.normal((2, *targets.shape), targets.dtype)
+        targets, noise, time = draws
+        assert time is not None
         moment = time[:, None]
         z = moment * targets + (1 - moment) * noise[0] + self.sigma * noise[1]
         velocity = self._velocity(block(x, z, time), shared)
@@ -311,6 +334,10 @@ class FlowMatching(Process):
         if shared.readout is not None:
             terms[READOUT] = F.cross_entropy(shared.read(z + (1 - moment) * velocity), y)
         return terms
+
+    def shared_terms(self, y: Tensor, shared: Shared, draws: Draws) -> Terms:
+        """None: the cross-entropy sees where the block's velocity leads."""
+        return {}
 
     @staticmethod
     def _velocity(logits: Tensor, shared: Shared) -> Tensor:

@@ -252,6 +252,14 @@ class LooksAtData(Protocol):
         """Look at every training sample once, not augmented."""
 
 
+@runtime_checkable
+class DrawsNoise(Protocol):
+    """A learner whose answer depends on a draw of noise, and which can be asked for more than one answer."""
+
+    def sample(self, inputs: Any, *, draw: int) -> Tensor:
+        """(B, *input_shape) inputs -> (B, C) class scores from the draw of this number, in evaluation mode."""
+
+
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules in evaluation mode and each submodule back where it was on leaving."""

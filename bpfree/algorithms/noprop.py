@@ -36,13 +36,15 @@ Deviations from the paper, and what it leaves open:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._noprop_parts import (
     BlockNoise,
     EmbeddingKind,
@@ -60,8 +62,10 @@ from bpfree.algorithms._noprop_processes import (
     READOUT,
     ContinuousDiffusion,
     DiscreteDiffusion,
+    Draws,
     FlowMatching,
     Process,
+    Terms,
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
@@ -131,6 +135,9 @@ class NoProp(Learner):
         noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
             generator.
         draw: which draw of the inference noise `scores` uses.
+        validation_steps: denoising steps when a state is rated during training ("ct", "fm"); None: as many as `steps`.
+        lanes: blocks that learn at the same time in a CUDA graph ("dt", fixed embeddings); more is faster, and as
+            much more memory.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -176,6 +183,8 @@ class NoProp(Learner):
         width: int = BRANCH_WIDTH,
         noise_seed: int | None = None,
         draw: int = 0,
+        validation_steps: int | None = None,
+        lanes: int = 4,
         input_shape: Shape | None = None,
     ) -> None:
         if variant not in VARIANTS:
@@ -192,6 +201,8 @@ class NoProp(Learner):
         )
         if sampler is not None and sampler not in process.samplers:
             raise unknown_name(f"sampler of {variant}", sampler, process.samplers)
+        if lanes < 1 or (validation_steps is not None and validation_steps < 1):
+            raise UsageError(f"lanes and validation_steps must be at least 1, got {lanes} and {validation_steps}")
         modules = list(network)
         shape = tuple(input_shape) if input_shape is not None else infer_input_shape(list(as_blocks(modules)))
         dim = embedding_width(embeddings, classes, embedding_dim, shape)
@@ -202,7 +213,8 @@ class NoProp(Learner):
             shape,
         )
         self.kind, self.sampler, self.draw = variant, sampler or process.samplers[0], draw
-        self.process = process
+        self.process, self.lanes = process, lanes
+        self.validation_steps = process.steps if validation_steps is None else validation_steps
         self.embeddings = Embeddings(embeddings, classes, dim)
         # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
         reads = variant != "fm" or self.embeddings.learned
@@ -242,23 +254,34 @@ class NoProp(Learner):
                 modules=(self,),
                 optimizers=(*self._block_optimizers, *self._shared_optimizers),
                 update=self._update,
-                scores=self,
+                scores=lambda inputs: self._denoise(inputs, self.validation_steps, self.draw),
                 input_shape=self.input_shape,
                 classes=self.classes,
             ),
         )
 
     def _update(self, batch: Batch) -> Metrics:
-        metrics, readout = {}, []
-        for index in range(len(self.network)):
-            terms = self.learn_block(index, batch)
-            metrics[f"block {index} loss"] = terms.pop(DENOISING)
-            readout.append(terms.pop(READOUT, None))
-            metrics.update({f"{name} loss": value for name, value in terms.items()})
-        losses = [loss for loss in readout if loss is not None]
-        if losses:
-            metrics[f"{READOUT} loss"] = torch.stack(losses).mean()
+        blocks = range(len(self.network))
+        learned = self._learn_apart(batch) if self._apart else [self.learn_block(index, batch) for index in blocks]
+        metrics = {f"block {index} loss": terms.pop(DENOISING) for index, terms in enumerate(learned)}
+        readout = [terms.pop(READOUT) for terms in learned if READOUT in terms]
+        metrics.update({f"{name} loss": value for name, value in learned[-1].items()})
+        if readout:
+            metrics[f"{READOUT} loss"] = torch.stack(readout).mean()
         return metrics
+
+    def _learn_apart(self, batch: Batch) -> list[Metrics]:
+        """What `learn_block` does, for all blocks, side by side: they have no parameter in common."""
+        _, y = batch
+        draws = [self._draw(index, y) for index in range(len(self.network))]
+        lanes = Lanes(y.device, self.lanes + 1 if len(draws) > 1 else 0)
+        with lanes.lane(self.lanes):
+            learned = [self._learn_shared(y, drawn) for drawn in draws]
+        for index, drawn in enumerate(draws):
+            with lanes.lane(index % self.lanes):
+                learned[index].update(self._learn_alone(index, batch, drawn))
+        lanes.join()
+        return learned
 
     @torch.enable_grad()
     def learn_block(self, index: int, batch: Batch) -> Metrics:
@@ -275,11 +298,40 @@ class NoProp(Learner):
             The terms of the block's loss by name, 0-d.
         """
         x, y = batch
-        block, stream = self.network[index], self.noise.streams[index]
-        assert isinstance(block, Denoiser)
+        draws = self._draw(index, y)
+        if self._apart:
+            return {**self._learn_alone(index, batch, draws), **self._learn_shared(y, draws)}
+        terms = self.process.terms(index, self._block(index), x, y, self.shared, draws)
+        return self._descend(terms, (self._block_optimizers[index], *self._shared_optimizers))
+
+    @property
+    def _apart(self) -> bool:
+        """Whether blocks share nothing that learns with them: neither embeddings nor a schedule."""
+        return not (trained(self.embeddings) or trained(self.process))
+
+    def _draw(self, index: int, y: Tensor) -> Draws:
+        stream = self.noise.streams[index]
         assert isinstance(stream, Stream)
-        terms = self.process.terms(index, block, x, y, self.shared, stream)
-        optimizers = (self._block_optimizers[index], *self._shared_optimizers)
+        return self.process.draw(y, self.shared, stream)
+
+    def _block(self, index: int) -> Denoiser:
+        block = self.network[index]
+        assert isinstance(block, Denoiser)
+        return block
+
+    @torch.enable_grad()
+    def _learn_alone(self, index: int, batch: Batch, draws: Draws) -> Metrics:
+        terms = self.process.block_terms(index, self._block(index), *batch, self.shared, draws)
+        return self._descend(terms, (self._block_optimizers[index],))
+
+    @torch.enable_grad()
+    def _learn_shared(self, y: Tensor, draws: Draws) -> Metrics:
+        terms = self.process.shared_terms(y, self.shared, draws)
+        return self._descend(terms, self._shared_optimizers) if terms else {}
+
+    @staticmethod
+    def _descend(terms: Terms, optimizers: Sequence[Optimizer]) -> Metrics:
+        """One step down the sum of the terms, which are given back."""
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         set_gradients(parameters, torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters))
         for optimizer in optimizers:

@@ -32,7 +32,7 @@ from bpfree.algorithms._noprop_parts import (
     trained,
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
 from bpfree.networks.gnn import GraphBlock
@@ -126,14 +126,20 @@ class NoPropBackprop(Learner):
             z = (1 - gate) * z + gate * self.embeddings.estimate(every[-1])
         return self.readout(z, self.embeddings), every
 
-    def _start(self, inputs: Tensor) -> Tensor:
+    def _start(self, inputs: Tensor, draw: int) -> Tensor:
         """(B, d) z_0 of inference."""
         weight = self.embeddings.weight
-        return SampleNoise(inputs, self.noise.key, self.draw, self.embeddings.dim, weight.dtype)(0)
+        return SampleNoise(inputs, self.noise.key, draw, self.embeddings.dim, weight.dtype)(0)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C) logits of p_out(y | z_T)."""
-        return self._chain(inputs, self._start(inputs))[0]
+        return self._chain(inputs, self._start(inputs, self.draw))[0]
+
+    @torch.no_grad()
+    def sample(self, inputs: Tensor, *, draw: int) -> Tensor:
+        """(B, *input_shape) -> (B, C) scores from another draw of z_0, in evaluation mode."""
+        with evaluation_mode(self):
+            return self._chain(inputs, self._start(inputs, draw))[0]
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: everything learns together."""
@@ -167,7 +173,7 @@ class NoPropBackprop(Learner):
     def diagnostics(self, batch: Batch) -> Metrics:
         """Accuracy of each block's own logits on the way."""
         inputs, targets = batch
-        _, every = self._chain(inputs, self._start(inputs))
+        _, every = self._chain(inputs, self._start(inputs, self.draw))
         return {f"block {index} accuracy": accuracy(logits, targets) for index, logits in enumerate(every)}
 
     @property

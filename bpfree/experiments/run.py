@@ -16,6 +16,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from bpfree import data
 from bpfree.algorithms import Learner, algorithm
+from bpfree.algorithms.learner import DrawsNoise
 from bpfree.data import Dataset, GraphDataset, GraphInfo
 from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
@@ -27,11 +28,14 @@ from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
-from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate
+from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
 from bpfree.networks import build_network
 
 MIB: Final = 2**20
 AnyDataset = Dataset | GraphDataset
+
+TEST_DRAWS: Final = 5
+"""Draws of the noise from which rules that need noise to answer are tested, as in NoProp's paper."""
 
 POLL_HZ: Final = 5.0
 """Rate at which runs sample power and counter, 1/s: half that of the sensors, since reading the counter takes 3 ms
@@ -266,6 +270,8 @@ def _train(
             measured["carbon"] = tracker.report(meter.totals()["total"])
         tested = evaluate(learner, test, config.training.precision)
         summary = {**_summary(config, folder, learner, progress, measured, tested), "metric": test.metric}
+        if isinstance(learner, DrawsNoise):
+            summary["test_draws"] = evaluate_draws(learner, test, config.training.precision, TEST_DRAWS)
         if isinstance(dataset, GraphDataset):
             revealed = revealed_test(dataset, config.training, config.seed, device)
             if revealed is not None:  # the same for rules to which labels are no input

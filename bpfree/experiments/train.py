@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpfree.algorithms.learner import Learner, LooksAtData, Stage, evaluation_mode
+from bpfree.algorithms.learner import DrawsNoise, Learner, LooksAtData, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
@@ -443,3 +444,11 @@ def evaluate(learner: Learner, batches: AnyBatches, precision: str) -> dict[str,
     percent = {name: 100 if name.endswith(("accuracy", "ROC-AUC")) else 1 for name in sums}
     means = {name: percent[name] * (value / len(batches)).item() for name, value in sums.items()}
     return {"loss": loss, "accuracy": 100 * fraction, **means}
+
+
+def evaluate_draws(learner: DrawsNoise, batches: AnyBatches, precision: str, draws: int) -> list[float]:
+    """Accuracy, in %, from each of the first `draws` draws of the noise."""
+    assert isinstance(learner, Learner)
+    with numerics(precision):
+        every = [rate(partial(learner.sample, draw=draw), batches, precision, learner)[1] for draw in range(draws)]
+    return [100 * fraction.item() for fraction in every]

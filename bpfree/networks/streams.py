@@ -10,8 +10,9 @@ on the device, and a rehearsal puts back.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,25 @@ def sequence(key: Tensor, count: int) -> Tensor:
     """(...) int64 keys -> (..., count) hashes of each key and a position."""
     positions = torch.arange(1, count + 1, device=key.device).mul_(_signed(GOLDEN))
     return mix(key[..., None] + positions)
+
+
+@cache
+def _fused() -> Callable[[Tensor, Tensor, int, dict[str, Any]], Tensor] | None:
+    """One kernel that does what `hashes` does on a CUDA device, or None where Triton is missing."""
+    try:
+        from bpfree.networks import _stream_kernels
+    except ImportError:
+        return None
+    return _stream_kernels.hashes
+
+
+def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
+    """(...) int64 keys -> (..., width) hashes of each key, a 0-d int64 count and a position."""
+    fused = _fused() if keys.is_cuda else None
+    if fused is None:
+        return sequence(mix(keys + count * _signed(FIRST)), width)
+    constants = {"step": _signed(FIRST), "golden": _signed(GOLDEN), "first": _signed(FIRST), "second": _signed(SECOND)}
+    return fused(keys, count, width, constants)
 
 
 def uniform(bits: Tensor) -> Tensor:
@@ -107,9 +127,9 @@ class Stream(nn.Module):
     @torch.no_grad()
     def bits(self, count: int) -> Tensor:
         """(count,) int64 hashes; the next call gives others."""
-        base = mix(self.key + self.count * _signed(FIRST))
+        drawn = hashes(self.key, self.count, count)
         self.count.add_(1)
-        return sequence(base, count)
+        return drawn
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Standard normal numbers."""

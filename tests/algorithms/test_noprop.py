@@ -280,11 +280,16 @@ def test_flow_loss_agrees_with_numpy(sigma: float) -> None:
 # 4. isolation
 
 
+def all_terms(model: NoProp, index: int, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    draws = model.process.draw(y, model.shared, model.noise.streams[index])
+    return model.process.terms(index, model.network[index], x, y, model.shared, draws)
+
+
 def test_a_blocks_loss_reaches_no_other_block() -> None:
     model = learner()
     x, y = batch(dtype=torch.float32)
     for index in range(3):
-        terms = model.process.terms(index, model.network[index], x, y, model.shared, model.noise.streams[index])
+        terms = all_terms(model, index, x, y)
         model.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         for other, block in enumerate(model.network):
@@ -410,7 +415,7 @@ def test_learned_embeddings_learn_from_target_noising_and_projection() -> None:
     model = learner(embeddings="learned", embedding_dim=6)
     x, y = batch(dtype=torch.float32)
     table = model.embeddings.weight.detach().clone()
-    terms = model.process.terms(0, model.network[0], x, y, model.shared, model.noise.streams[0])
+    terms = all_terms(model, 0, x, y)
     whole = torch.autograd.grad(terms["denoising"], model.embeddings.weight, retain_graph=True)[0]
     absent = torch.autograd.grad(terms["read-out"], model.embeddings.weight)[0]
     assert whole.abs().sum(1).all()
@@ -580,7 +585,7 @@ def test_ode_keeps_the_noise_of_a_sample() -> None:
 def test_both_ends_of_the_schedule_learn() -> None:
     model = linear(variant="ct")
     schedule = model.process.schedule
-    terms = model.process.terms(0, model.network[0], *batch(), model.shared, model.noise.streams[0])
+    terms = all_terms(model, 0, *batch())
     gradients = torch.autograd.grad(sum(terms.values()), list(schedule.parameters()))
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
@@ -761,3 +766,34 @@ def test_the_weights_of_the_discrete_loss() -> None:
     process = DiscreteDiffusion(10, 0.1, 1e-4, 1 - 1e-4)
     expected = 5 * 0.1 * reference.snr_steps(reference.cosine_alpha_bars(10, 1e-4, 1 - 1e-4))
     np.testing.assert_allclose(process.weights.numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.gpu
+def test_streams_and_dropout_are_the_same_on_a_gpu() -> None:
+    here, there = Stream(7), Stream(7).cuda()
+    for count in (1, 5, 5000):
+        assert torch.equal(here.bits(count), there.bits(count).cpu())
+    cpu, cuda = StreamDropout(0.3), StreamDropout(0.3).cuda()
+    cuda.load_state_dict(cpu.state_dict())
+    x = torch.rand(5, 3, 7, 7)
+    for _ in range(2):
+        assert torch.equal(cpu(x), cuda(x.cuda()).cpu())
+    inputs, key = torch.rand(6, 4), torch.tensor(3)
+    here_noise = SampleNoise(inputs, key, 1, 5, torch.float64)
+    there_noise = SampleNoise(inputs.cuda(), key.cuda(), 1, 5, torch.float64)
+    for step in (0, 4):
+        torch.testing.assert_close(here_noise(step), there_noise(step).cpu(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_lanes_change_no_bit() -> None:
+    inputs, targets = torch.rand(160, INPUTS), torch.arange(160) % CLASSES
+    ends = []
+    for lanes in (1, 2, 5):
+        torch.manual_seed(0)
+        model = learner(lanes=lanes).cuda()
+        part = Batches(inputs, targets, device=torch.device("cuda"))
+        Trainer(model, part, part, TrainingConfig(batch_size=16, epochs=3, patience=3)).run()
+        ends.append(weights(model))
+    assert equal(ends[0], ends[1])
+    assert equal(ends[0], ends[2])

@@ -1,0 +1,334 @@
+"""NoProp's tables: accuracy beside the paper's, what inference costs, and ways to train its blocks at once.
+
+    python benchmarks/noprop.py --runs results/noprop/runs                    accuracy, from run records
+    python benchmarks/noprop.py --inference RUN .. --json inference.json      accuracy and joules against steps
+    python benchmarks/noprop.py --training --json training.json               a step's time, joules and memory
+    python benchmarks/noprop.py --show inference.json                         only the table, from a record
+
+RUN is a folder of a finished `bpfree run`, with its weights. Training is measured on random CIFAR-10-sized images;
+"vmap" is a bare step with stacked weights (torch.func), PyTorch's dropout and one fused optimiser, for its speed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from step import IMAGE, random_images, repeat, staged_stepper
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from bpfree import NoProp, build_network
+from bpfree.algorithms import Learner, NoPropBackprop
+from bpfree.algorithms._noprop_processes import DiscreteDiffusion
+from bpfree.energy import EnergyMeter, choose_source
+from bpfree.experiments import run as runs
+from bpfree.experiments.config import RunConfig
+from bpfree.experiments.records import CONFIG, MODEL, SUMMARY, RunFolder, environment, find_runs
+from bpfree.experiments.stepper import numerics
+from bpfree.experiments.tables import markdown_table
+from bpfree.experiments.train import rate
+from bpfree.networks.streams import StreamDropout
+
+BATCH: Final = 128
+SHARES: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # of all denoising steps
+
+# Table 1 of arXiv 2503.24322: test accuracy in %
+PAPER: Final[dict[tuple[str, str, str], float]] = {
+    ("mnist", "noprop-bp", "onehot"): 99.46,
+    ("mnist", "noprop-bp", "prototype"): 99.44,
+    ("mnist", "dt", "onehot"): 99.47,
+    ("mnist", "dt", "learned"): 99.49,
+    ("mnist", "dt", "prototype"): 99.54,
+    ("mnist", "ct", "onehot"): 97.84,
+    ("mnist", "ct", "prototype"): 97.17,
+    ("mnist", "fm", "onehot"): 99.21,
+    ("mnist", "fm", "prototype"): 98.52,
+    ("cifar10", "noprop-bp", "onehot"): 79.92,
+    ("cifar10", "noprop-bp", "prototype"): 79.58,
+    ("cifar10", "dt", "onehot"): 79.25,
+    ("cifar10", "dt", "learned"): 79.12,
+    ("cifar10", "dt", "prototype"): 80.54,
+    ("cifar10", "ct", "onehot"): 73.35,
+    ("cifar10", "ct", "prototype"): 66.54,
+    ("cifar10", "fm", "onehot"): 73.14,
+    ("cifar10", "fm", "prototype"): 75.18,
+}
+
+
+def accuracy_table(root: Path) -> str:
+    """One row per data set and arm: mean over seeds and draws of the noise, standard deviation over seeds."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for path in find_runs(root):
+        folder = RunFolder.open(path)
+        config, summary = folder.read_json(CONFIG), folder.read_json(SUMMARY)
+        parameters = config["parameters"]
+        arm = "noprop-bp" if config["algorithm"] == "noprop-bp" else parameters.get("variant", "dt")
+        schedule = f"{config['training']['epochs']} epochs, {config['training']['lr_schedule']} rate"
+        embeddings = parameters.get("embeddings", "onehot")
+        groups[summary["dataset"], arm, embeddings, schedule].append(summary)
+    rows = []
+    for (dataset, arm, embeddings, schedule), same in sorted(groups.items()):
+        means = [statistics.fmean(summary["test_draws"]) for summary in same]
+        spread = statistics.fmean(statistics.pstdev(summary["test_draws"]) for summary in same)
+        first = [summary["test_diagnostics"].get("block 0 accuracy") for summary in same]
+        paper = PAPER.get((dataset, arm, embeddings))
+        rows.append(
+            {
+                "dataset": dataset,
+                "rule": arm,
+                "embeddings": embeddings,
+                "training": schedule,
+                "seeds": str(len(same)),
+                "test accuracy, %": f"{statistics.fmean(means):.2f}"
+                + (f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""),
+                "between draws": f"{spread:.2f}",
+                "paper": "" if paper is None else f"{paper:.2f}",
+                "first block alone": "" if None in first else f"{statistics.fmean(first):.2f}",
+                "time, s": f"{statistics.fmean(summary['seconds'] for summary in same):.0f}",
+                "peak memory, MiB": f"{max(summary['peak_memory_mib'] for summary in same):.0f}",
+            }
+        )
+    return markdown_table(rows) if rows else "no finished run"
+
+
+def trained(path: Path, device: torch.device) -> tuple[RunConfig, NoProp, Any]:
+    """Configuration, learner and test data of a finished run."""
+    folder = RunFolder.open(path)
+    config = RunConfig.read(path / CONFIG)
+    dataset = runs.load_dataset(config.dataset)
+    learner = runs.build_learner(config, dataset, device)
+    assert isinstance(learner, NoProp), f"{path} holds no NoProp run"
+    learner.load_state_dict(folder.load(MODEL, device))
+    layout = runs.preferred_layout(learner, device)
+    return config, learner, runs.load_batches(config, dataset, device, layout)[2]
+
+
+def measure_inference(path: Path, window: float, device: torch.device) -> dict[str, Any]:
+    """Accuracy over five draws of the noise, and seconds and joules per prediction, against denoising steps."""
+    config, learner, test = trained(path, device)
+    precision = config.training.precision
+    meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
+    rows = []
+    with numerics(precision):
+        for steps in sorted({max(1, round(share * learner.process.steps)) for share in SHARES}):
+            samplers = [partial(learner.sample, steps=steps, draw=draw) for draw in range(runs.TEST_DRAWS)]
+            accuracies = [100 * rate(sampler, test, precision, learner)[1].item() for sampler in samplers]
+            passes, started = 0, time.perf_counter()
+            with meter.window("inference") as measured:
+                while time.perf_counter() - started < window:
+                    rate(samplers[0], test, precision, learner).tolist()
+                    passes += 1
+            result, count = measured.result, passes * len(test)
+            rows.append(
+                {
+                    "steps": steps,
+                    "accuracies": accuracies,
+                    "seconds": result.seconds / count,
+                    "joules": None if result.gross_j is None else result.gross_j / count,
+                    "flags": list(result.flags),
+                }
+            )
+    return {"run": path.name, "dataset": config.dataset, "variant": learner.variant, "seed": config.seed, "rows": rows}
+
+
+def inference_table(record: dict[str, Any]) -> str:
+    """Accuracy and cost of a prediction by rule and steps."""
+    return markdown_table(
+        [
+            {
+                "dataset": study["dataset"],
+                "rule": study["variant"],
+                "steps": str(row["steps"]),
+                "test accuracy, %": f"{statistics.fmean(row['accuracies']):.2f}",
+                "between draws": f"{statistics.pstdev(row['accuracies']):.2f}",
+                "us per prediction": f"{1e6 * row['seconds']:.2f}",
+                "mJ per prediction": "" if row["joules"] is None else f"{1e3 * row['joules']:.3f}",
+                "flags": ", ".join(row["flags"]),
+            }
+            for study in record["inference"]
+            for row in study["rows"]
+        ]
+    )
+
+
+def build(kind: str, device: torch.device, **options: Any) -> Learner:
+    """The paper's CIFAR-10 network under one of the rules."""
+    torch.manual_seed(0)
+    rule = NoPropBackprop if kind == "noprop-bp" else NoProp
+    learner: Learner = rule(build_network("noprop:dt", IMAGE), 10, input_shape=IMAGE, **options)
+    return convert_conv2d_weight_memory_format(learner.to(device), torch.channels_last)
+
+
+class StackedStep:
+    """One step of all blocks at once: weights stacked, losses and gradients by `torch.func.vmap`."""
+
+    def __init__(self, device: torch.device) -> None:
+        learner = build("dt", device)
+        process = learner.process
+        assert isinstance(process, DiscreteDiffusion)
+        blocks = [_with_common_dropout(block) for block in learner.network]
+        self._parameters, self._buffers = stack_module_state(blocks)
+        self._block, self._weights = copy.deepcopy(blocks[0]), process.weights.float()
+        leaves = [parameter.requires_grad_() for parameter in self._parameters.values()]
+        self._optimizer = torch.optim.AdamW(leaves, lr=1e-3, weight_decay=1e-3, fused=True, capturable=True)
+        self._gradients = vmap(grad(self._loss), in_dims=(0, 0, None, 0, None, 0), randomness="different")
+        self._bars = process.alpha_bars[:-1].float()
+
+    def _loss(self, parameters: Any, buffers: Any, x: Tensor, z: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        logits = functional_call(self._block, (parameters, buffers), (x, z))
+        return weight * (logits.softmax(1) - targets).square().sum(1).mean()
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        targets = F.one_hot(y, 10).float()
+        bars = self._bars[:, None, None]
+        z = bars.sqrt() * targets + (1 - bars).sqrt() * torch.randn(len(bars), *targets.shape, device=x.device)
+        found = self._gradients(self._parameters, self._buffers, x, z, targets, self._weights)
+        for name, parameter in self._parameters.items():
+            parameter.grad = found[name]
+        self._optimizer.step()
+
+
+def _with_common_dropout(block: nn.Module) -> nn.Module:
+    """A copy that drops by PyTorch's generator: vmap cannot batch a kernel of ours."""
+    found = copy.deepcopy(block)
+    for module in list(found.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, StreamDropout):
+                setattr(module, name, nn.Dropout(child.p))
+    return found
+
+
+def repeat_stacked(device: torch.device) -> Callable[[float], int]:
+    """Capture a stacked step; the result repeats it for about some seconds and returns the number of steps."""
+    step = StackedStep(device)
+    images = random_images(BATCH, device)
+    x, y = next(iter(images.in_order(BATCH)))
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(x, y)
+
+    def run(seconds: float) -> int:
+        steps, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            for _ in range(16):
+                graph.replay()
+            torch.cuda.synchronize()
+            steps += 16
+        return steps
+
+    run(1.0)  # clocks and caches settle
+    return run
+
+
+def repeat_steps(kind: str, device: torch.device, graph: bool = True, **options: Any) -> Callable[[float], int]:
+    """The same for a learner's step."""
+    stepper = staged_stepper(build(kind, device, **options), BATCH, graph, device)
+    return lambda seconds: repeat(stepper, seconds, device)
+
+
+def measure_training(window: float, device: torch.device) -> list[dict[str, Any]]:
+    """Milliseconds, joules and peak memory of a step on random images, one way after another."""
+    steps = partial(repeat_steps, device=device)
+    ways: dict[str, Callable[[], Callable[[float], int]]] = {
+        "dt, eager": partial(steps, "dt", graph=False),
+        **{f"dt, {lanes} lanes": partial(steps, "dt", lanes=lanes) for lanes in (1, 2, 3, 4, 6, 10)},
+        "dt, vmap": partial(repeat_stacked, device),
+        "dt prototype": partial(steps, "dt", embeddings="prototype"),
+        "bp": partial(steps, "noprop-bp"),
+    }
+    meter, rows = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window), []
+    with numerics("tf32"):
+        for name, prepare in ways.items():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            run = prepare()
+            with meter.window("steps") as measured:
+                count = run(window)
+            result = measured.result
+            rows.append(
+                {
+                    "way": name,
+                    "ms": 1e3 * result.seconds / count,
+                    "j": None if result.gross_j is None else result.gross_j / count,
+                    "mean_w": result.mean_w,
+                    "peak_mib": (torch.cuda.max_memory_allocated(device) - before) / runs.MIB,
+                    "flags": list(result.flags),
+                }
+            )
+            print(rows[-1], flush=True)
+            del run
+    return rows
+
+
+def training_table(record: dict[str, Any]) -> str:
+    """Cost of a step by way of running it."""
+    return markdown_table(
+        [
+            {
+                "step": row["way"],
+                "ms": f"{row['ms']:.3f}",
+                "epoch of 45,000, s": f"{row['ms'] * (45_000 // BATCH) / 1e3:.2f}",
+                "J": "" if row["j"] is None else f"{row['j']:.3f}",
+                "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
+                "peak memory, MiB": f"{row['peak_mib']:.0f}",
+                "flags": ", ".join(row["flags"]),
+            }
+            for row in record["training"]
+        ]
+    )
+
+
+TABLES: Final = {"inference": inference_table, "training": training_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--runs", type=Path, metavar="DIR", help="print the accuracies of the runs under there")
+    what.add_argument("--inference", nargs="+", type=Path, metavar="RUN", help="measure inference of trained runs")
+    what.add_argument("--training", action="store_true", help="measure a training step; needs a CUDA device")
+    what.add_argument("--show", type=Path, metavar="FILE", help="print the table of a record")
+    parser.add_argument("--window", type=float, default=5.0, help="seconds per measurement")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record there")
+    options = parser.parse_args()
+    if options.runs:
+        print(accuracy_table(options.runs))
+        return
+    if options.show:
+        record = json.loads(options.show.read_text())
+    else:
+        device = runs.pick_device(options.device)
+        if options.training:
+            if device.type != "cuda":
+                parser.error("--training compares ways to use a CUDA device, and there is none")
+            record = {"training": measure_training(options.window, device)}
+        else:
+            record = {"inference": [measure_inference(path, options.window, device) for path in options.inference]}
+        record = {"environment": environment(device), **record}
+    print("\n".join(make(record) for kind, make in TABLES.items() if kind in record))
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
