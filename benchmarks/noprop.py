@@ -179,10 +179,13 @@ class StackedStep:
         process = learner.process
         assert isinstance(process, DiscreteDiffusion)
         blocks = [_with_common_dropout(block) for block in learner.network]
-        self._parameters, self._buffers = stack_module_state(blocks)
+        parameters, self._buffers = stack_module_state(blocks)
+        # gradients come in this layout, and a fused optimiser wants one layout
+        self._parameters = {name: value.detach().contiguous().requires_grad_() for name, value in parameters.items()}
         self._block, self._weights = copy.deepcopy(blocks[0]), process.weights.float()
-        leaves = [parameter.requires_grad_() for parameter in self._parameters.values()]
-        self._optimizer = torch.optim.AdamW(leaves, lr=1e-3, weight_decay=1e-3, fused=True, capturable=True)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=1e-3, weight_decay=1e-3, fused=True, capturable=True
+        )
         self._gradients = vmap(grad(self._loss), in_dims=(0, 0, None, 0, None, 0), randomness="different")
         self._bars = process.alpha_bars[:-1].float()
 
@@ -196,7 +199,7 @@ class StackedStep:
         z = bars.sqrt() * targets + (1 - bars).sqrt() * torch.randn(len(bars), *targets.shape, device=x.device)
         found = self._gradients(self._parameters, self._buffers, x, z, targets, self._weights)
         for name, parameter in self._parameters.items():
-            parameter.grad = found[name]
+            parameter.grad = found[name].contiguous()
         self._optimizer.step()
 
 

@@ -117,24 +117,34 @@ class Readout(nn.Module):
 
     "linear" is softmax(f_out(z)); "radial" is proportional to exp(-||softmax(f_out(z)) W_E - u_y||^2 / (2 sigma^2)).
 
+    f_out starts with the embeddings as its rows, divided by their mean squared length, so that z = u_y is read as y.
+    (From PyTorch's usual start a chain under back-propagation merges classes, and its softmax keeps them merged.)
+
     Args:
         kind: "linear" or "radial".
         embeddings: W_E, which stays with its owner.
-        classes: C.
         sigma: of the radial one.
 
     Raises:
         UsageError: unknown kind or a sigma that is not positive.
     """
 
-    def __init__(self, kind: ReadoutKind, classes: int, dim: int, sigma: float) -> None:
+    def __init__(self, kind: ReadoutKind, embeddings: Embeddings, sigma: float) -> None:
         super().__init__()
         if kind not in READOUTS:
             raise unknown_name("p_out", kind, READOUTS)
         if not sigma > 0:
             raise UsageError(f"radial_sigma must be positive, got {sigma}")
         self.kind, self.sigma = kind, sigma
+        classes, dim = embeddings.weight.shape
         self.linear = nn.Linear(dim, classes)
+        self.start_from(embeddings)
+
+    @torch.no_grad()
+    def start_from(self, embeddings: Embeddings) -> None:
+        """Set f_out to read the embeddings."""
+        self.linear.weight.copy_(embeddings.weight / embeddings.weight.square().sum(1).mean())
+        self.linear.bias.zero_()
 
     def forward(self, z: Tensor, embeddings: Embeddings) -> Tensor:
         """(B, d) -> (B, C) logits of p_out, up to a constant per row."""
@@ -151,6 +161,12 @@ class Shared:
 
     embeddings: Embeddings
     readout: Readout | None
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Choose prototypes, see `Embeddings.prepare`, and let p_out start from them."""
+        self.embeddings.prepare(batches)
+        if self.readout is not None:
+            self.readout.start_from(self.embeddings)
 
     def read(self, z: Tensor) -> Tensor:
         """(B, d) -> (B, C) logits of p_out."""

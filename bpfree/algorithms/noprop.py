@@ -218,7 +218,7 @@ class NoProp(Learner):
         self.embeddings = Embeddings(embeddings, classes, dim)
         # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
         reads = variant != "fm" or self.embeddings.learned
-        self.readout = Readout(p_out, classes, dim, radial_sigma) if reads else None
+        self.readout = Readout(p_out, self.embeddings, radial_sigma) if reads else None
         self.noise = BlockNoise(self.network, noise_seed)
         self._block_optimizers = tuple(
             make_optimizer(trained(block), optimizer, lr=lr, weight_decay=weight_decay) for block in self.network
@@ -244,7 +244,7 @@ class NoProp(Learner):
         Raises:
             UsageError: a class has no sample.
         """
-        self.embeddings.prepare(batches)
+        self.shared.prepare(batches)
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all blocks learn from each batch, each on its own."""

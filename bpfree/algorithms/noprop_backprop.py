@@ -27,6 +27,7 @@ from bpfree.algorithms._noprop_parts import (
     Readout,
     ReadoutKind,
     SampleNoise,
+    Shared,
     blocks_of,
     embedding_width,
     trained,
@@ -105,7 +106,7 @@ class NoPropBackprop(Learner):
         )
         self.draw = draw
         self.embeddings = Embeddings(embeddings, classes, dim)
-        self.readout = Readout(p_out, classes, dim, radial_sigma)
+        self.readout = Readout(p_out, self.embeddings, radial_sigma)
         self.gates = nn.Parameter(torch.ones(steps))  # w_t
         self.noise = BlockNoise(self.network, noise_seed)
         decayed = [*trained(self.network), *trained(self.readout)]
@@ -116,7 +117,7 @@ class NoPropBackprop(Learner):
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Make prototypes the medoids of a training set, as `NoProp.prepare`."""
-        self.embeddings.prepare(batches)
+        Shared(self.embeddings, self.readout).prepare(batches)
 
     def _chain(self, inputs: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Scores, and each block's logits, from (B, d) z_0."""

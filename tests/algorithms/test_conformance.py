@@ -139,8 +139,8 @@ every = pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for
 def test_learns_a_separable_set(rule: str, backbone: str) -> None:
     # Goodness answers by trying each class on all nodes asked about, which misleads their neighbours: ask about few.
     steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
-    if rule == "noprop-bp":  # its one-hot codes have to part ways before its read-out can tell them apart
-        steps = 200
+    if rule.startswith("noprop-ct"):  # its noise schedule learns too
+        steps = 100
     learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, "dfa") else {}))
     for index in range(steps):
         step(learner, *batch(backbone, 64, seed=index))
@@ -487,4 +487,6 @@ def test_graph_replay_equals_eager_steps(rule: str, backbone: str) -> None:
         progress = Trainer(learner, part, part, config).run()
         assert all(stage["graph"] == graph for stage in progress.finished)
         results.append(learner.scores(x.to("cuda")))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    # a graph may pick other kernels, and 30 steps enlarge what they round differently; noise that a replay repeats or
+    # inputs that it does not see change scores by more
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
