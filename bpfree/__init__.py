@@ -10,6 +10,7 @@ from bpfree import data
 from bpfree.algorithms import (
     Backprop,
     DirectFeedback,
+    ForwardForward,
     ForwardGNN,
     Learner,
     MonoForward,
@@ -33,6 +34,7 @@ __all__ = [
     "Dataset",
     "DirectFeedback",
     "EnergyMeter",
+    "ForwardForward",
     "ForwardGNN",
     "Graph",
     "GraphBatches",

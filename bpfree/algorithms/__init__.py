@@ -3,6 +3,7 @@
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
 from bpfree.algorithms.direct_feedback import DirectFeedback
+from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
@@ -15,6 +16,7 @@ __all__ = [
     "Backprop",
     "Batch",
     "DirectFeedback",
+    "ForwardForward",
     "ForwardGNN",
     "Learner",
     "MonoForward",

@@ -11,6 +11,7 @@ from torch import nn
 
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
 from bpfree.algorithms.direct_feedback import DirectFeedback
+from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
@@ -91,6 +92,13 @@ ALGORITHMS: Final = (
         MonoForward,
         "Mono-Forward: each block learns from its own linear classifier",
         MonoForward.paper,
+    ),
+    Algorithm(
+        "forward_forward",
+        "ff",
+        ForwardForward,
+        "Forward-Forward: each layer is lively on data with the right label and quiet with a wrong one",
+        ForwardForward.paper,
     ),
     Algorithm(
         "forward_gnn",
