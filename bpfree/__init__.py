@@ -9,6 +9,7 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 from bpfree import data
 from bpfree.algorithms import (
     Backprop,
+    CompetitiveForward,
     DirectFeedback,
     ForwardForward,
     ForwardGNN,
@@ -31,6 +32,7 @@ __all__ = [
     "Backprop",
     "Batches",
     "BpfreeError",
+    "CompetitiveForward",
     "Dataset",
     "DirectFeedback",
     "EnergyMeter",

@@ -2,6 +2,7 @@
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.competitive_forward import CompetitiveForward
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
@@ -15,6 +16,7 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "Batch",
+    "CompetitiveForward",
     "DirectFeedback",
     "ForwardForward",
     "ForwardGNN",

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "ff-collaboration": {"loss": "collaboration-preceding"},
     "ff-greedy": {"schedule": "greedy"},
     "ff-hybrid": {"negatives": "hybrid", "inference": "softmax"},
+    "cwc-readout": {"loss": "cwg", "inference": "readout"},
     "fgnn": {},
     "fgnn-symba": {"variant": "ff-vn", "loss": "symba"},
     "fgnn-ff-la": {"variant": "ff-la"},
@@ -58,7 +59,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fgnn-t2l": {"variant": "sf-t2l"},
 }
 RESIZED = ("fgnn-ff-la", "fgnn-t2i", "ff-random-concat")  # their layers take labels or states from above as inputs
-FORWARD = tuple(rule for rule in OPTIONS if rule.partition("-")[0] == "ff")
+FORWARD = (*(rule for rule in OPTIONS if rule.partition("-")[0] == "ff"), "dff", "cwc", "cwc-readout", "sff")
 GOODNESS = ("fgnn-symba", "fgnn-ff-la", "fgnn-ff-vn")
 TOP_DOWN = ("fgnn-t2i", "fgnn-t2l")  # declared channels: layers hear the states of the layers above
 COPIED = (
