@@ -60,15 +60,14 @@ class Normalizer:
         if self.name not in NORMALIZERS:
             raise unknown_name("normalizer", self.name, NORMALIZERS)
 
-    def factor(self, length: Tensor, width: int) -> Tensor:
-        """(M,) lengths |h| -> (M,) factors, z = factor * h."""
-        root = width**0.5 if self.name == "rms" else 1.0
-        return root / (length + EPSILON * root)
+    def divisor(self, length: Tensor, width: int) -> Tensor:
+        """(M,) lengths |h| -> (M, 1), z = h / divisor."""
+        return (length * (width**-0.5 if self.name == "rms" else 1.0) + EPSILON)[:, None]
 
     def of(self, activity: Activity) -> Tensor:
         """z, (M, N)."""
-        factor = self.factor(activity.length, activity.hidden.shape[1])
-        return activity.hidden * factor[:, None].to(activity.hidden.dtype)
+        hidden = activity.hidden
+        return hidden / self.divisor(activity.length, hidden.shape[1]).to(hidden.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,13 +41,18 @@ class Views(nn.Module):
         """(B, D) -> (B, W) rows that say nothing of a class: what the softmax read-out sees."""
 
     @abstractmethod
-    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
+    def draw(self, size: int) -> Tensor:
+        """All that is random in the negative rows of a batch of `size`; the next call draws anew."""
+
+    @abstractmethod
+    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
         """B positive rows and then the B negative ones of the same samples, (2B, W).
 
         Args:
             inputs: (B, D).
             targets: (B,), the classes.
-            logits: (B, C), what the softmax read-out makes of `plain(inputs)`.
+            logits: (B, C), what the softmax read-out makes of `plain(inputs)`; None where rows carry no label.
+            noise: what `draw` has drawn.
         """
 
 
@@ -94,22 +99,27 @@ class LabelledViews(Views):
         rows[:, : self.classes] = self.strength / self.classes
         return rows
 
-    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
+    def draw(self, size: int) -> Tensor:
+        """(B, C) float64 of Gumbel's distribution for hard negatives, (B,) uniform integers below C - 1 for others."""
+        if self.hard:
+            return -(-self.stream.uniform((size, self.classes), torch.float64).log()).log()
+        return (self.stream.uniform((size,), torch.float64) * (self.classes - 1)).long()
+
+    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
         rows = self.blank(inputs).repeat(2, 1)
-        shown = torch.cat([targets, self.wrong(targets, logits)])
+        shown = torch.cat([targets, self.wrong(targets, logits, noise)])
         rows[:, : self.classes] = (shown[:, None] == self.candidates) * self.strength
         return rows
 
-    def wrong(self, targets: Tensor, logits: Tensor) -> Tensor:
+    def wrong(self, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
         """(B,) classes, each other than its target.
 
-        Hard ones are drawn from softmax(logits) without the target, by the largest of logits plus Gumbel noise.
+        Hard ones follow softmax(logits) without the target: the largest of logits plus Gumbel noise.
         """
         if self.hard:
-            noise = -(-self.stream.uniform(logits.shape, torch.float64).log()).log()
+            assert logits is not None
             return (logits + noise).masked_fill_(targets[:, None] == self.candidates, -torch.inf).argmax(1)
-        drawn = (self.stream.uniform(targets.shape, torch.float64) * (self.classes - 1)).long()
-        return drawn + (drawn >= targets)
+        return noise + (noise >= targets)
 
 
 class HybridViews(Views):
@@ -140,9 +150,9 @@ class HybridViews(Views):
         for name, size in (("blur_rows", shape[1]), ("blur_columns", shape[2])):
             self.register_buffer(name, blur_matrix(size).float(), persistent=False)
 
-    def masks(self, count: int) -> Tensor:
-        """(count, 1, H, W) of zeros and ones."""
-        bits = self.stream.uniform((count, *self.shape[1:]), torch.float64) < THRESHOLD
+    def draw(self, size: int) -> Tensor:
+        """(B, 1, H, W) masks of zeros and ones."""
+        bits = self.stream.uniform((size, *self.shape[1:]), torch.float64) < THRESHOLD
         with torch.autocast(bits.device.type, enabled=False):
             blurred = self.blur_rows @ bits.to(self.blur_rows.dtype) @ self.blur_columns.T
         return (blurred > THRESHOLD)[:, None]
@@ -150,9 +160,9 @@ class HybridViews(Views):
     def plain(self, inputs: Tensor) -> Tensor:
         return inputs
 
-    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
+    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
         images = inputs.unflatten(1, self.shape)
-        hybrids = torch.where(self.masks(len(images)), images, images.roll(1, 0))
+        hybrids = torch.where(noise, images, images.roll(1, 0))
         return torch.cat([inputs, hybrids.flatten(1)])
 
 

@@ -99,6 +99,7 @@ class CompetitiveForward(Learner):
 
     paper = DEEPER_FORWARD
     locality = "block"
+    counted: Tensor
 
     def __init__(
         self,
@@ -142,8 +143,6 @@ class CompetitiveForward(Learner):
             for block, layers in zip(self.network, map(layers_of, self.network), strict=True)
         )
         self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
-
-    counted: Tensor
 
     @torch.no_grad()
     def _layer_shapes(self) -> list[Shape]:

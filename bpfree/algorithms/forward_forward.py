@@ -50,6 +50,7 @@ from bpfree.algorithms._ff_negatives import NEGATIVES, HybridViews, LabelledView
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.mono_forward import encode_targets
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, linear_relu
 from bpfree.networks.streams import Stream
@@ -83,7 +84,8 @@ class ForwardForward(Learner):
         peer_normalization: lambda; 0 leaves it out.
         schedule: "joint" trains all layers on every batch, "greedy" layer after layer, each until it converges.
         inference: "goodness" of each label in turn, or the "softmax" read-out.
-        skip_first: leave the first layer out of both; None: with three layers or more.
+        skip_first: leave the first layer out of both; None: with three layers or more, unless a greedy schedule has
+            only the read-out to rate it by.
         init: "network" leaves the weights as they are, "normal" draws them with variance 1 / fan-in, as in the paper.
         noise_seed: fixes the draw of negatives; None takes it from PyTorch's global generator.
         input_shape: shape of one input sample; needed when it is not a vector.
@@ -164,9 +166,12 @@ class ForwardForward(Learner):
         )
         linears = self._linears(init)
         widths = [linear.out_features for linear in linears]
-        skip = len(linears) >= DEEP if skip_first is None else skip_first
+        by_readout = schedule == "greedy" and inference == "softmax"  # has to say something of layer 0
+        skip = len(linears) >= DEEP and not by_readout if skip_first is None else skip_first
         if skip and len(linears) == 1:
             raise UsageError("skip_first needs a second layer: there is nothing left to read")
+        if skip and by_readout:
+            raise UsageError("a greedy schedule with inference=softmax rates its first layer: leave out skip_first")
         self.first = int(skip)
         self.goodness, self.normalizer = Goodness(goodness), Normalizer(normalizer)
         self.contrast = contrastive_loss(loss, self.goodness, widths, theta, temperature, alpha)
@@ -222,8 +227,8 @@ class ForwardForward(Learner):
     ) -> tuple[Optimizer, ...]:
         """One for the weights, one for the biases, which do not decay, and one for the read-out."""
         body_parameters = [parameter for layer in layers for parameter in layer.linear.parameters()]
-        weights = [parameter for parameter in body_parameters if parameter.ndim == 2]
-        biases = [parameter for parameter in body_parameters if parameter.ndim == 1]
+        weights = [parameter for parameter in body_parameters if parameter.ndim == 2 and parameter.requires_grad]
+        biases = [parameter for parameter in body_parameters if parameter.ndim == 1 and parameter.requires_grad]
         heads = [parameter for layer in layers if layer.head is not None for parameter in layer.head.parameters()]
         groups = ((weights, body), (biases, (body[0], 0.0)), (heads, head))
         return tuple(
@@ -236,7 +241,7 @@ class ForwardForward(Learner):
 
     def _run(self, rows: Tensor, depth: int) -> list[Activity]:
         """The first `depth` layers on (M, W) rows."""
-        signal = rows * self.normalizer.factor(length_of(rows), rows.shape[1])[:, None].to(rows.dtype)
+        signal = rows / self.normalizer.divisor(length_of(rows), rows.shape[1]).to(rows.dtype)
         return self._run_from(self._layers[0].activate(signal), depth)
 
     def _run_from(self, first: Activity, depth: int) -> list[Activity]:
@@ -248,9 +253,11 @@ class ForwardForward(Learner):
     def _logits(self, activities: list[Activity]) -> tuple[Tensor, list[Tensor]]:
         """(B, C) logits of the read-out over the layers that were run, and the z_l that each of its parts saw."""
         seen, logits = [], None
-        for layer, activity in zip(self._layers, activities, strict=False):
+        passed = [activity.inputs for activity in activities[1:]]
+        passed.append(self.normalizer.of(activities[-1]))
+        for layer, signal in zip(self._layers, passed, strict=False):
             if layer.head is not None:
-                seen.append(self.normalizer.of(activity).to(layer.head.weight.dtype))
+                seen.append(signal.to(layer.head.weight.dtype))
                 with torch.autocast(seen[-1].device.type, enabled=False):
                     part: Tensor = layer.head(seen[-1])
                 logits = part if logits is None else logits + part
@@ -280,11 +287,10 @@ class ForwardForward(Learner):
         first, strength = self._layers[0].linear, self.views.strength
         blank = self.views.blank(inputs.flatten(1))
         length = torch.sqrt(length_of(blank).square() + strength**2)
-        factor = self.normalizer.factor(length, blank.shape[1]).to(blank.dtype)[:, None]
-        image = F.linear(blank * factor, first.weight)
-        label = factor[:, None] * (strength * first.weight[:, : self.classes].T)  # (B, C, N)
-        hidden = image[:, None] + label.to(image.dtype)
-        hidden = F.relu(hidden if first.bias is None else hidden + first.bias.to(image.dtype)).flatten(0, 1)
+        divisor = self.normalizer.divisor(length, blank.shape[1]).to(blank.dtype)
+        image = F.linear(blank / divisor, first.weight, first.bias)
+        label = (strength * first.weight[:, : self.classes].T) / divisor[:, None]  # (B, C, N)
+        hidden = F.relu(image[:, None] + label.to(image.dtype)).flatten(0, 1)
         activities = self._run_from(Activity.of(blank, hidden), len(self._layers) if depth is None else depth)
         return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
 
@@ -328,39 +334,46 @@ class ForwardForward(Learner):
         """Train the `chosen` layers; those before them only run."""
         inputs, targets = batch[0].flatten(1), batch[1]
         size, depth = len(inputs), chosen.stop
-        plain = self._run(self.views.plain(inputs), depth) if self.views.labelled else []
-        logits, seen = self._logits(plain) if plain else (torch.empty(0), [])
-        activities = self._run(self.views.contrast(inputs, targets, logits), depth)
-        if not plain:  # the read-out sees the positive rows
+        early, late = Lanes(inputs.device, 2), Lanes(inputs.device, 1 + len(chosen))
+        with early.lane(1):  # random numbers wait for nothing
+            noise = self.views.draw(size)
+        plain = self._run(self.views.plain(inputs), depth) if self.views.labelled else None
+        logits, seen = self._logits(plain) if plain else (None, [])
+        early.join()
+        activities = self._run(self.views.contrast(inputs, targets, logits, noise), depth)
+        if logits is None:  # the read-out sees the positive rows
             heard = [Activity(a.inputs[:size], a.hidden[:size], a.length[:size]) for a in activities]
             logits, seen = self._logits(heard)
         goodness = torch.stack([self.goodness.of(activity) for activity in activities])
         losses, slopes = self.contrast(goodness)
-        errors = torch.softmax(logits, 1) - (targets[:, None] == self._classes_on(targets)).to(logits.dtype)
-        lanes = Lanes(inputs.device, len(chosen))
-        unseen = self.first
+        metrics: Metrics = {}
+        with late.lane(0):
+            if seen:
+                metrics["read-out loss"] = self._learn_readout(chosen, logits, seen, targets)
         for index in chosen:
-            with lanes.lane(index - chosen.start):
-                layer = self._layers[index]
-                layer.learn(activities[index], slopes[index])
-                if layer.head is not None:
-                    with torch.autocast(inputs.device.type, enabled=False):
-                        set_gradients(layer.head.parameters(), [(errors / size).T @ seen[index - unseen]])
-        lanes.join()
+            with late.lane(1 + index - chosen.start):
+                self._layers[index].learn(activities[index], slopes[index])
+        late.join()
         for optimizer in optimizers:
             optimizer.step()
         liveliness = goodness.unflatten(1, (2, size)).mean(2)
-        metrics = {}
         for index in chosen:
             name = self._layers[index].name
             metrics[f"{name} loss"] = losses[index]
             metrics[f"{name} positive goodness"], metrics[f"{name} negative goodness"] = liveliness[index]
-        if seen:
-            metrics["read-out loss"] = F.cross_entropy(logits, targets)
         return metrics
 
-    def _classes_on(self, targets: Tensor) -> Tensor:
-        return torch.arange(self.classes, device=targets.device)
+    def _learn_readout(self, chosen: range, logits: Tensor, seen: list[Tensor], targets: Tensor) -> Tensor:
+        """Set the gradients of U_l of the chosen layers, (softmax(logits) - onehot(y))^T z_l / B; return the loss."""
+        target_errors = encode_targets(targets, self.classes, logits.dtype)
+        log_probabilities = F.log_softmax(logits, 1)
+        errors = torch.add(target_errors, log_probabilities.exp(), alpha=1 / len(targets))
+        with torch.autocast(logits.device.type, enabled=False):
+            for index in chosen:
+                head = self._layers[index].head
+                if head is not None:
+                    set_gradients(head.parameters(), [errors.T @ seen[index - self.first]])
+        return (log_probabilities * target_errors).sum()
 
     # -- what it says of itself -------------------------------------------------------------------------------
 

@@ -413,6 +413,27 @@ def test_nothing_is_left_of_one_layer_without_the_first() -> None:
     assert learner((6, 6), skip_first=True).first == 1
 
 
+def test_a_stage_is_never_rated_by_a_readout_that_reads_nothing() -> None:
+    model = learner(schedule="greedy", inference="softmax")
+    x, y = batch()
+    model.stages()[0].step((x, y))
+    assert model.first == 0
+    assert model.stages()[0].scores(x).any()
+    with pytest.raises(UsageError, match="leave out skip_first"):
+        learner(schedule="greedy", inference="softmax", skip_first=True)
+
+
+def test_what_the_user_froze_stays_as_it_is() -> None:
+    layers = network()
+    layers[0][-2].weight.requires_grad_(False)  # type: ignore[index,union-attr]
+    model = ForwardForward(layers, 2, lr=0.1).double()
+    before = copy.deepcopy(model)
+    model.step(batch())
+    named = zip(model.named_parameters(), before.parameters(), strict=True)
+    changed = {name for (name, a), b in named if not torch.equal(a, b)}
+    assert changed == {name for name, _ in model.named_parameters()} - {"network.0.1.weight"}
+
+
 # locality
 
 
@@ -472,14 +493,16 @@ def test_a_negative_label_is_never_the_true_one(classes: int, hard: bool) -> Non
     sampler = views(classes, hard=hard)
     targets = torch.randint(classes, (draws,))
     logits = 5 * torch.randn(classes, dtype=F64).expand(draws, classes)
-    wrong = sampler.wrong(targets, logits)
+    wrong = sampler.wrong(targets, logits, sampler.draw(draws))
     assert not (wrong == targets).any()
     assert wrong.min() >= 0
     assert wrong.max() < classes
 
 
 def test_random_negatives_are_uniform() -> None:
-    counts = torch.bincount(views(5).wrong(torch.full((40_000,), 2), torch.empty(0)), minlength=5).tolist()
+    sampler = views(5)
+    drawn = sampler.wrong(torch.full((40_000,), 2), None, sampler.draw(40_000))
+    counts = torch.bincount(drawn, minlength=5).tolist()
     assert counts[2] == 0
     chi_square = sum((count - 10_000) ** 2 / 10_000 for count in (*counts[:2], *counts[3:]))
     assert chi_square < 16.27  # 0.1 % point of 3 degrees of freedom
@@ -487,7 +510,9 @@ def test_random_negatives_are_uniform() -> None:
 
 def test_hard_negatives_follow_the_masked_softmax() -> None:
     logits = torch.tensor([1.0, 3.0, 0.0, 1.5], dtype=F64)
-    counts = torch.bincount(views(4, hard=True).wrong(torch.full((40_000,), 1), logits.expand(40_000, 4)), minlength=4)
+    sampler = views(4, hard=True)
+    drawn = sampler.wrong(torch.full((40_000,), 1), logits.expand(40_000, 4), sampler.draw(40_000))
+    counts = torch.bincount(drawn, minlength=4)
     masked = logits.clone()
     masked[1] = -torch.inf
     expected = 40_000 * masked.softmax(0)
@@ -499,7 +524,8 @@ def test_hard_negatives_follow_the_masked_softmax() -> None:
 def test_labels_are_written_over_the_first_values_and_nowhere_else() -> None:
     x = torch.rand(3, 6, dtype=F64)
     before = x.clone()
-    made = views(4, features=6).contrast(x, torch.tensor([0, 3, 1]), torch.empty(0))
+    sampler = views(4, features=6)
+    made = sampler.contrast(x, torch.tensor([0, 3, 1]), None, sampler.draw(3))
     assert torch.equal(x, before)
     assert torch.equal(made[:, 4:], x[:, 4:].repeat(2, 1))
     assert made[:3, :4].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
@@ -521,17 +547,16 @@ def test_labels_of_images_go_over_the_first_channel() -> None:
 
 def test_hybrids_are_patches_of_two_images() -> None:
     made = HybridViews((2, 16, 16), Stream(3))
-    masks = made.masks(200)
+    masks = made.draw(200)
     assert set(masks.unique().tolist()) == {False, True}
     assert masks.float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert not torch.equal(masks[0], masks[1])
     neighbours = (masks[:, :, 1:] == masks[:, :, :-1]).float().mean()
     assert neighbours > 0.85  # of independent bits: 0.5
     x = torch.rand(4, 512)
-    state = copy.deepcopy(made)
-    rows = made.contrast(x, torch.zeros(4, dtype=torch.int64), torch.empty(0))
+    rows = made.contrast(x, torch.zeros(4, dtype=torch.int64), None, masks[:4])
     assert torch.equal(rows[:4], x)
-    chosen = state.masks(4).expand(-1, 2, -1, -1).flatten(1)
+    chosen = masks[:4].expand(-1, 2, -1, -1).flatten(1)
     assert torch.equal(rows[4:], torch.where(chosen, x, x[[3, 0, 1, 2]]))
 
 
