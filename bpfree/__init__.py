@@ -9,7 +9,9 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 from bpfree import data
 from bpfree.algorithms import (
     Backprop,
+    CompetitiveForward,
     DirectFeedback,
+    ForwardForward,
     ForwardGNN,
     Learner,
     MonoForward,
@@ -30,9 +32,11 @@ __all__ = [
     "Backprop",
     "Batches",
     "BpfreeError",
+    "CompetitiveForward",
     "Dataset",
     "DirectFeedback",
     "EnergyMeter",
+    "ForwardForward",
     "ForwardGNN",
     "Graph",
     "GraphBatches",

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -33,6 +34,27 @@ def test_result_line(tmp_path: Path) -> None:
     assert line.startswith("digits mlp:1x32 mf (simultaneous, last) seed 0: test accuracy ")
     assert "energy not measured (no energy measurement was asked for)" in line
     assert str(tmp_path) in line
+
+
+def test_every_way_of_inference_is_printed(tmp_path: Path) -> None:
+    result = bpfree(
+        *(
+            "run",
+            "--algo",
+            "ff",
+            "--dataset",
+            "digits",
+            "--network",
+            "mlp:3x20",
+            "--epochs",
+            "1",
+            "--results",
+            str(tmp_path),
+        )
+    )
+    printed = re.search(r"test accuracy ([\d.]+) % \(softmax ([\d.]+) %, goodness ([\d.]+) %\)", result.stdout)
+    assert printed is not None
+    assert printed[1] == printed[3]  # the default
 
 
 def test_several_seeds_are_several_objects(tmp_path: Path) -> None:

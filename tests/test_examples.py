@@ -26,7 +26,17 @@ def test_a_graph_in_parts_is_learnt() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["backprop", "direct_feedback", "forward_gnn", "mono_forward", "noprop", "noprop_backprop"]
+    "module",
+    [
+        "backprop",
+        "competitive_forward",
+        "direct_feedback",
+        "forward_forward",
+        "forward_gnn",
+        "mono_forward",
+        "noprop",
+        "noprop_backprop",
+    ],
 )
 def test_docstring_examples(module: str) -> None:
     loaded = importlib.import_module(f"bpfree.algorithms.{module}")

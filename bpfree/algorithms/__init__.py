@@ -2,7 +2,9 @@
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.competitive_forward import CompetitiveForward
 from bpfree.algorithms.direct_feedback import DirectFeedback
+from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
 from bpfree.algorithms.mono_forward import MonoForward
@@ -14,7 +16,9 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "Batch",
+    "CompetitiveForward",
     "DirectFeedback",
+    "ForwardForward",
     "ForwardGNN",
     "Learner",
     "MonoForward",

@@ -10,7 +10,9 @@ from typing import Any, Final
 from torch import nn
 
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
+from bpfree.algorithms.competitive_forward import CWCOMP, DEEPER_FORWARD, SCALABLE, CompetitiveForward
 from bpfree.algorithms.direct_feedback import DirectFeedback
+from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
 from bpfree.algorithms.mono_forward import MonoForward
@@ -91,6 +93,43 @@ ALGORITHMS: Final = (
         MonoForward,
         "Mono-Forward: each block learns from its own linear classifier",
         MonoForward.paper,
+    ),
+    Algorithm(
+        "forward_forward",
+        "ff",
+        ForwardForward,
+        "Forward-Forward: each layer is lively on data with the right label and quiet with a wrong one",
+        ForwardForward.paper,
+    ),
+    Algorithm(
+        "deeper_forward",
+        "dff",
+        CompetitiveForward,
+        "DeeperForward: in every layer classes compete for mean activity; layer normalisation, shortcuts",
+        DEEPER_FORWARD,
+        {"first_layer": 1},
+    ),
+    Algorithm(
+        "channel_competition",
+        "cwc",
+        CompetitiveForward,
+        "CwComp: in every layer groups of channels compete for mean squared activity",
+        CWCOMP,
+        {
+            "goodness": "squares",
+            "normalizer": "none",
+            "normalize_input": False,
+            "inference": "last",
+            "optimizer": "adam",
+        },
+    ),
+    Algorithm(
+        "scalable_forward",
+        "sff",
+        CompetitiveForward,
+        "Scalable Forward-Forward: each block, with back-propagation inside, learns from an auxiliary convolution",
+        SCALABLE,
+        {"goodness": "auxiliary", "normalizer": "channels", "normalize_input": False, "optimizer": "adam", "lr": 1e-3},
     ),
     Algorithm(
         "forward_gnn",

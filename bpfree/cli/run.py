@@ -21,6 +21,7 @@ from bpfree.experiments.stepper import PRECISIONS
 from bpfree.experiments.train import MONITORS, SPLITS
 
 EXIT_TARGET_MISSED = 3
+INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that is another way to answer
 
 
 @click.command(cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
@@ -45,6 +46,11 @@ EXIT_TARGET_MISSED = 3
 @click.option("--warmup-epochs", type=click.FloatRange(min=0), help="Linear learning-rate warm-up.  [default: 0]")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of matrix products.  [default: tf32]")
 @click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Augmentation.  [default: the data set's own]")
+@click.option(
+    "--standardize/--no-standardize",
+    default=None,
+    help="Standardise inputs by the data set's mean and deviation, or leave images in [0, 1].  [default: standardize]",
+)
 @click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]")
 @click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]")
 @click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]")
@@ -195,11 +201,19 @@ def _print_summary(summary: Mapping[str, Any], form: str) -> None:
     rule = summary["algorithm"] + (f" ({summary['variant']})" if summary["variant"] else "")
     click.echo(
         f"{summary['dataset']} {summary['network']} {rule} seed {summary['seed']}: "
-        f"test {summary['metric']} {summary['test_accuracy']:.2f} %, {summary['passes']} passes, "
+        f"test {summary['metric']} {summary['test_accuracy']:.2f} %{_inference_words(summary['test_diagnostics'])}, "
+        f"{summary['passes']} passes, "
         f"{summary['seconds']:.1f} s, "
         f"{energy_words(summary['energy'])}{_carbon_words(summary.get('carbon'))}, "
         f"peak memory {summary['peak_memory_mib']:.0f} MiB -> {summary['run_dir']}"
     )
+
+
+def _inference_words(diagnostics: Mapping[str, float]) -> str:
+    """The accuracy of every way of inference, where a rule has several."""
+    ways = {name: value for name, value in diagnostics.items() if name.endswith(INFERENCE_ACCURACY)}
+    words = (f"{name.removesuffix(INFERENCE_ACCURACY)} {value:.2f} %" for name, value in ways.items())
+    return f" ({', '.join(words)})" if ways else ""
 
 
 def _carbon_words(carbon: Mapping[str, Any] | None) -> str:

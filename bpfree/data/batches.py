@@ -18,8 +18,9 @@ from torch import Tensor
 
 from bpfree.errors import DataError, unknown_name
 
-AUGMENTATIONS: Final = ("none", "crop-flip")
+AUGMENTATIONS: Final = ("none", "crop-flip", "shift")
 CROP_PADDING: Final = 4  # pixels of reflected border, as in the studies that bpfree compares with
+SHIFT: Final = 2  # pixels, as in Hinton, arXiv 2212.13345
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Draw:
     """One epoch's random choices, on the device: sample order and, when augmenting, crop offsets and flips."""
 
     order: Tensor  # (N,) int64
-    offsets: Tensor | None = None  # (N, 2) int64 in [0, 2 * CROP_PADDING]: rows, columns
-    flips: Tensor | None = None  # (N, 1) bool
+    offsets: Tensor | None = None  # (N, 2) int64 rows, columns, in [0, 2 * CROP_PADDING] or [0, 2 * SHIFT]
+    flips: Tensor | None = None  # (N, 1) bool, of crop-flip
 
 
 class Batches:
@@ -42,7 +43,7 @@ class Batches:
         mean: per channel, subtracted after images are scaled to [0, 1]; empty for none.
         std: per channel, divided by; empty for none.
         augmentation: "none", or "crop-flip": a random crop after reflecting 4 pixels around the image, and a
-            horizontal flip of every other image.
+            horizontal flip of every other image; or "shift": by up to 2 pixels along both axes, zeros coming in.
         layout: memory format of the images served, `torch.channels_last` or the default.
 
     Raises:
@@ -64,9 +65,10 @@ class Batches:
     ) -> None:
         if augmentation not in AUGMENTATIONS:
             raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-        if augmentation == "crop-flip" and (inputs.ndim != 4 or min(inputs.shape[2:]) <= CROP_PADDING):
+        border = {"none": 0, "crop-flip": CROP_PADDING, "shift": SHIFT}[augmentation]
+        if border and (inputs.ndim != 4 or min(inputs.shape[2:]) <= border):
             raise DataError(
-                f"crop-flip needs images larger than {CROP_PADDING} pixels, samples have shape "
+                f"{augmentation} needs images larger than {border} pixels, samples have shape "
                 f"{tuple(inputs.shape[1:])}; use --augmentation none"
             )
         if mean and inputs.shape[1] != len(mean):
@@ -145,6 +147,8 @@ class Batches:
         order = torch.randperm(len(self), generator=generator).to(self.device)
         if self.augmentation == "none":
             return Draw(order)
+        if self.augmentation == "shift":
+            return Draw(order, torch.randint(2 * SHIFT + 1, (len(self), 2), generator=generator).to(self.device))
         offsets = torch.randint(2 * CROP_PADDING + 1, (len(self), 2), generator=generator)
         flips = torch.randint(2, (len(self), 1), generator=generator, dtype=torch.bool)
         return Draw(order, offsets.to(self.device), flips.to(self.device))
@@ -161,8 +165,10 @@ class Batches:
         chosen = slice(first, first + len(targets))
         order = draw.order[chosen]
         torch.index_select(self.targets, 0, order, out=targets)
-        if draw.offsets is None or draw.flips is None:
+        if draw.offsets is None:
             samples = self.inputs.index_select(0, order)
+        elif draw.flips is None:
+            samples = shift(self.inputs, order, draw.offsets[chosen])
         else:
             samples = crop_flip(self.inputs, order, draw.offsets[chosen], draw.flips[chosen])
         self._normalized(samples, out=inputs)
@@ -225,6 +231,28 @@ def crop_flip(images: Tensor, order: Tensor, offsets: Tensor, flips: Tensor) -> 
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
+
+
+def shift(images: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Shifted copies of chosen images, in one gather; what comes in from outside is zero.
+
+    Args:
+        images: (N, C, H, W).
+        order: (n,) which images.
+        offsets: (n, 2) row and column of the window in the image with a border of `SHIFT`, in [0, 2 * SHIFT].
+    """
+    channels, height, width = images.shape[1:]
+    device = images.device
+    rows = offsets[:, :1] + torch.arange(height, device=device) - SHIFT
+    columns = offsets[:, 1:] + torch.arange(width, device=device) - SHIFT
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
+    shifted = images[
+        order[:, None, None, None],
+        torch.arange(channels, device=device)[None, :, None, None],
+        rows.clamp(0, height - 1)[:, None, :, None],
+        columns.clamp(0, width - 1)[:, None, None, :],
+    ]
+    return shifted * inside
 
 
 def _reflected(size: int, device: torch.device) -> Tensor:

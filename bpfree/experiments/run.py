@@ -291,7 +291,9 @@ def load_batches(
         return graph_parts(dataset, config.training, config.seed, device)
     refuse_graph_settings(config.training)
     train, validation, test = dataset.split(config.training.validation)
-    shared: dict[str, Any] = {"device": device, "mean": dataset.mean, "std": dataset.std, "layout": layout}
+    shared: dict[str, Any] = {"device": device, "layout": layout}
+    if config.training.standardize:
+        shared.update(mean=dataset.mean, std=dataset.std)
     augmentation = config.training.augmentation or dataset.augmentation
     return (
         Batches(train.inputs, train.targets, augmentation=augmentation, **shared),

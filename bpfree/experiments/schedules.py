@@ -8,7 +8,7 @@ from typing import Final
 
 from bpfree.errors import unknown_name
 
-SCHEDULES: Final = ("constant", "cosine", "step")
+SCHEDULES: Final = ("constant", "cosine", "step", "cooldown")
 STEP_MILESTONES: Final = (0.5, 0.75)  # fractions of the epochs at which "step" divides the rate
 STEP_FACTOR: Final = 0.1
 
@@ -17,10 +17,11 @@ def learning_rate_factor(schedule: str, epoch: float, epochs: int, warmup_epochs
     """What the base learning rate is multiplied with at a moment of training.
 
     A linear warm-up comes first, if any; then "constant" stays at 1, "cosine" falls from 1 to 0 at the end
-    of `epochs`, and "step" is divided by 10 after 1/2 and after 3/4 of `epochs`.
+    of `epochs`, "step" is divided by 10 after 1/2 and after 3/4 of `epochs`, and "cooldown" falls linearly from 1 at
+    1/2 of `epochs` to 0 at their end.
 
     Args:
-        schedule: "constant", "cosine" or "step".
+        schedule: "constant", "cosine", "step" or "cooldown".
         epoch: epochs done so far, with the fraction of the current one.
         epochs: the cap on epochs.
         warmup_epochs: length of the warm-up.
@@ -37,6 +38,8 @@ def learning_rate_factor(schedule: str, epoch: float, epochs: int, warmup_epochs
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     if schedule == "step":
         return STEP_FACTOR ** sum(epoch >= milestone * epochs for milestone in STEP_MILESTONES)
+    if schedule == "cooldown":
+        return min(1.0, max(0.0, 2 * (1 - epoch / epochs)))
     return 1.0
 
 

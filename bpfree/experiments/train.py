@@ -42,10 +42,11 @@ class TrainingConfig:
         min_delta: how much lower than the best a validation loss must be to count as better.
         passes: train for exactly this many data passes instead, shared equally by the stages, without early
             stopping (the best state is still restored).
-        lr_schedule: "constant", "cosine" or "step", over the cap of each stage.
+        lr_schedule: "constant", "cosine", "step" or "cooldown", over the cap of each stage.
         warmup_epochs: linear warm-up at the start of each stage.
         precision: "fp32", "tf32" or "bf16".
-        augmentation: "none" or "crop-flip"; None takes the data set's own.
+        augmentation: "none", "crop-flip" or "shift"; None takes the data set's own.
+        standardize: subtract the data set's mean and divide by its standard deviation; otherwise images are in [0, 1].
         validation: number of validation samples; None takes the data set's own.
         graph: replay training steps as CUDA graphs where that is possible.
         checkpoint_every: seconds between checkpoints.
@@ -67,6 +68,7 @@ class TrainingConfig:
     warmup_epochs: float = 0.0
     precision: str = "tf32"
     augmentation: str | None = None
+    standardize: bool = True
     validation: int | None = None
     graph: bool = True
     checkpoint_every: float = 60.0

@@ -15,6 +15,7 @@ from bpfree.networks.cnn import CAFO_CHANNELS, MF_CHANNELS, cnn
 from bpfree.networks.gnn import gnn
 from bpfree.networks.mlp import mlp
 from bpfree.networks.noprop import Kind, image_branch
+from bpfree.networks.residual import CWCOMP_CHANNELS, DEEPER_WIDTHS, cwcomp, deeper, deeper_tiny, mobilenet, resnet18
 
 Shape = tuple[int, ...]
 MAX_DEPTH: Final = 32  # mlp:2x1000 is depth x width; mlp:300x100 can only be two widths
@@ -64,6 +65,22 @@ def _noprop(input_shape: Shape, kind: str) -> nn.Sequential:
     return image_branch(input_shape, cast(Kind, kind or "dt"))
 
 
+def _deeper(input_shape: Shape, sizes: str) -> nn.Sequential:
+    if sizes == "tiny":
+        return deeper_tiny(input_shape)
+    return deeper(input_shape, _widths(sizes) if sizes else DEEPER_WIDTHS)
+
+
+def _cwcomp(input_shape: Shape, sizes: str) -> nn.Sequential:
+    return cwcomp(input_shape, _widths(sizes) if sizes else CWCOMP_CHANNELS)
+
+
+def _only(build: Callable[[Shape], nn.Sequential], size: str, input_shape: Shape, sizes: str) -> nn.Sequential:
+    if sizes not in {"", size}:
+        raise unknown_name("size of network", sizes, [size])
+    return build(input_shape)
+
+
 FAMILIES: Final[dict[str, Family]] = {
     "mlp": Family(
         "mlp:DEPTHxWIDTH | mlp:WxWxW..",
@@ -81,6 +98,25 @@ FAMILIES: Final[dict[str, Family]] = {
         "image branch of NoProp's blocks: three convolutions without padding and a linear layer to 256 units, with "
         "batch normalisation behind it (dt) or ReLU (ct); other rules train it as one block",
         _noprop,
+    ),
+    "deeper": Family(
+        "deeper | deeper:CxCxC.. | deeper:tiny",
+        "DeeperForward's residual network, shortcuts without parameters: a stem and four layers per width, 17 for the "
+        "default 100x200x400x800; widths double. deeper:tiny is its CNN of four layers",
+        _deeper,
+    ),
+    "cwcomp": Family(
+        "cwcomp | cwcomp:CxCxC..",
+        "CwComp's pairs of an ordinary and a grouped (10 groups) convolution with batch normalisation; 20x80x240x480",
+        _cwcomp,
+    ),
+    "resnet": Family(
+        "resnet:18", "ResNet-18 for small images: a stem and eight blocks", partial(_only, resnet18, "18")
+    ),
+    "mobilenet": Family(
+        "mobilenet:small",
+        "MobileNetV3-Small for small images: a stem and eleven inverted residuals",
+        partial(_only, mobilenet, "small"),
     ),
     "gcn": Family("gcn:DEPTHxWIDTH", "graph convolutions GCN-ReLU, for graphs; gcn is gcn:2x128", partial(_gnn, "gcn")),
     "sage": Family("sage:DEPTHxWIDTH", "GraphSAGE (mean)-ReLU, for graphs", partial(_gnn, "sage")),

@@ -44,6 +44,13 @@ OPTIONS: dict[str, dict[str, object]] = {
     "noprop-ct-learned": {"variant": "ct", "steps": 8, "width": 64, "embeddings": "learned", "sampler": "ode"},
     "noprop-fm": {"variant": "fm", "steps": 8, "width": 64},
     "noprop-fm-learned": {"variant": "fm", "steps": 8, "width": 64, "embeddings": "learned"},
+    "ff": {},
+    "ff-random-concat": {"negatives": "random", "label": "concat", "inference": "softmax"},
+    "ff-symba": {"loss": "symba", "goodness": "mean"},
+    "ff-collaboration": {"loss": "collaboration-preceding"},
+    "ff-greedy": {"schedule": "greedy"},
+    "ff-hybrid": {"negatives": "hybrid", "inference": "softmax"},
+    "cwc-readout": {"loss": "cwg", "inference": "readout"},
     "fgnn": {},
     "fgnn-symba": {"variant": "ff-vn", "loss": "symba"},
     "fgnn-ff-la": {"variant": "ff-la"},
@@ -51,7 +58,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fgnn-t2i": {"variant": "sf-t2i"},
     "fgnn-t2l": {"variant": "sf-t2l"},
 }
-RESIZED = ("fgnn-ff-la", "fgnn-t2i")  # their layers take labels or states from above as inputs
+RESIZED = ("fgnn-ff-la", "fgnn-t2i", "ff-random-concat")  # their layers take labels or states from above as inputs
+FORWARD = (*(rule for rule in OPTIONS if rule.partition("-")[0] == "ff"), "dff", "cwc", "cwc-readout", "sff")
 GOODNESS = ("fgnn-symba", "fgnn-ff-la", "fgnn-ff-vn")
 TOP_DOWN = ("fgnn-t2i", "fgnn-t2l")  # declared channels: layers hear the states of the layers above
 COPIED = (
@@ -141,7 +149,9 @@ def test_learns_a_separable_set(rule: str, backbone: str) -> None:
     steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
     if rule.startswith("noprop-ct"):  # its noise schedule learns too
         steps = 100
-    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, "dfa") else {}))
+    if rule in FORWARD:
+        steps = 120
+    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, *FORWARD, "dfa") else {}))
     for index in range(steps):
         step(learner, *batch(backbone, 64, seed=index))
     right = 0.0

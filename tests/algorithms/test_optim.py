@@ -52,6 +52,7 @@ def test_state_of_a_resumed_run_is_left_alone(name: str) -> None:
         ("adam", lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1)),
         ("adamw", lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1)),
         ("sgd", lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1, momentum=0.9, nesterov=True)),
+        ("momentum", lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1, momentum=0.9)),
     ],
 )
 def test_names_mean_what_pytorch_means(name: str, reference: object) -> None:

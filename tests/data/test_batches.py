@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bpfree.data.batches import CROP_PADDING, Batches, crop_flip
+from bpfree.data.batches import CROP_PADDING, SHIFT, Batches, crop_flip, shift
 from bpfree.errors import DataError, UsageError
 
 
@@ -87,6 +87,33 @@ def test_crop_and_flip_equal_numpy() -> None:
         row, column = offsets[position].tolist()
         window = padded[:, row : row + height, column : column + width]
         np.testing.assert_array_equal(got[position], window[:, :, ::-1] if flips[position] else window)
+
+
+def test_shift_equals_numpy() -> None:
+    """Pad with zeros and cut the window: the oracle is numpy.pad and slicing."""
+    x, _ = images(60)
+    order = torch.randperm(60)
+    offsets = torch.randint(2 * SHIFT + 1, (60, 2))
+    assert len(offsets.unique(dim=0)) > 15
+    got = shift(x, order, offsets).numpy()
+    height, width = x.shape[2:]
+    for position, index in enumerate(order.tolist()):
+        padded = np.pad(x[index].numpy(), ((0, 0), (SHIFT,) * 2, (SHIFT,) * 2))
+        row, column = offsets[position].tolist()
+        np.testing.assert_array_equal(got[position], padded[:, row : row + height, column : column + width])
+
+
+def test_shifts_are_drawn_anew_for_every_epoch_and_reach_the_batch() -> None:
+    x, y = images(500, channels=1)
+    batches = Batches(x, y, augmentation="shift")
+    first, second = batches.draw(0), batches.draw(1)
+    assert first.offsets is not None
+    assert second.offsets is not None
+    assert first.flips is None
+    assert sorted(first.offsets.unique().tolist()) == list(range(2 * SHIFT + 1))
+    assert not torch.equal(first.offsets, second.offsets)
+    inputs, _ = epoch(batches, 0)
+    torch.testing.assert_close(inputs, shift(x, first.order, first.offsets)[: len(inputs)] / 255)
 
 
 def test_augmentation_draws_all_offsets_and_both_directions() -> None:

@@ -22,7 +22,7 @@ from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import resolve
 from bpfree.experiments.records import RunFolder
-from bpfree.experiments.run import Measuring, resume, run, told_of_memory
+from bpfree.experiments.run import Measuring, load_batches, resume, run, told_of_memory
 from bpfree.experiments.tables import readable, result_rows
 
 SETTINGS = {
@@ -218,6 +218,18 @@ def test_own_data_sets_and_tables(tmp_path: Path) -> None:
     variance = sum((value - mean) ** 2 for value in accuracies) / 2
     assert mf["test_accuracy_sd"] == pytest.approx(variance**0.5)
     assert len(mf["runs"]) == 3
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_images_are_standardised_or_left_in_the_unit_interval(standardize: bool) -> None:
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(256, size=(40, 1, 8, 8), dtype=np.uint8), np.arange(40) % 4
+    dataset = Dataset.from_arrays((images, labels), (images, labels), validation=8)
+    config = resolve("mf", training={"standardize": standardize})
+    for part in load_batches(config, dataset, torch.device("cpu"), torch.contiguous_format):
+        ((inputs, _),) = part.in_order(40)
+        assert (inputs.min() < -1) == standardize
+        assert (inputs.max() > 1) == standardize
 
 
 def test_repeats_of_a_seed_count_once(tmp_path: Path) -> None:

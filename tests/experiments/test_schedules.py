@@ -24,6 +24,14 @@ def test_step_divides_by_ten_at_half_and_three_quarters(epoch: float, expected: 
     assert learning_rate_factor("step", epoch, 10) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("epochs", [10, 60])
+def test_cooldown_is_hinton_s_gain_in_the_middle_of_each_epoch(epochs: int) -> None:
+    """1 in the first half, then (1 + 2 (E - e)) / E for epoch e = 1..E."""
+    for epoch in range(1, epochs + 1):
+        gain = 1 if 2 * epoch <= epochs else (1 + 2 * (epochs - epoch)) / epochs
+        assert learning_rate_factor("cooldown", epoch - 0.5, epochs) == pytest.approx(gain)
+
+
 def test_warm_up_is_linear_and_then_hands_over() -> None:
     assert learning_rate_factor("constant", 1, 10, warmup_epochs=4) == pytest.approx(0.25)
     assert learning_rate_factor("constant", 4, 10, warmup_epochs=4) == 1

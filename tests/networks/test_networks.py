@@ -55,9 +55,61 @@ def test_cafo_block_is_conv_relu_pool_norm() -> None:
     assert [type(layer) for layer in block] == [nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.BatchNorm2d]
 
 
+def test_deeper_has_seventeen_layers_in_pairs() -> None:
+    network = build_network("deeper", (3, 32, 32))
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [100] * 5 + [200] * 4 + [400] * 4 + [800] * 4
+    assert not any(c.bias is not None for c in convolutions)
+    shapes = block_output_shapes(network, (3, 32, 32))
+    channels_and_sizes = [(shape[0], shape[1]) for shape in shapes]
+    assert channels_and_sizes == [
+        *((100, 32), (100, 32), (200, 32)),
+        *((200, 16), (400, 16)),
+        *((400, 8), (800, 8)),
+        *((800, 4), (800, 4)),
+    ]
+
+
+def test_deeper_fits_odd_images() -> None:
+    assert block_output_shapes(build_network("deeper:10x20x40", (1, 28, 28)), (1, 28, 28))[-1] == (40, 7, 7)
+    assert block_output_shapes(build_network("deeper:4x8", (1, 7, 7)), (1, 7, 7))[-1] == (8, 4, 4)
+
+
+def test_resnet_has_the_published_number_of_parameters() -> None:
+    # ResNet-18 for CIFAR-10 has 11,173,962 with its read-out of 512 x 10 weights and 10 biases
+    network = build_network("resnet:18", (3, 32, 32))
+    assert sum(p.numel() for p in network.parameters()) == 11_173_962 - 5_130
+    assert block_output_shapes(network, (3, 32, 32))[-1] == (512, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("deeper:tiny", [(100, 16, 16), (200, 8, 8), (400, 8, 8), (400, 8, 8)]),
+        ("cwcomp", [(20, 32, 32), (80, 16, 16), (240, 16, 16), (480, 8, 8)]),
+        ("cwcomp:10x20", [(10, 32, 32), (20, 16, 16)]),
+        (
+            "mobilenet:small",
+            [(16, 32, 32)] * 2 + [(24, 16, 16)] * 2 + [(40, 8, 8)] * 3 + [(48, 8, 8)] * 2 + [(96, 4, 4)] * 3,
+        ),
+    ],
+)
+def test_shapes_of_networks_for_competition(name: str, shapes: list[tuple[int, ...]]) -> None:
+    assert block_output_shapes(build_network(name, (3, 32, 32)), (3, 32, 32)) == shapes
+
+
+def test_every_second_convolution_of_cwcomp_has_ten_groups() -> None:
+    convolutions = [m for m in build_network("cwcomp", (3, 32, 32)).modules() if isinstance(m, nn.Conv2d)]
+    assert [c.groups for c in convolutions] == [1, 10, 1, 10]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("resnet:50", "unknown size of network"),
+        ("deeper:10x30", "twice the one before"),
+        ("deeper:8x16x32x64x128", "at least 16x16"),
+        ("cwcomp:10x25", "multiples of 10"),
         ("mpl:2x10", "did you mean mlp"),
         ("mlp:2x", "cannot read the layer sizes"),
         ("mlp:0x5", "cannot read the layer sizes"),

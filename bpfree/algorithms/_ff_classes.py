@@ -1,0 +1,162 @@
+"""Goodness of classes: groups of channels, or an auxiliary convolution, that compete for a sample.
+
+Shapes: `B` batch, `K` classes, activities (B, channels, ..) of any number of positions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.blocks import Shape
+
+GOODNESS: Final = ("mean", "squares", "auxiliary")
+NORMALIZERS: Final = ("groups", "channels", "none")
+LOSSES: Final = ("cross-entropy", "pvn", "cwg")
+EPSILON: Final = 1e-5
+PVN_THRESHOLD: Final = 2.0
+CWG_SHARE: Final = 0.28  # of the cross-entropy
+
+
+class ClassGoodness(nn.Module):
+    """What a layer says of every class."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, channels, ..) -> (B, K), in at least 32 bits."""
+
+
+class GroupGoodness(ClassGoodness):
+    """Mean activity ("mean"), or mean squared activity ("squares"), of the channels of each class, over all positions.
+
+    Channels are cut into K consecutive groups, as even as can be: equal where K divides their number, as in the papers.
+
+    Args:
+        shape: of one sample.
+        classes: K.
+        squared: whether activities are squared.
+
+    Raises:
+        UsageError: fewer channels than classes.
+    """
+
+    def __init__(self, shape: Shape, classes: int, *, squared: bool) -> None:
+        super().__init__()
+        if shape[0] < classes:
+            raise UsageError(
+                f"a layer of {shape[0]} channels cannot be shared by {classes} classes; use a wider network, or "
+                "goodness=auxiliary"
+            )
+        self.classes, self.squared = classes, squared
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        if self.squared:
+            hidden = hidden.to(wide).square()
+        if hidden.shape[1] % self.classes == 0:
+            shared = hidden.unflatten(1, (self.classes, -1))
+            return shared.mean(tuple(range(2, shared.ndim)), dtype=wide)
+        return torch.stack([group.flatten(1).mean(1, dtype=wide) for group in groups(hidden, self.classes)], 1)
+
+
+class AuxiliaryGoodness(ClassGoodness):
+    """Mean square, over all positions, of a 1x1 convolution (of vectors: a linear map) without bias to K channels.
+
+    Args:
+        shape: of one sample.
+        classes: K.
+    """
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        layer: nn.Module = nn.Conv2d(shape[0], classes, 1, bias=False)
+        self.auxiliary = layer if len(shape) == 3 else nn.Linear(shape[0], classes, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        answers: Tensor = self.auxiliary(hidden)
+        answers = answers.to(torch.promote_types(answers.dtype, torch.float32)).square()
+        return answers.flatten(2).mean(2) if answers.ndim > 2 else answers
+
+
+def class_goodness(name: str, shape: Shape, classes: int) -> ClassGoodness:
+    """The goodness called `name` of a layer whose output has `shape`.
+
+    Raises:
+        UsageError: unknown name, or a shape that does not fit.
+    """
+    if name not in GOODNESS:
+        raise unknown_name("goodness", name, GOODNESS)
+    return (
+        AuxiliaryGoodness(shape, classes)
+        if name == "auxiliary"
+        else GroupGoodness(shape, classes, squared=name == "squares")
+    )
+
+
+def groups(hidden: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """The channels of each class."""
+    return hidden.tensor_split(classes, dim=1)
+
+
+def normalize_groups(hidden: Tensor, classes: int) -> Tensor:
+    """Each class's channels with mean 0 and variance 1 over all of its values: nothing is left of mean goodness."""
+    if hidden.shape[1] % classes == 0:
+        return F.group_norm(hidden, classes, eps=EPSILON)
+    return torch.cat([F.layer_norm(group, group.shape[1:], eps=EPSILON) for group in groups(hidden, classes)], 1)
+
+
+def normalize_channels(hidden: Tensor, classes: int) -> Tensor:
+    """Mean 0 and variance 1 over the channels, at every position."""
+    variance, mean = torch.var_mean(hidden, dim=1, keepdim=True, correction=0)
+    return (hidden - mean) * (variance + EPSILON).rsqrt()
+
+
+def keep(hidden: Tensor, classes: int) -> Tensor:
+    """As it is, where blocks end in a normalisation of their own."""
+    return hidden
+
+
+def passed_on(name: str) -> Callable[[Tensor, int], Tensor]:
+    """The function of activities and K that is called `name`.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if name not in NORMALIZERS:
+        raise unknown_name("normalizer", name, NORMALIZERS)
+    return (normalize_groups, normalize_channels, keep)[NORMALIZERS.index(name)]
+
+
+def competition(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss, a function of (B, K) goodness and (B,) targets, that is called `name`.
+
+    "cross-entropy" takes goodness as logits; "pvn" pulls that of the class above a threshold of 2 and the mean of the
+    others below it; "cwg" is 0.28 of the former and 0.72 of the latter.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    losses: tuple[Callable[[Tensor, Tensor], Tensor], ...]
+    losses = (F.cross_entropy, positive_versus_negative, weighted_loss)
+    if name not in LOSSES:
+        raise unknown_name("loss", name, LOSSES)
+    return losses[LOSSES.index(name)]
+
+
+def positive_versus_negative(goodness: Tensor, targets: Tensor) -> Tensor:
+    """mean_B softplus(2 - g_y) + softplus(mean_{k != y} g_k - 2)."""
+    own = goodness.gather(1, targets[:, None])[:, 0]
+    others = (goodness.sum(1) - own) / (goodness.shape[1] - 1)
+    return (F.softplus(PVN_THRESHOLD - own) + F.softplus(others - PVN_THRESHOLD)).mean()
+
+
+def weighted_loss(goodness: Tensor, targets: Tensor) -> Tensor:
+    """0.28 cross-entropy + 0.72 PvN."""
+    entropy = F.cross_entropy(goodness, targets)
+    return CWG_SHARE * entropy + (1 - CWG_SHARE) * positive_versus_negative(goodness, targets)

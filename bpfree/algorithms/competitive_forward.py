@@ -1,0 +1,330 @@
+"""Forward-Forward without labels in the input or negative data: in every layer classes compete for goodness.
+
+For layers l = 1..L, K classes, targets y, each layer with a goodness per class and a loss of its own:
+
+    h_l = f_l(z_{l-1})                       z_{l-1} is a constant to layer l
+    G_l = goodness(h_l)                      (B, K)
+    loss_l = CE(G_l, y)                      all that f_l learns from
+    z_l = norm(h_l)                          + shortcut, where the network has one
+
+DeeperForward (Sun et al., "DeeperForward: Enhanced Forward-Forward Training for Deeper and Better Performance", ICLR
+    2025): G_lk = mean of h_l over the channels of class k and all positions; norm leaves a mean of 0 over a class's
+    channels, so nothing of the goodness; images are normalised first; scores are sums over layers.
+CwComp (Papachristodoulou et al., "Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm",
+    AAAI 2024, arXiv 2312.12668): G_lk = mean of squares of the channels of class k; blocks end in batch normalisation;
+    other losses (PvN, CWG); scores are the last layer's, or a linear read-out's.
+Scalable Forward-Forward (Krutsylo, 2025, arXiv 2501.03176): G_lk = mean over positions of (1x1 convolution to K
+    channels)^2; blocks may be of several layers, with back-propagation inside; scores are averages over blocks.
+
+Deviations from the papers: DeeperForward cools its rate to a tenth, `lr_schedule = "cosine"` to zero, and picks the
+layers that are summed on held-out data (here `select_layers`, which a run does not call: it sums all but the first).
+CwComp trains each layer in a window of epochs and grows super-classes for CIFAR-100; here all layers learn on every
+batch. Scalable Forward-Forward's loss, rates and placement of the normalisation are not known from the paper's text:
+cross-entropy with goodness as logits, Adam, normalisation over channels at every position; goodness is added up, which
+ranks classes as averages do. Groups of channels may be uneven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms._ff_classes import GOODNESS, class_goodness, competition, passed_on
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.blocks import Shape, block_output_shapes
+from bpfree.networks.gnn import GraphBlock
+from bpfree.networks.heads import Head
+from bpfree.networks.residual import ShortcutBlock
+
+INFERENCES: Final = ("sum", "last", "readout")
+
+DEEPER_FORWARD: Final = Paper(
+    title="DeeperForward: Enhanced Forward-Forward Training for Deeper and Better Performance",
+    authors="Sun et al.",
+    year=2025,
+    arxiv=None,
+    follows="mean goodness, normalisation by class, shortcuts without parameters",
+)
+CWCOMP: Final = Paper(
+    title="Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm",
+    authors="Papachristodoulou, Kyrkou, Timotheou, Theocharides",
+    year=2024,
+    arxiv="2312.12668",
+    follows="goodness of channel groups, losses CwC-CE, PvN and CWG",
+)
+SCALABLE: Final = Paper(
+    title="Scalable Forward-Forward Algorithm",
+    authors="Krutsylo",
+    year=2025,
+    arxiv="2501.03176",
+    follows="goodness of an auxiliary 1x1 convolution, back-propagation inside a block",
+)
+
+
+class CompetitiveForward(Learner):
+    """Label-free Forward-Forward over any sequence of blocks.
+
+    Args:
+        network: hidden blocks in forward order. The layers of a `ShortcutBlock` learn one by one, any other block as a
+            whole: a block of one layer is strictly local, in one of several there is back-propagation.
+        classes: number of classes K.
+        lr: learning rate.
+        optimizer: "adamw", "adam", "sgd", "momentum", or a function from parameters to an optimiser.
+        weight_decay: decay of all weights.
+        goodness: "mean" or "squares" of the channels of each class, or "auxiliary".
+        loss: "cross-entropy", "pvn" or "cwg".
+        normalizer: what a layer passes on: "groups" of channels, "channels" at every position, or "none".
+        normalize_input: take mean 0 and variance 1 over each sample's values first.
+        inference: "sum" of the layers' goodness, the "last" layer's, or a linear "readout" of the last layer.
+        first_layer: how many layers "sum" leaves out at the beginning.
+        head_pool: how feature maps reach the read-out: "flatten", "gap" or "adaptive".
+        input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> blocks = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU())
+        >>> learner = CompetitiveForward(blocks, classes=3)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['layer 0 loss', 'layer 1 loss']
+    """
+
+    paper = DEEPER_FORWARD
+    locality = "block"
+    counted: Tensor
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-2,
+        optimizer: str | OptimizerFactory = "adamw",
+        weight_decay: float = 0.0,
+        goodness: str = "mean",
+        loss: str = "cross-entropy",
+        normalizer: str = "groups",
+        normalize_input: bool = True,
+        inference: str = "sum",
+        first_layer: int = 0,
+        head_pool: str = "flatten",
+        input_shape: Shape | None = None,
+    ) -> None:
+        super().__init__(network, classes, input_shape)
+        if inference not in INFERENCES:
+            raise unknown_name("inference", inference, INFERENCES)
+        if classes < 2:
+            raise UsageError(f"a competition needs at least 2 classes, got {classes}")
+        self.kind, self.inference, self.normalize_input = goodness, inference, normalize_input
+        self.loss, self.norm = loss, normalizer
+        self._compete, self._normalize = competition(loss), passed_on(normalizer)
+        shapes = self._layer_shapes()
+        if not 0 <= first_layer < len(shapes):
+            raise UsageError(f"first_layer must lie in [0, {len(shapes)}), got {first_layer}")
+        if first_layer and inference != "sum":
+            raise UsageError(f"inference={inference} reads the last layer only; leave out first_layer")
+        self.goodness = nn.ModuleList(class_goodness(goodness, shape, classes) for shape in shapes)
+        self.readout = Head(shapes[-1], classes, pool=head_pool, bias=True) if inference == "readout" else None
+        if self.readout is None and head_pool != "flatten":
+            raise UsageError("head_pool is of the read-out; it needs inference=readout")
+        counted = torch.arange(len(shapes)) >= (len(shapes) - 1 if inference == "last" else first_layer)
+        self.register_buffer("counted", counted.float())
+        parts = iter(zip(range(len(shapes)), self.goodness, strict=True))
+        self._blocks = tuple(
+            Block(block if isinstance(block, ShortcutBlock) else None, tuple(Layer.of(*next(parts), f) for f in layers))
+            for block, layers in zip(self.network, map(layers_of, self.network), strict=True)
+        )
+        self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def _layer_shapes(self) -> list[Shape]:
+        """Shapes of one sample behind every layer, those inside blocks included."""
+        block_output_shapes(self.network, self.input_shape)  # refuses, in words, what does not fit
+        parameter = next(self.network.parameters())
+        signal = torch.zeros(2, *self.input_shape, dtype=parameter.dtype, device=parameter.device)
+        shapes: list[Shape] = []
+        with evaluation_mode(self.network):
+            for block in self.network:
+                inputs = signal
+                for layer in layers_of(block):
+                    signal = layer(signal)
+                    shapes.append(tuple(signal.shape[1:]))
+                signal = block.join(signal, inputs) if isinstance(block, ShortcutBlock) else signal
+        return shapes
+
+    def _run(self, inputs: Tensor, visit: Callable[[Layer, Tensor], Tensor]) -> None:
+        """Pass `inputs` through all layers; `visit` sees each with its inputs z_{l-1} and returns h_l."""
+        signal = F.layer_norm(inputs, inputs.shape[1:]) if self.normalize_input else inputs
+        for block in self._blocks:
+            entered = signal
+            for layer in block.layers:
+                signal = self._normalize(visit(layer, signal), self.classes)
+            if block.shortcut is not None:
+                signal = block.shortcut.join(signal, entered)
+
+    @torch.no_grad()
+    def layer_goodness(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Goodness of every class in every layer.
+
+        Args:
+            inputs: (B, *input_shape).
+
+        Returns:
+            (L, B, K), and h_L.
+        """
+        said: list[Tensor] = []
+        last = inputs
+
+        def visit(layer: Layer, signal: Tensor) -> Tensor:
+            nonlocal last
+            last = layer.activate(signal)
+            said.append(layer.goodness(last))
+            return last
+
+        self._run(inputs, visit)
+        return torch.stack(said), last
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, K) goodness of the layers that count, added up, or the read-out's scores."""
+        goodness, last = self.layer_goodness(inputs)
+        if self.readout is not None:
+            scores: Tensor = self.readout(last)
+            return scores
+        return (goodness * self.counted[:, None, None].to(goodness.dtype)).sum(0)
+
+    @torch.no_grad()
+    def select_layers(self, batches: Iterable[Batch]) -> tuple[int, int]:
+        """Let "sum" count the run of layers with the best accuracy on held-out data (DeeperForward's SIP).
+
+        Args:
+            batches: validation samples, on the learner's device.
+
+        Returns:
+            The first and the last layer that count, from 0.
+
+        Raises:
+            UsageError: inference is not "sum".
+        """
+        if self.inference != "sum":
+            raise UsageError(f"inference={self.inference} reads the last layer only")
+        depth = len(self.counted)
+        runs = [(first, last) for first in range(depth) for last in range(first, depth)]
+        hits = torch.zeros(len(runs), device=self.counted.device)
+        with evaluation_mode(self):
+            for inputs, targets in batches:
+                summed = F.pad(self.layer_goodness(inputs)[0].cumsum(0), (0, 0, 0, 0, 1, 0))
+                for index, (first, last) in enumerate(runs):
+                    hits[index] += ((summed[last + 1] - summed[first]).argmax(1) == targets).sum()
+        first, last = runs[int(hits.argmax())]
+        self.counted.zero_()
+        self.counted[first : last + 1] = 1
+        return first, last
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: all layers learn on every batch."""
+        return (
+            Stage(
+                name="all layers",
+                modules=(self,),
+                optimizers=(self._optimizer,),
+                update=self._update,
+                scores=self,
+                input_shape=self.input_shape,
+                classes=self.classes,
+            ),
+        )
+
+    def _update(self, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        metrics: Metrics = {}
+        last = inputs
+
+        def visit(layer: Layer, signal: Tensor) -> Tensor:
+            nonlocal last
+            with torch.enable_grad():  # a graph of its own for each layer, freed before the next begins
+                hidden = layer.activate(signal)
+                loss = self._compete(layer.goodness(hidden), targets)
+            set_gradients(layer.parameters, torch.autograd.grad(loss, layer.parameters))
+            metrics[f"{layer.name} loss"] = loss.detach()
+            last = hidden.detach()
+            return last
+
+        with torch.no_grad():
+            self._run(inputs, visit)
+        if self.readout is not None:
+            with torch.enable_grad():
+                loss = F.cross_entropy(self.readout(last), targets)
+            parameters = tuple(self.readout.parameters())
+            set_gradients(parameters, torch.autograd.grad(loss, parameters))
+            metrics["read-out loss"] = loss.detach()
+        self._optimizer.step()
+        return metrics
+
+    @property
+    def variant(self) -> str:
+        """Goodness, loss, what is passed on, and inference."""
+        return f"{self.kind}, {self.loss}, {self.norm}, {self.inference}"
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Accuracy of each layer's goodness alone, and of the sum of all."""
+        inputs, targets = batch
+        goodness, _ = self.layer_goodness(inputs)
+        report = {f"layer {index} accuracy": accuracy(layer, targets) for index, layer in enumerate(goodness)}
+        return {**report, "sum of all layers accuracy": accuracy(goodness.sum(0), targets)}
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Networks for images and vectors."""
+        if any(isinstance(block, GraphBlock) for block in network):
+            return Support(False, "its goodness is of channels and positions, not of nodes; for graphs see fgnn")
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """The goodness."""
+        return {"goodness": trial.suggest_categorical("goodness", GOODNESS)}
+
+
+def layers_of(block: nn.Module) -> tuple[nn.Module, ...]:
+    """What learns on its own inside a block."""
+    return tuple(block.layers) if isinstance(block, ShortcutBlock) else (block,)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What learns on its own, with its goodness.
+
+    Attributes:
+        name: shown in metrics.
+        activate: f_l.
+        goodness: (B, channels, ..) -> (B, K).
+        parameters: of both, without those that the user has frozen.
+    """
+
+    name: str
+    activate: nn.Module
+    goodness: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, index: int, goodness: nn.Module, activate: nn.Module) -> Layer:
+        """A layer, with what follows from its parts."""
+        parameters = (*activate.parameters(), *goodness.parameters())
+        return cls(f"layer {index}", activate, goodness, tuple(p for p in parameters if p.requires_grad))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Layers, and the shortcut around them, if any."""
+
+    shortcut: ShortcutBlock | None
+    layers: tuple[Layer, ...]

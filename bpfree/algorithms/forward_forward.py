@@ -1,0 +1,458 @@
+"""Forward-Forward: each layer learns to be lively on positive data and quiet on negative data.
+
+Paper: Hinton, "The Forward-Forward Algorithm: Some Preliminary Investigations", 2022, arXiv 2212.13345, sections 2 to
+4, and the author's MATLAB code for what the text leaves open. With B samples, M = 2B rows of positive and negative data
+together, s = 1 for positive rows and -1 for negative ones, layers l = 1..L of N_l units:
+
+    z_0 = norm(x with its label)             the label as C of the input's values; norm(v) = v / (rms(v) + eps)
+    h_l = relu(z_{l-1} W_l^T + b_l)          z_{l-1} is a constant to layer l
+    g_l = sum_j h_lj^2                       goodness
+    z_l = norm(h_l)                          all that the next layer sees
+    loss_l = mean over M rows of softplus(-s (g_l - theta_l) / T),  theta_l = N_l, T = 1
+
+and in closed form, all layers at once, without autograd:
+
+    dL/dg = -(s / (M T)) sigma(-s (g - theta) / T)
+    dL/da = dL/dg 2 h  (+ lambda (m_j - mean(m)) / B in positive rows, peer normalisation)
+    dW = (dL/da)^T z_{l-1},  db = sum_M dL/da
+
+Negative data: a wrong label, drawn from what a softmax read-out takes for likely ("hard") or uniformly ("random"); or
+hybrids of two images and no labels at all ("hybrid"). The read-out sees z_l, l >= 2, of the input with the neutral
+label 1/C (of the plain image, without labels), learns by cross-entropy, and sends nothing to the layers.
+Inference: "goodness" adds up g_l, l >= 2, for each label in turn; "softmax" asks the read-out.
+
+Losses besides the original: SymBa (Lee and Song, arXiv 2303.08418) and layer collaboration (Lorberbom et al., arXiv
+2305.12393), see `_ff_losses.py`. Label-free descendants for convolutions are in `competitive_forward.py`.
+
+Deviations from the paper: Hinton's code smooths gradients (0.9) and steps by 0.01, which is SGD with momentum 0.9 and a
+rate of 0.001, exactly; it adds weight decay behind the smoothing, PyTorch before it. Weights start as the network has
+them, or with variance 1 / fan-in as in the paper (`init`). Without labels, the linear read-out learns beside the layers
+and not after them. How often the hybrids' masks are blurred is not given (here ten times). In SymBa alpha applies to
+goodness as configured. Layer collaboration's theta is not given: here it is the goodness of all layers that count, at a
+mean square activity of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bpfree.algorithms._ff_goodness import Activity, Goodness, Normalizer, PeerNormalization, length_of
+from bpfree.algorithms._ff_losses import contrastive_loss
+from bpfree.algorithms._ff_negatives import NEGATIVES, HybridViews, LabelledViews, Views
+from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.mono_forward import encode_targets
+from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.blocks import Shape, as_blocks, linear_relu
+from bpfree.networks.streams import Stream
+
+SCHEDULES: Final = ("joint", "greedy")
+INFERENCES: Final = ("goodness", "softmax")
+INITS: Final = ("network", "normal")
+DEEP: Final = 3  # layers from which on the first one is left out of inference
+
+
+class ForwardForward(Learner):
+    """Forward-Forward over layers `Linear -> ReLU`.
+
+    Args:
+        network: hidden layers in forward order.
+        classes: number of classes C.
+        lr: learning rate of the layers.
+        optimizer: "momentum", "sgd" (with Nesterov's), "adam", "adamw", or a function from parameters to an optimiser.
+        weight_decay: decay of the layers' weights; biases do not decay.
+        head_lr: learning rate of the softmax read-out.
+        head_weight_decay: decay of the softmax read-out.
+        loss: "original", "symba", "collaboration" or "collaboration-preceding".
+        goodness: "sum" or "mean" of squares, "minus_sum" or "minus_mean" of them.
+        theta: threshold of every layer; None: the goodness of units whose mean square activity is 1.
+        temperature: T; None: 1. Mean goodness is N times softer than the sum at the same T.
+        alpha: of SymBa; None: 4.
+        normalizer: "rms" (|z|^2 = N) or "unit" (|z| = 1).
+        negatives: "hard", "random", or "hybrid", which learns without labels.
+        label: "overlay" writes the label over the input's first C values, "concat" puts it before them.
+        label_strength: value of the label's column.
+        peer_normalization: lambda; 0 leaves it out.
+        schedule: "joint" trains all layers on every batch, "greedy" layer after layer, each until it converges.
+        inference: "goodness" of each label in turn, or the "softmax" read-out.
+        skip_first: leave the first layer out of both; None: with three layers or more, unless a greedy schedule has
+            only the read-out to rate it by.
+        init: "network" leaves the weights as they are, "normal" draws them with variance 1 / fan-in, as in the paper.
+        noise_seed: fixes the draw of negatives; None takes it from PyTorch's global generator.
+        input_shape: shape of one input sample; needed when it is not a vector.
+
+    Raises:
+        UsageError: a network or value that does not fit, or an option that another one leaves without a meaning.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        >>> learner = ForwardForward(layers, classes=3)
+        >>> metrics = learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))
+        >>> [name for name in sorted(metrics) if name.endswith("loss")]
+        ['layer 0 loss', 'layer 1 loss', 'read-out loss']
+    """
+
+    paper = Paper(
+        title="The Forward-Forward Algorithm: Some Preliminary Investigations",
+        authors="Hinton",
+        year=2022,
+        arxiv="2212.13345",
+        follows="sections 2 to 4; losses of arXiv 2303.08418 (SymBa) and 2305.12393 (layer collaboration)",
+    )
+    locality = "layer"
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | OptimizerFactory = "momentum",
+        weight_decay: float = 1e-3,
+        head_lr: float = 1e-2,
+        head_weight_decay: float = 3e-3,
+        loss: str = "original",
+        goodness: str = "sum",
+        theta: float | None = None,
+        temperature: float | None = None,
+        alpha: float | None = None,
+        normalizer: str = "rms",
+        negatives: str = "hard",
+        label: str = "overlay",
+        label_strength: float = 1.0,
+        peer_normalization: float = 0.03,
+        schedule: str = "joint",
+        inference: str = "goodness",
+        skip_first: bool | None = None,
+        init: str = "network",
+        noise_seed: int | None = None,
+        input_shape: Shape | None = None,
+    ) -> None:
+        super().__init__(network, classes, input_shape)
+        support = self.supports(self.network)
+        if not support.ok:
+            raise UsageError(support.reason)
+        for kind, value, known in (
+            ("negatives", negatives, NEGATIVES),
+            ("schedule", schedule, SCHEDULES),
+            ("inference", inference, INFERENCES),
+            ("init", init, INITS),
+        ):
+            if value not in known:
+                raise unknown_name(kind, value, known)
+        if classes < 2:
+            raise UsageError(f"negative labels need at least 2 classes, got {classes}")
+        if negatives == "hybrid" and (inference, label, label_strength) != ("softmax", "overlay", 1.0):
+            raise UsageError("hybrid negatives carry no label: they need inference=softmax and no label options")
+        if loss == "collaboration" and schedule == "greedy":
+            raise UsageError("layers cannot hear later ones in the greedy schedule; use loss=collaboration-preceding")
+        self.loss, self.negatives, self.schedule, self.inference = loss, negatives, schedule, inference
+        stream = Stream(noise_seed)
+        self.views: Views = (
+            HybridViews(self.input_shape, stream)
+            if negatives == "hybrid"
+            else LabelledViews(
+                torch.Size(self.input_shape).numel(), classes, label, label_strength, negatives == "hard", stream
+            )
+        )
+        linears = self._linears(init)
+        widths = [linear.out_features for linear in linears]
+        by_readout = schedule == "greedy" and inference == "softmax"  # has to say something of layer 0
+        skip = len(linears) >= DEEP and not by_readout if skip_first is None else skip_first
+        if skip and len(linears) == 1:
+            raise UsageError("skip_first needs a second layer: there is nothing left to read")
+        if skip and by_readout:
+            raise UsageError("a greedy schedule with inference=softmax rates its first layer: leave out skip_first")
+        self.first = int(skip)
+        self.goodness, self.normalizer = Goodness(goodness), Normalizer(normalizer)
+        self.contrast = contrastive_loss(loss, self.goodness, widths, theta, temperature, alpha)
+        self.peers = nn.ModuleList(PeerNormalization(width, peer_normalization) for width in widths)
+        self.heads = nn.ModuleList(nn.Linear(width, classes, bias=False) for width in widths[self.first :])
+        for parameter in self.heads.parameters():
+            nn.init.zeros_(parameter)
+        heads: list[nn.Module | None] = [None] * self.first + list(self.heads)
+        self._layers = tuple(
+            Layer(f"layer {index}", linear, self.goodness.scale(linear.out_features), peer, head)  # type: ignore[arg-type]
+            for index, (linear, peer, head) in enumerate(zip(linears, self.peers, heads, strict=True))
+        )
+        joint = schedule == "joint"
+        self._stage_layers = [range(len(linears))] if joint else [range(i, i + 1) for i in range(len(linears))]
+        self._optimizers = [
+            self._optimizers_of(
+                [self._layers[index] for index in chosen], optimizer, (lr, weight_decay), (head_lr, head_weight_decay)
+            )
+            for chosen in self._stage_layers
+        ]
+
+    def _linears(self, init: str) -> list[nn.Linear]:
+        """The layers, the first one with the label's columns in front."""
+        linears = []
+        for index, block in enumerate(self.network):
+            linear = linear_relu(block)
+            assert linear is not None
+            if index == 0 and self.views.appended:
+                assert isinstance(block, nn.Sequential)
+                linear = block[-2] = self._widened(linear, self.views.appended)
+            if init == "normal":
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+            linears.append(linear)
+        return linears
+
+    @staticmethod
+    def _widened(linear: nn.Linear, columns: int) -> nn.Linear:
+        wide = nn.Linear(linear.in_features + columns, linear.out_features, bias=linear.bias is not None)
+        with torch.no_grad():
+            wide.weight[:, columns:] = linear.weight
+            if linear.bias is not None:
+                wide.bias.copy_(linear.bias)
+        return wide.to(linear.weight)
+
+    @staticmethod
+    def _optimizers_of(
+        layers: list[Layer],
+        optimizer: str | OptimizerFactory,
+        body: tuple[float, float],
+        head: tuple[float, float],
+    ) -> tuple[Optimizer, ...]:
+        """One for the weights, one for the biases, which do not decay, and one for the read-out."""
+        body_parameters = [parameter for layer in layers for parameter in layer.linear.parameters()]
+        weights = [parameter for parameter in body_parameters if parameter.ndim == 2 and parameter.requires_grad]
+        biases = [parameter for parameter in body_parameters if parameter.ndim == 1 and parameter.requires_grad]
+        heads = [parameter for layer in layers if layer.head is not None for parameter in layer.head.parameters()]
+        groups = ((weights, body), (biases, (body[0], 0.0)), (heads, head))
+        return tuple(
+            make_optimizer(parameters, optimizer, lr=rate, weight_decay=decay)
+            for parameters, (rate, decay) in groups
+            if parameters
+        )
+
+    # -- forward ----------------------------------------------------------------------------------------------
+
+    def _run(self, rows: Tensor, depth: int) -> list[Activity]:
+        """The first `depth` layers on (M, W) rows."""
+        signal = rows / self.normalizer.divisor(length_of(rows), rows.shape[1]).to(rows.dtype)
+        return self._run_from(self._layers[0].activate(signal), depth)
+
+    def _run_from(self, first: Activity, depth: int) -> list[Activity]:
+        activities = [first]
+        for layer in self._layers[1:depth]:
+            activities.append(layer.activate(self.normalizer.of(activities[-1])))
+        return activities
+
+    def _logits(self, activities: list[Activity]) -> tuple[Tensor, list[Tensor]]:
+        """(B, C) logits of the read-out over the layers that were run, and the z_l that each of its parts saw."""
+        seen, logits = [], None
+        passed = [activity.inputs for activity in activities[1:]]
+        passed.append(self.normalizer.of(activities[-1]))
+        for layer, signal in zip(self._layers, passed, strict=False):
+            if layer.head is not None:
+                seen.append(signal.to(layer.head.weight.dtype))
+                with torch.autocast(seen[-1].device.type, enabled=False):
+                    part: Tensor = layer.head(seen[-1])
+                logits = part if logits is None else logits + part
+        if logits is None:  # only the first layer is there, and it is not read
+            logits = self._layers[0].linear.weight.new_zeros(len(activities[0].hidden), self.classes)
+        return logits, seen
+
+    @torch.no_grad()
+    def label_goodness(self, inputs: Tensor, depth: int | None = None) -> Tensor:
+        """Goodness of every layer for every label.
+
+        All labels are one batch. The first layer's product with the image is computed once: a label only adds its
+        column, since |z_0| is the same for all of them.
+
+        Args:
+            inputs: (B, *input_shape).
+            depth: how many layers; None: all.
+
+        Returns:
+            (depth, B, C), divided by nothing.
+
+        Raises:
+            UsageError: the learner was trained without labels.
+        """
+        if not isinstance(self.views, LabelledViews):
+            raise UsageError("hybrid negatives carry no label, so there is no goodness of a label")
+        first, strength = self._layers[0].linear, self.views.strength
+        blank = self.views.blank(inputs.flatten(1))
+        length = torch.sqrt(length_of(blank).square() + strength**2)
+        divisor = self.normalizer.divisor(length, blank.shape[1]).to(blank.dtype)
+        image = F.linear(blank / divisor, first.weight, first.bias)
+        label = (strength * first.weight[:, : self.classes].T) / divisor[:, None]  # (B, C, N)
+        hidden = F.relu(image[:, None] + label.to(image.dtype)).flatten(0, 1)
+        activities = self._run_from(Activity.of(blank, hidden), len(self._layers) if depth is None else depth)
+        return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, C): summed goodness of each label, or the softmax read-out's logits."""
+        return self._scores(len(self._layers), inputs)
+
+    def _scores(self, depth: int, inputs: Tensor) -> Tensor:
+        """Scores by the first `depth` layers."""
+        if self.inference == "softmax":
+            return self.readout(inputs, depth)
+        first = min(self.first, depth - 1)
+        return self.label_goodness(inputs, depth)[first:].sum(0)
+
+    @torch.no_grad()
+    def readout(self, inputs: Tensor, depth: int | None = None) -> Tensor:
+        """(B, *input_shape) -> (B, C) logits of the softmax read-out over the first `depth` layers (None: all)."""
+        rows = self.views.plain(inputs.flatten(1))
+        return self._logits(self._run(rows, len(self._layers) if depth is None else depth))[0]
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage in the joint schedule, one per layer in the greedy one."""
+        joint = self.schedule == "joint"
+        return tuple(
+            Stage(
+                name="all layers" if joint else self._layers[chosen.start].name,
+                modules=(self,) if joint else self._layers[chosen.start].modules,
+                optimizers=optimizers,
+                update=partial(self._update, chosen, optimizers),
+                scores=partial(self._scores, chosen.stop),
+                input_shape=self.input_shape,
+                classes=self.classes,
+            )
+            for chosen, optimizers in zip(self._stage_layers, self._optimizers, strict=True)
+        )
+
+    @torch.no_grad()
+    def _update(self, chosen: range, optimizers: tuple[Optimizer, ...], batch: Batch) -> Metrics:
+        """Train the `chosen` layers; those before them only run."""
+        inputs, targets = batch[0].flatten(1), batch[1]
+        size, depth = len(inputs), chosen.stop
+        early, late = Lanes(inputs.device, 2), Lanes(inputs.device, 1 + len(chosen))
+        with early.lane(1):  # random numbers wait for nothing
+            noise = self.views.draw(size)
+        plain = self._run(self.views.plain(inputs), depth) if self.views.labelled else None
+        logits, seen = self._logits(plain) if plain else (None, [])
+        early.join()
+        activities = self._run(self.views.contrast(inputs, targets, logits, noise), depth)
+        if logits is None:  # the read-out sees the positive rows
+            heard = [Activity(a.inputs[:size], a.hidden[:size], a.length[:size]) for a in activities]
+            logits, seen = self._logits(heard)
+        goodness = torch.stack([self.goodness.of(activity) for activity in activities])
+        losses, slopes = self.contrast(goodness)
+        metrics: Metrics = {}
+        with late.lane(0):
+            if seen:
+                metrics["read-out loss"] = self._learn_readout(chosen, logits, seen, targets)
+        for index in chosen:
+            with late.lane(1 + index - chosen.start):
+                self._layers[index].learn(activities[index], slopes[index])
+        late.join()
+        for optimizer in optimizers:
+            optimizer.step()
+        liveliness = goodness.unflatten(1, (2, size)).mean(2)
+        for index in chosen:
+            name = self._layers[index].name
+            metrics[f"{name} loss"] = losses[index]
+            metrics[f"{name} positive goodness"], metrics[f"{name} negative goodness"] = liveliness[index]
+        return metrics
+
+    def _learn_readout(self, chosen: range, logits: Tensor, seen: list[Tensor], targets: Tensor) -> Tensor:
+        """Set the gradients of U_l of the chosen layers, (softmax(logits) - onehot(y))^T z_l / B; return the loss."""
+        target_errors = encode_targets(targets, self.classes, logits.dtype)
+        log_probabilities = F.log_softmax(logits, 1)
+        errors = torch.add(target_errors, log_probabilities.exp(), alpha=1 / len(targets))
+        with torch.autocast(logits.device.type, enabled=False):
+            for index in chosen:
+                head = self._layers[index].head
+                if head is not None:
+                    set_gradients(head.parameters(), [errors.T @ seen[index - self.first]])
+        return (log_probabilities * target_errors).sum()
+
+    # -- what it says of itself -------------------------------------------------------------------------------
+
+    @property
+    def variant(self) -> str:
+        """Loss, negatives and inference, and the schedule if it is greedy."""
+        greedy = ", greedy" if self.schedule == "greedy" else ""
+        return f"{self.loss}, {self.negatives}, {self.inference}{greedy}"
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Accuracy of both ways of inference and of each layer alone, and mean goodness of right and wrong labels."""
+        inputs, targets = batch
+        report = {"softmax inference accuracy": accuracy(self.readout(inputs), targets)}
+        if self.views.labelled:
+            goodness = self.label_goodness(inputs)
+            report["goodness inference accuracy"] = accuracy(goodness[self.first :].sum(0), targets)
+            right = goodness.gather(2, targets[None, :, None].expand(len(goodness), -1, 1)).squeeze(2)
+            wrong = (goodness.sum(2) - right) / (self.classes - 1)
+            for layer, labels, own, others in zip(self._layers, goodness, right, wrong, strict=True):
+                report[f"{layer.name} accuracy"] = accuracy(labels, targets)
+                report[f"{layer.name} goodness of the class"] = own.mean()
+                report[f"{layer.name} goodness of other classes"] = others.mean()
+        return report
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Fully connected ReLU layers: a label in a few values of the input is lost in convolutions."""
+        if all(linear_relu(block) is not None for block in as_blocks(network)):
+            return Support(True)
+        return Support(False, "its layers are Linear-ReLU, such as mlp:4x2000; for convolutions see cwc, dff and sff")
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """The temperature, and the strength of peer normalisation."""
+        return {
+            "temperature": trial.suggest_float("temperature", 0.3, 100.0, log=True),
+            "peer_normalization": trial.suggest_categorical("peer_normalization", (0.0, 0.03)),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Everything that one layer's update touches.
+
+    Attributes:
+        name: shown in metrics.
+        linear: W_l and b_l.
+        scale: c of its goodness.
+        peer: m_l.
+        head: its part of the softmax read-out, U_l (C, N_l), or None.
+    """
+
+    name: str
+    linear: nn.Linear
+    scale: float
+    peer: PeerNormalization
+    head: nn.Linear | None
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What a stage of this layer alone trains."""
+        return (self.linear, self.peer) if self.head is None else (self.linear, self.peer, self.head)
+
+    def activate(self, signal: Tensor) -> Activity:
+        """z_{l-1}, (M, N_{l-1}) -> the layer's activity."""
+        return Activity.of(signal, F.relu(F.linear(signal, self.linear.weight, self.linear.bias)))
+
+    def learn(self, activity: Activity, slope: Tensor) -> None:
+        """Set the gradients of W_l and b_l.
+
+        Args:
+            activity: of B positive rows and the B negative ones.
+            slope: dL/dg, (2B,).
+        """
+        hidden = activity.hidden
+        errors = hidden * (2 * self.scale * slope)[:, None].to(hidden.dtype)
+        if self.peer.strength:
+            positive = len(hidden) // 2
+            errors[:positive] += self.peer(hidden[:positive]).to(hidden.dtype)
+        gradients = [errors.T @ activity.inputs, errors.sum(0)]
+        set_gradients(self.linear.parameters(), gradients[: 1 if self.linear.bias is None else 2])
