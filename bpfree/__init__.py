@@ -9,6 +9,7 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 from bpfree import data
 from bpfree.algorithms import (
     Backprop,
+    CaFo,
     DirectFeedback,
     ForwardGNN,
     Learner,
@@ -30,6 +31,7 @@ __all__ = [
     "Backprop",
     "Batches",
     "BpfreeError",
+    "CaFo",
     "Dataset",
     "DirectFeedback",
     "EnergyMeter",

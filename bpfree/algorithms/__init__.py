@@ -2,6 +2,7 @@
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
@@ -14,6 +15,7 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "Batch",
+    "CaFo",
     "DirectFeedback",
     "ForwardGNN",
     "Learner",

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
+from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
@@ -91,6 +92,13 @@ ALGORITHMS: Final = (
         MonoForward,
         "Mono-Forward: each block learns from its own linear classifier",
         MonoForward.paper,
+    ),
+    Algorithm(
+        "cafo",
+        "cafo",
+        CaFo,
+        "CaFo: a linear predictor on each block, in closed form or by descent; blocks are random or feedback-aligned",
+        CaFo.paper,
     ),
     Algorithm(
         "forward_gnn",

@@ -73,6 +73,10 @@ class Stage:
             As long as nothing augments the inputs, its outputs may be computed once and kept.
         training_prefix: the same for the inputs of `update`, if training looks at them in another way than `scores`
             does (other rows of a graph, labels appended, negatives); None when there is no difference.
+        finish: for a stage whose steps only collect what a closed form needs. It makes the weights of what they
+            collected and forgets that; it chooses hyperparameters on the batches given, which are validation data as
+            inputs of `scores` (there may be none). Such a stage sees every sample once and is not repeated until it
+            converges. None for stages whose steps learn.
 
     Where inputs are graphs, "B" is the number of nodes (or node pairs) that the graph asks about.
     """
@@ -86,6 +90,7 @@ class Stage:
     classes: int
     prefix: Callable[[Any], Any] | None = None
     training_prefix: Callable[[Any], Any] | None = None
+    finish: Callable[[Iterable[Batch]], Metrics] | None = None
 
     @property
     def step_prefix(self) -> Callable[[Any], Any] | None:
@@ -104,7 +109,8 @@ class Stage:
                 and (B,) int64.
 
         Returns:
-            0-d tensors on the batch's device (at least one loss); reading them on the host is the caller's choice.
+            0-d tensors on the batch's device (at least one; losses of a stage that learns by steps); reading them on
+            the host is the caller's choice.
 
         Raises:
             UsageError: shapes or types do not fit the network, or (on the CPU, where looking at values does
@@ -214,13 +220,33 @@ class Learner(nn.Module, ABC):
             UsageError: the batch does not fit, or the schedule trains one stage after another, in which case
                 the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prepared(x), y))`.
         """
+        stage = self._only_stage()
+        inputs, targets = batch
+        return stage.step((stage.prepared(inputs), targets))
+
+    @final
+    def finish(self, validation: Iterable[Batch] = ()) -> Metrics:
+        """Make the weights of a rule in closed form, behind the last `step`; other rules have nothing left to do.
+
+        Args:
+            validation: batches as for `step` on which hyperparameters are chosen, where the rule has such.
+
+        Returns:
+            What was chosen, as 0-d tensors; this waits for the device.
+
+        Raises:
+            UsageError: nothing was collected, there is something to choose and no validation data, or see `step`.
+        """
+        stage = self._only_stage()
+        return {} if stage.finish is None else stage.finish(validation)
+
+    def _only_stage(self) -> Stage:
         stages = self.stages()
         if len(stages) > 1:
             raise UsageError(
                 f"this schedule trains {len(stages)} stages one after another; loop over learner.stages() instead"
             )
-        inputs, targets = batch
-        return stages[0].step((stages[0].prepared(inputs), targets))
+        return stages[0]
 
     @final
     @torch.no_grad()
