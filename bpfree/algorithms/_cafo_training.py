@@ -16,7 +16,7 @@ from bpfree.algorithms._cafo_predictors import GradientLoss, Predictors
 from bpfree.algorithms._cafo_ridge import RidgeStatistics
 from bpfree.algorithms._optim import set_gradients
 from bpfree.algorithms.direct_feedback import draw_feedback, set_feedback_gradients
-from bpfree.algorithms.learner import Batch, Metrics, Stage
+from bpfree.algorithms.learner import Batch, Metrics, Stage, check_inputs
 from bpfree.algorithms.mono_forward import encode_targets
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
@@ -135,6 +135,7 @@ class Descent(Group):
 
     def stage(self, outputs: Outputs, answer: Answer, input_shape: Shape) -> Stage:
         def features(inputs: Any) -> Any:
+            check_inputs(inputs, input_shape)
             found = outputs(inputs)
             if isinstance(inputs, Graph):  # of all nodes: which of them are asked about may change
                 return inputs.with_x(self.predictors.pack([output.x for output in found]))

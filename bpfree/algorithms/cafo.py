@@ -23,6 +23,7 @@ without the code's (B, D, C) tensor. The feedback's scale is that of `direct_fee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final, Literal
@@ -131,8 +132,9 @@ class CaFo(Learner):
             raise UsageError(f"ridge and gram belong to the closed form of loss=mse, not to loss={loss}")
         if block_training != "dfa" and (block_lr is not None or block_weight_decay):
             raise UsageError("block_lr and block_weight_decay are for block_training=dfa; random blocks do not learn")
-        if ridge is not None and not ridge >= 0:
-            raise UsageError(f"ridge must not be negative, got {ridge}")
+        for name, given in (("ridge", ridge), ("block_lr", block_lr)):
+            if given is not None and (type(given) not in (float, int) or not 0 <= given < math.inf):
+                raise UsageError(f"{name} must be a number from 0 on, got {given!r}")
         self.block_training, self.aggregate, self.schedule, self.bn_mode = block_training, aggregate, schedule, bn_mode
         self.loss_name, self._loss = loss, LOSSES[loss]()
         if bn_mode == "batch":

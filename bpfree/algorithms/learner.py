@@ -120,8 +120,16 @@ class Stage:
         return self.update(batch)
 
 
-def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
-    inputs, targets = batch
+def check_inputs(inputs: Any, input_shape: Shape) -> None:
+    """Refuse inputs that do not fit a network.
+
+    Args:
+        inputs: (B, *input_shape) floating point, or a `Graph` with (n, *input_shape) features.
+        input_shape: shape of one sample.
+
+    Raises:
+        UsageError: another shape or type.
+    """
     values = inputs.x if isinstance(inputs, Graph) else inputs
     # A first layer that flattens takes images too, so only the number of values per sample has to agree.
     if values.ndim < 2 or values.shape[1:].numel() != torch.Size(input_shape).numel():
@@ -130,6 +138,11 @@ def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
         )
     if not values.is_floating_point():
         raise UsageError(f"inputs must be floating point, got {values.dtype}; scale images to [0, 1] first")
+
+
+def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+    inputs, targets = batch
+    check_inputs(inputs, input_shape)
     if targets.ndim != 1 or len(targets) != len(inputs) or targets.dtype != torch.int64:
         raise UsageError(
             f"targets must be {len(inputs)} int64 class indices, got shape {tuple(targets.shape)} of {targets.dtype}"
