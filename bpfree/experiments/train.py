@@ -249,6 +249,8 @@ class Trainer:
         stages = self.learner.stages()
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
+                if self.train.device.type == "cuda":
+                    self._load_libraries()
                 with self.meter.phase(TRAIN), FlopCounterMode(display=False) as counter:
                     self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
                 self.progress.flops += counter.get_total_flops()
@@ -260,6 +262,12 @@ class Trainer:
                     self._run_passes(stage, stage.finish, len(stages))
                 self._start_next_stage()
         return self.progress
+
+    def _load_libraries(self) -> None:
+        """Have a learner's kernels at hand before it looks at its data, as a rehearsal has them before a stage."""
+        inputs, _ = next(iter(self.validation.in_order(EVALUATION_BATCH)))
+        with self.meter.paused(), step_precision(self.config.precision, self.train.device):
+            self.learner.scores(inputs)
 
     def _start_next_stage(self) -> None:
         self.progress.stage += 1

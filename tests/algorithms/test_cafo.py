@@ -16,6 +16,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bpfree import data
 from bpfree.algorithms import Backprop, CaFo
 from bpfree.algorithms import _cafo_ridge as ridge_module
 from bpfree.algorithms._cafo_predictors import CrossEntropy, SparsemaxLoss, sparsemax
@@ -25,9 +26,11 @@ from bpfree.algorithms.mono_forward import encode_targets
 from bpfree.data import Batches
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.config import presets
 from bpfree.experiments.stepper import numerics
 from bpfree.networks import block_output_shapes, build_network, cnn, mlp
 from tests.reference import cafo as reference
+from tests.reference import direct_feedback
 
 CPU = torch.device("cpu")
 
@@ -437,12 +440,16 @@ def test_alignment_equals_the_numpy_reference() -> None:
     x, y = batch()
     before = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
     layers = [f"network.{index}.0." for index in range(3)]
-    expected, readout = reference.alignment_gradients(
+    _, expected, readout = direct_feedback.gradients(
         x.numpy(),
         y.numpy(),
         [before[f"{layer}weight"] for layer in layers],
         [before[f"{layer}bias"] for layer in layers],
-        [model.alignment.feedback_0.numpy(), model.alignment.feedback_1.numpy()],
+        [
+            model.alignment.feedback_0.numpy(),
+            model.alignment.feedback_1.numpy(),
+            before["alignment.readout.linear.weight"],
+        ],
         before["alignment.readout.linear.weight"],
         before["alignment.readout.linear.bias"],
     )
@@ -822,3 +829,28 @@ def test_cross_entropy_of_predictors_has_the_errors_of_the_shared_encoding() -> 
         P = reference.softmax(part)
         assert loss.item() == pytest.approx(-np.log(P[np.arange(6), y]).mean(), rel=1e-12)
         np.testing.assert_allclose(error, (P - reference.one_hot(y.numpy(), 3)) / 6, atol=1e-15)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_official_presets_take_the_whole_training_set_at_once(name: str) -> None:
+    train, _, _ = data.load(name).split()
+    for loss in ("ce", "sl"):
+        assert presets()[f"cafo-{name}-{loss}-official"].training["batch_size"] == len(train.targets)
+
+
+@pytest.mark.data
+def test_closed_form_on_mnist_is_a_good_classifier() -> None:
+    """1,000 images, one pass; a linear classifier on the pixels of as many, solved the same way, is far behind."""
+    train, _, test = data.load("mnist").split()
+    seen, asked = (
+        Batches(part.inputs[:1000], part.targets[:1000], mean=(0.1307,), std=(0.3081,)) for part in (train, test)
+    )
+    model = CaFo(cnn((1, 28, 28), (4, 8), pool="max", batch_norm=True), 10, ridge=0.1, input_shape=(1, 28, 28))
+    Trainer(model, seen, asked, TrainingConfig(batch_size=250, precision="fp32")).run()
+    x, v = (next(iter(side.in_order(1000)))[0].flatten(1).numpy().astype(np.float64) for side in (seen, asked))
+    center, y = x.mean(0), reference.one_hot(seen.targets.numpy(), 10)
+    W = np.linalg.solve((x - center).T @ (x - center) + 100 * np.eye(784), (x - center).T @ (y - y.mean(0)))
+    pixels = float(np.mean(((v - center) @ W + y.mean(0)).argmax(1) == asked.targets.numpy()))
+    scores = model.scores(next(iter(asked.in_order(1000)))[0])
+    assert (scores.argmax(1) == asked.targets).float().mean().item() > pixels + 0.05

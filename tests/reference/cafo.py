@@ -1,4 +1,7 @@
-"""CaFo in plain NumPy, from the paper's equations; nothing here is shared with the implementation."""
+"""CaFo in plain NumPy, from the paper's equations; nothing here is shared with the implementation.
+
+Feedback alignment of the blocks is in `direct_feedback`: the last block's feedback is the read-out's weight.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +58,3 @@ def predictor_step(X, y, W, b, *, lr, loss):
         value = np.mean([sparsemax_loss(z, label) for z, label in zip(Z, y, strict=True)])
     D = (P - one_hot(y, C)) / N
     return value, W - lr * X.T @ D, b - lr * D.sum(axis=0)
-
-
-def alignment_gradients(x, y, weights, biases, feedback, W_out, b_out):
-    """Gradients of two or more linear-ReLU blocks: feedback for all but the last, the last by its own read-out."""
-    a, inputs, zs = x, [], []
-    for W, b in zip(weights, biases, strict=True):
-        inputs.append(a)
-        zs.append(a @ W.T + b)
-        a = np.maximum(zs[-1], 0)
-    e = (softmax(a @ W_out.T + b_out) - one_hot(y, len(W_out))) / len(y)
-    dzs = [(e @ B) * (z > 0) for B, z in zip([*feedback, W_out], zs, strict=True)]
-    return [(dz.T @ a_in, dz.sum(axis=0)) for dz, a_in in zip(dzs, inputs, strict=True)], (e.T @ a, e.sum(axis=0))
