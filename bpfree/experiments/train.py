@@ -249,8 +249,7 @@ class Trainer:
         stages = self.learner.stages()
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
-                if self.train.device.type == "cuda":
-                    self._load_libraries()
+                self._load_libraries()
                 with self.meter.phase(TRAIN), FlopCounterMode(display=False) as counter:
                     self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
                 self.progress.flops += counter.get_total_flops()
@@ -264,9 +263,14 @@ class Trainer:
         return self.progress
 
     def _load_libraries(self) -> None:
-        """Have a learner's kernels at hand before it looks at its data, as a rehearsal has them before a stage."""
-        inputs, _ = next(iter(self.validation.in_order(EVALUATION_BATCH)))
-        with self.meter.paused(), step_precision(self.config.precision, self.train.device):
+        """Have at hand what a learner needs to look at its data, as a rehearsal has before a stage: training must not
+        pay for it."""
+        inputs, _ = next(iter(self.validation.in_order(1)))
+        with (
+            self.meter.paused(),
+            step_precision(self.config.precision, self.train.device),
+            FlopCounterMode(display=False),  # its first use imports a compiler
+        ):
             self.learner.scores(inputs)
 
     def _start_next_stage(self) -> None:
@@ -356,9 +360,8 @@ class Trainer:
         passes = 1 if self.train.augmentation == "none" else config.epochs_per_stage(stages)
         self.steps_per_epoch = math.ceil(self.train.steps_per_epoch(1) / config.batch_size)  # the last may be smaller
         self.planned_steps = passes * self.steps_per_epoch
-        if self.train.device.type == "cuda":
-            with self.meter.paused():
-                self._rehearse_passes()
+        with self.meter.paused():
+            self._rehearse_passes()
         while progress.epoch < passes:
             draw = self.train.draw(self.seed, progress.stage, progress.epoch)
             with self.meter.phase(TRAIN):
@@ -376,6 +379,8 @@ class Trainer:
         with self.meter.phase(VALIDATION):
             validation, _ = self._prefixed(stage.prefix, self.validation)
         with self.meter.phase(TRAIN):  # which includes choosing hyperparameters
+            if self.train.device.type == "cuda":
+                torch.cuda.synchronize(self.train.device)  # the passes are over
             started = time.perf_counter()
             with step_precision(config.precision, self.train.device):
                 made = finish(validation.in_order(EVALUATION_BATCH))
@@ -395,7 +400,7 @@ class Trainer:
         stage = copy.deepcopy(self.learner).stages()[self.progress.stage]
         assert stage.finish is not None
         inputs, targets = next(iter(self.train.in_order(self.config.batch_size)))
-        with step_precision(self.config.precision, self.train.device):
+        with step_precision(self.config.precision, self.train.device), FlopCounterMode(display=False):
             batch = (stage.prepared(inputs), targets)
             stage.step(batch)
             stage.finish([batch])

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from bpfree.algorithms.mono_forward import encode_targets
 from bpfree.data import Batches
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import Trainer, TrainingConfig
-from bpfree.experiments.config import presets
+from bpfree.experiments.config import presets, resolve
+from bpfree.experiments.run import run
 from bpfree.experiments.stepper import numerics
 from bpfree.networks import block_output_shapes, build_network, cnn, mlp
 from tests.reference import cafo as reference
@@ -854,3 +856,16 @@ def test_closed_form_on_mnist_is_a_good_classifier() -> None:
     pixels = float(np.mean(((v - center) @ W + y.mean(0)).argmax(1) == asked.targets.numpy()))
     scores = model.scores(next(iter(asked.in_order(1000)))[0])
     assert (scores.argmax(1) == asked.targets).float().mean().item() > pixels + 0.05
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce", "sl"])
+def test_runs_on_digits_from_its_preset(loss: str, tmp_path: Path) -> None:
+    preset = "cafo-digits" if loss == "mse" else f"cafo-digits-{loss}"
+    config = resolve(preset=preset, training={} if loss == "mse" else {"epochs": 3}, energy="simulated", device="cpu")
+    assert config.parameters["loss"] == loss
+    summary = run(config, tmp_path)
+    assert summary["test_accuracy"] > 95
+    assert summary["passes"] == (1 if loss == "mse" else 3)
+    assert summary["energy"]["gross_j"] > 0
+    weights = Path(summary["run_dir"]) / "model.pt"
+    assert weights.stat().st_size < 5 * 2**20  # no Gram matrix: those of 512 features would add 6 MiB
