@@ -122,11 +122,8 @@ class Batches:
 
     def bytes_per_step(self, batch_size: int) -> int:
         """What staging one more step takes."""
-        return (
-            0
-            if self._served_whole(batch_size)
-            else batch_size * torch.Size(self.sample_shape).numel() * self.dtype.itemsize
-        )
+        sample = torch.Size(self.sample_shape).numel() * self.dtype.itemsize
+        return 0 if self._served_whole(batch_size) else batch_size * sample
 
     def _served_whole(self, batch_size: int) -> bool:
         """Whether every step meets all samples just as they are stored: full-batch steps on cached outputs."""
@@ -204,7 +201,9 @@ class Batches:
         for inputs, _ in self.in_order(batch_size):
             made = function(inputs)
             if not done:  # in their place at once: collecting them first would take twice the memory
-                outputs = made.new_empty(len(self), *made.shape[1:])
+                layout = self.layout if made.ndim == 4 else torch.contiguous_format
+                shape = (len(self), *made.shape[1:])
+                outputs = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=layout)
             outputs[done : done + len(made)] = made
             done += len(made)
         return Batches(outputs, self.targets, device=self.device, dtype=self.dtype, layout=self.layout)

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
@@ -37,7 +37,7 @@ class TrainingConfig:
 
     Attributes:
         batch_size: samples per step; the last, smaller batch of an epoch is dropped.
-        epochs: cap on epochs per stage.
+        epochs: cap on epochs per stage; a stage in closed form takes one, or if inputs are augmented, all of them.
         patience: epochs without a better validation loss after which a stage ends.
         min_delta: how much lower than the best a validation loss must be to count as better.
         passes: train for exactly this many data passes instead, shared equally by the stages, without early
@@ -400,7 +400,11 @@ class Trainer:
         stage = copy.deepcopy(self.learner).stages()[self.progress.stage]
         assert stage.finish is not None
         inputs, targets = next(iter(self.train.in_order(self.config.batch_size)))
-        with step_precision(self.config.precision, self.train.device), FlopCounterMode(display=False):
+        with (
+            step_precision(self.config.precision, self.train.device),
+            FlopCounterMode(display=False),
+            suppress(TrainingError),  # one batch alone may have no solution
+        ):
             batch = (stage.prepared(inputs), targets)
             stage.step(batch)
             stage.finish([batch])
