@@ -9,6 +9,7 @@ accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 from bpfree import data
 from bpfree.algorithms import (
     Backprop,
+    CaFo,
     CompetitiveForward,
     DirectFeedback,
     ForwardForward,
@@ -32,6 +33,7 @@ __all__ = [
     "Backprop",
     "Batches",
     "BpfreeError",
+    "CaFo",
     "CompetitiveForward",
     "Dataset",
     "DirectFeedback",

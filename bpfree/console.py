@@ -55,16 +55,14 @@ class Console(Reporter):
     def steps(self, stage: str, epoch: int, count: int) -> None:
         if self._quiet or not sys.stderr.isatty():
             return
-        steps = self._trainer.train.steps_per_epoch(self._trainer.config.batch_size)
         if stage != self._stage:
             self.finished()
             from tqdm import tqdm
 
-            epochs = self._trainer.config.epochs_per_stage(len(self._stages))
             self._stage = stage
             self._bar = tqdm(
-                total=epochs * steps,
-                initial=epoch * steps,
+                total=self._trainer.planned_steps,
+                initial=epoch * self._trainer.steps_per_epoch,
                 desc=f"{stage} ({self._stages.index(stage) + 1}/{len(self._stages)})",
                 unit="step",
                 dynamic_ncols=True,

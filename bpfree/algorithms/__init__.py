@@ -2,6 +2,7 @@
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
+from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CompetitiveForward
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
@@ -16,6 +17,7 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "Batch",
+    "CaFo",
     "CompetitiveForward",
     "DirectFeedback",
     "ForwardForward",

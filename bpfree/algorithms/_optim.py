@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from bpfree.errors import UsageError, unknown_name
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-OPTIMIZERS: Final = ("adam", "adamw", "sgd", "momentum")
+OPTIMIZERS: Final = ("adam", "adamw", "sgd", "momentum", "gd")
 SGD_MOMENTUM: Final = 0.9
 
 
@@ -23,10 +23,11 @@ def make_optimizer(
 
     Args:
         parameters: what it updates.
-        optimizer: "adam", "adamw", "sgd" (Nesterov momentum 0.9), "momentum" (SGD, plain momentum 0.9), or a
-            function from a parameter list to any `torch.optim.Optimizer`, which then ignores `lr` and `weight_decay`.
+        optimizer: "adam", "adamw", "sgd" (Nesterov momentum 0.9), "momentum" (plain momentum 0.9), "gd" (no momentum),
+            or a function from a parameter list to any `torch.optim.Optimizer`, which then ignores `lr` and
+            `weight_decay`.
         lr: learning rate.
-        weight_decay: coupled (L2) for all but "adamw": there decoupled.
+        weight_decay: coupled (L2), but decoupled for "adamw".
 
     Raises:
         UsageError: unknown name, or a rate that is not a positive number.
@@ -43,6 +44,8 @@ def make_optimizer(
     if optimizer in {"sgd", "momentum"}:
         nesterov = optimizer == "sgd"
         return SGD(trained, lr=lr, weight_decay=weight_decay, momentum=SGD_MOMENTUM, nesterov=nesterov, fused=True)
+    if optimizer == "gd":
+        return SGD(trained, lr=lr, weight_decay=weight_decay, fused=True)
     raise unknown_name("optimizer", optimizer, OPTIMIZERS)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
+from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CWCOMP, DEEPER_FORWARD, SCALABLE, CompetitiveForward
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
@@ -130,6 +131,13 @@ ALGORITHMS: Final = (
         "Scalable Forward-Forward: each block, with back-propagation inside, learns from an auxiliary convolution",
         SCALABLE,
         {"goodness": "auxiliary", "normalizer": "channels", "normalize_input": False, "optimizer": "adam", "lr": 1e-3},
+    ),
+    Algorithm(
+        "cafo",
+        "cafo",
+        CaFo,
+        "CaFo: a linear predictor on each block, in closed form or by descent; blocks are random or feedback-aligned",
+        CaFo.paper,
     ),
     Algorithm(
         "forward_gnn",

@@ -17,7 +17,7 @@ Deviations from the paper: B_l is normal with variance 1 / C (the paper tunes un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class DirectFeedback(Learner):
         shapes = block_output_shapes(self.network, self.input_shape)
         self.readout = Head(shapes[-1], classes, bias=True)
         for index, shape in enumerate(shapes):
-            self.register_buffer(f"feedback_{index}", torch.randn(classes, *shape) / classes**0.5)
+            self.register_buffer(f"feedback_{index}", draw_feedback(classes, shape))
         self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
 
     def forward(self, inputs: Any) -> Tensor:
@@ -103,24 +103,11 @@ class DirectFeedback(Learner):
         """There is one."""
         return ""
 
-    @torch.enable_grad()
     def _update(self, batch: Batch) -> Metrics:
-        inputs, targets = batch
-        signal, outputs = inputs, []
-        for block in self.network:
-            signal = block(signal.detach())  # a graph of its own for each block
-            outputs.append(signal.answers if isinstance(signal, Graph) else signal)
-        scores = self.readout(signal.detach())
-        loss = F.cross_entropy(scores, targets)
-        error, *gradients = torch.autograd.grad(loss, [scores, *self.readout.parameters()])
-        set_gradients(self.readout.parameters(), gradients)
-        for index, (block, output) in enumerate(zip(self.network, outputs, strict=True)):
-            feedback: Tensor = getattr(self, f"feedback_{index}")
-            towards = torch.tensordot(error, feedback.to(error.dtype), 1).to(output.dtype)
-            parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-            set_gradients(parameters, torch.autograd.grad(output, parameters, towards))
+        feedback = [getattr(self, f"feedback_{index}") for index in range(len(self.network))]
+        loss = set_feedback_gradients(list(self.network), self.readout, feedback, batch)
         self._optimizer.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:
@@ -136,3 +123,40 @@ class DirectFeedback(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """Nothing of its own."""
         return {}
+
+
+def draw_feedback(classes: int, shape: Shape) -> Tensor:
+    """B_l, (C, *shape), normal with variance 1 / C."""
+    return torch.randn(classes, *shape) / classes**0.5
+
+
+@torch.enable_grad()
+def set_feedback_gradients(
+    blocks: Sequence[nn.Module], readout: Head, feedback: Sequence[Tensor | None], batch: Batch
+) -> Tensor:
+    """Set the gradients of all blocks and of the read-out from one batch, and return the loss.
+
+    Args:
+        blocks: f_1..f_L.
+        readout: W and b.
+        feedback: B_1..B_L, each (C, *shape of a_l); None in the last place gives the last block the gradient that
+            the read-out sends, which is local to the two.
+        batch: (B, ...) inputs or a graph, and (B,) targets.
+    """
+    signal, targets = batch
+    outputs = []
+    for block in blocks:
+        signal = block(signal.detach())  # a graph of its own for each block
+        outputs.append(signal.answers if isinstance(signal, Graph) else signal)
+    attached = list(blocks[-1:]) if feedback[-1] is None else []  # learn by the loss itself
+    scores = readout(outputs[-1] if attached else outputs[-1].detach())
+    loss = F.cross_entropy(scores, targets)
+    directly = [p for module in (readout, *attached) for p in module.parameters() if p.requires_grad]
+    error, *gradients = torch.autograd.grad(loss, [scores, *directly])
+    set_gradients(directly, gradients)
+    for block, output, weights in zip(blocks, outputs, feedback, strict=True):
+        if weights is not None:
+            towards = torch.tensordot(error, weights.to(error.dtype), 1).to(output.dtype)
+            parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            set_gradients(parameters, torch.autograd.grad(output, parameters, towards))
+    return loss.detach()

@@ -73,6 +73,10 @@ class Stage:
             As long as nothing augments the inputs, its outputs may be computed once and kept.
         training_prefix: the same for the inputs of `update`, if training looks at them in another way than `scores`
             does (other rows of a graph, labels appended, negatives); None when there is no difference.
+        finish: for a stage whose steps only collect what a closed form needs. It makes the weights of what they
+            collected and forgets that; it chooses hyperparameters on the batches given, which are validation data as
+            inputs of `scores` (there may be none). Such a stage sees every sample once and is not repeated until it
+            converges. None for stages whose steps learn.
 
     Where inputs are graphs, "B" is the number of nodes (or node pairs) that the graph asks about.
     """
@@ -86,6 +90,7 @@ class Stage:
     classes: int
     prefix: Callable[[Any], Any] | None = None
     training_prefix: Callable[[Any], Any] | None = None
+    finish: Callable[[Iterable[Batch]], Metrics] | None = None
 
     @property
     def step_prefix(self) -> Callable[[Any], Any] | None:
@@ -104,7 +109,8 @@ class Stage:
                 and (B,) int64.
 
         Returns:
-            0-d tensors on the batch's device (at least one loss); reading them on the host is the caller's choice.
+            0-d tensors on the batch's device (at least one; losses of a stage that learns by steps); reading them on
+            the host is the caller's choice.
 
         Raises:
             UsageError: shapes or types do not fit the network, or (on the CPU, where looking at values does
@@ -114,8 +120,16 @@ class Stage:
         return self.update(batch)
 
 
-def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
-    inputs, targets = batch
+def check_inputs(inputs: Any, input_shape: Shape) -> None:
+    """Refuse inputs that do not fit a network.
+
+    Args:
+        inputs: (B, *input_shape) floating point, or a `Graph` with (n, *input_shape) features.
+        input_shape: shape of one sample.
+
+    Raises:
+        UsageError: another shape or type.
+    """
     values = inputs.x if isinstance(inputs, Graph) else inputs
     # A first layer that flattens takes images too, so only the number of values per sample has to agree.
     if values.ndim < 2 or values.shape[1:].numel() != torch.Size(input_shape).numel():
@@ -124,6 +138,11 @@ def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
         )
     if not values.is_floating_point():
         raise UsageError(f"inputs must be floating point, got {values.dtype}; scale images to [0, 1] first")
+
+
+def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+    inputs, targets = batch
+    check_inputs(inputs, input_shape)
     if targets.ndim != 1 or len(targets) != len(inputs) or targets.dtype != torch.int64:
         raise UsageError(
             f"targets must be {len(inputs)} int64 class indices, got shape {tuple(targets.shape)} of {targets.dtype}"
@@ -214,13 +233,33 @@ class Learner(nn.Module, ABC):
             UsageError: the batch does not fit, or the schedule trains one stage after another, in which case
                 the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prepared(x), y))`.
         """
+        stage = self._only_stage()
+        inputs, targets = batch
+        return stage.step((stage.prepared(inputs), targets))
+
+    @final
+    def finish(self, validation: Iterable[Batch] = ()) -> Metrics:
+        """Make the weights of a rule in closed form, behind the last `step`; other rules have nothing left to do.
+
+        Args:
+            validation: batches as for `step` on which hyperparameters are chosen, where the rule has such.
+
+        Returns:
+            What was chosen, as 0-d tensors; this waits for the device.
+
+        Raises:
+            UsageError: nothing was collected, there is something to choose and no validation data, or see `step`.
+        """
+        stage = self._only_stage()
+        return {} if stage.finish is None else stage.finish(validation)
+
+    def _only_stage(self) -> Stage:
         stages = self.stages()
         if len(stages) > 1:
             raise UsageError(
                 f"this schedule trains {len(stages)} stages one after another; loop over learner.stages() instead"
             )
-        inputs, targets = batch
-        return stages[0].step((stages[0].prepared(inputs), targets))
+        return stages[0]
 
     @final
     @torch.no_grad()

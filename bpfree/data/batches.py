@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -124,10 +124,18 @@ class Batches:
 
     def bytes_per_step(self, batch_size: int) -> int:
         """What staging one more step takes."""
-        return batch_size * torch.Size(self.sample_shape).numel() * self.dtype.itemsize
+        sample = torch.Size(self.sample_shape).numel() * self.dtype.itemsize
+        return 0 if self._served_whole(batch_size) else batch_size * sample
 
-    def stage(self, count: int, batch_size: int) -> Staged:
+    def _served_whole(self, batch_size: int) -> bool:
+        """Whether every step meets all samples just as they are stored: full-batch steps on cached outputs."""
+        plain = self._plain and self.inputs.dtype == self.dtype and self.augmentation == "none"
+        return plain and batch_size == len(self)
+
+    def stage(self, count: int, batch_size: int) -> Staged | Whole:
         """Ready-made batches for up to `count` consecutive steps."""
+        if self._served_whole(batch_size):
+            return Whole(self.inputs, self.targets)
         return Staged(self, count, batch_size)
 
     def staging(self, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -179,6 +187,13 @@ class Batches:
             buffer = torch.empty_like(inputs, dtype=self.dtype, memory_format=self.layout)
             yield self._normalized(inputs, out=buffer), targets
 
+    def epoch(self, draw: Draw, batch_size: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample of an epoch once, transformed, from batch `first_batch` on; the last batch may be smaller."""
+        for first in range(first_batch * batch_size, len(self), batch_size):
+            inputs, targets = (buffer[0] for buffer in self.staging(1, min(batch_size, len(self) - first)))
+            self.fill(draw, first, inputs, targets)
+            yield inputs, targets
+
     @torch.no_grad()
     def map(self, function: Callable[[Tensor], Tensor], batch_size: int) -> Batches:
         """The same samples seen through `function`, computed once and kept on the device.
@@ -188,7 +203,15 @@ class Batches:
         """
         if self.augmentation != "none":
             raise DataError("outputs of augmented samples cannot be kept: every epoch has its own")
-        outputs = torch.cat([function(inputs) for inputs, _ in self.in_order(batch_size)])
+        outputs, done = torch.empty(0, device=self.device), 0
+        for inputs, _ in self.in_order(batch_size):
+            made = function(inputs)
+            if not done:  # in their place at once: collecting them first would take twice the memory
+                layout = self.layout if made.ndim == 4 else torch.contiguous_format
+                shape = (len(self), *made.shape[1:])
+                outputs = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=layout)
+            outputs[done : done + len(made)] = made
+            done += len(made)
         return Batches(outputs, self.targets, device=self.device, dtype=self.dtype, layout=self.layout)
 
 
@@ -206,6 +229,19 @@ class Staged:
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         return self._inputs[position], self._targets[position]
+
+
+class Whole:
+    """Every step's batch: the same stored tensors, without a copy (a full-batch gradient has no order)."""
+
+    def __init__(self, inputs: Any, targets: Tensor) -> None:
+        self._batch = inputs, targets
+
+    def fill(self, draw: Draw, first_step: int, count: int) -> None:
+        """Nothing to do: the tensors do not change."""
+
+    def __getitem__(self, position: int) -> tuple[Any, Tensor]:
+        return self._batch
 
 
 def crop_flip(images: Tensor, order: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:

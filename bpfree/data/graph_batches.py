@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from bpfree.data.batches import Batches, Draw
+from bpfree.data.batches import Batches, Draw, Whole
 from bpfree.errors import DataError
 from bpfree.metrics import roc_auc
 from bpfree.networks.graph import Graph
@@ -66,9 +66,9 @@ class GraphBatches:
         """How many nodes or pairs one step learns from: all."""
         return len(self)
 
-    def stage(self, count: int, batch_size: int) -> WholeGraph:
+    def stage(self, count: int, batch_size: int) -> Whole:
         """The batches of up to `count` consecutive steps."""
-        return WholeGraph(self.graph, self.targets)
+        return Whole(self.graph, self.targets)
 
     def bytes_per_step(self, batch_size: int) -> int:
         """What staging one more step takes: nothing, since every step meets the same tensors."""
@@ -77,6 +77,11 @@ class GraphBatches:
     def draw(self, *seed: int) -> Draw:
         """An epoch's order: there is none to choose."""
         return Draw(torch.empty(0, dtype=torch.int64))
+
+    def epoch(self, draw: Draw, batch_size: int, first_batch: int = 0) -> Iterator[tuple[Graph, Tensor]]:
+        """Everything once, unless it has been seen already."""
+        if not first_batch:
+            yield self.graph, self.targets
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Graph, Tensor]]:
         """Everything once."""
@@ -92,19 +97,6 @@ class GraphBatches:
         if self.metric == "accuracy":
             return (scores.argmax(1) == targets).sum()
         return roc_auc(scores[:, 1] - scores[:, 0], targets) * len(targets)
-
-
-class WholeGraph:
-    """Every step's batch: the same graph and targets."""
-
-    def __init__(self, graph: Graph, targets: Tensor) -> None:
-        self._batch = graph, targets
-
-    def fill(self, draw: Draw, first_step: int, count: int) -> None:
-        """Nothing to do: the tensors do not change."""
-
-    def __getitem__(self, position: int) -> tuple[Graph, Tensor]:
-        return self._batch
 
 
 AnyBatches = Batches | GraphBatches

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpfree.algorithms.learner import DrawsNoise, Learner, LooksAtData, Stage, evaluation_mode
+from bpfree.algorithms.learner import Batch, DrawsNoise, Learner, LooksAtData, Metrics, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
@@ -37,7 +38,7 @@ class TrainingConfig:
 
     Attributes:
         batch_size: samples per step; the last, smaller batch of an epoch is dropped.
-        epochs: cap on epochs per stage.
+        epochs: cap on epochs per stage; a stage in closed form takes one, or if inputs are augmented, all of them.
         patience: epochs without a better validation loss after which a stage ends.
         min_delta: how much lower than the best a validation loss must be to count as better.
         passes: train for exactly this many data passes instead, shared equally by the stages, without early
@@ -197,6 +198,7 @@ class Trainer:
         self._epoch_joules: float | None = None  # gross joules spent when that epoch began, if they were read
         self._joules_read = -math.inf  # when they were last read
         self._last_save = time.monotonic()
+        self.steps_per_epoch = self.planned_steps = 0  # of the stage in training; planned at most
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -250,12 +252,29 @@ class Trainer:
         stages = self.learner.stages()
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
-                with self.meter.phase(TRAIN):
+                self._load_libraries()
+                with self.meter.phase(TRAIN), FlopCounterMode(display=False) as counter:
                     self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
+                self.progress.flops += counter.get_total_flops()
             while self.progress.stage < len(stages):
-                self._run_stage(stages[self.progress.stage], len(stages))
+                stage = stages[self.progress.stage]
+                if stage.finish is None:
+                    self._run_stage(stage, len(stages))
+                else:
+                    self._run_passes(stage, stage.finish, len(stages))
                 self._start_next_stage()
         return self.progress
+
+    def _load_libraries(self) -> None:
+        """Have at hand what a learner needs to look at its data, as a rehearsal has before a stage: training must not
+        pay for it."""
+        inputs, _ = next(iter(self.validation.in_order(1)))
+        with (
+            self.meter.paused(),
+            step_precision(self.config.precision, self.train.device),
+            FlopCounterMode(display=False),  # its first use imports a compiler
+        ):
+            self.learner.scores(inputs)
 
     def _start_next_stage(self) -> None:
         self.progress.stage += 1
@@ -298,6 +317,7 @@ class Trainer:
         if self._epoch_metrics is None:
             self._epoch_metrics = torch.zeros(stepper.steps_per_epoch, len(stepper.metric_names), device=train.device)
         epochs = config.epochs_per_stage(stages)
+        self.steps_per_epoch, self.planned_steps = stepper.steps_per_epoch, epochs * stepper.steps_per_epoch
         patience = config.patience if config.passes is None else None
         stopping = (
             EarlyStopping(**progress.stopping) if progress.stopping else EarlyStopping(patience, config.min_delta)
@@ -317,19 +337,80 @@ class Trainer:
             self._on_epoch(record)
             self._save_if(self._checkpoint_due())
         self._restore_best(trained)
-        progress.finished.append(
+        self._note_finished(stage, stopped_early=stopping.stop, graph=stepper.use_graph)
+        stepper.close()
+
+    def _note_finished(self, stage: Stage, **facts: Any) -> None:
+        best = self._best_record(stage)
+        self.progress.finished.append(
             {
                 "stage": stage.name,
-                "epochs": progress.epoch,
-                "updates": progress.epoch * stepper.steps_per_epoch,
-                "best_epoch": stopping.best_epoch + 1,
-                "best_validation_loss": self._best_record(stage)["validation_loss"],
-                "best_validation_accuracy": self._best_record(stage)["validation_accuracy"],
-                "stopped_early": stopping.stop,
-                "graph": stepper.use_graph,
+                "epochs": self.progress.epoch,
+                "updates": self.progress.epoch * self.steps_per_epoch,
+                "best_epoch": best["epoch"],
+                "best_validation_loss": best["validation_loss"],
+                "best_validation_accuracy": best["validation_accuracy"],
+                **facts,
             }
         )
-        stepper.close()
+
+    def _run_passes(self, stage: Stage, finish: Callable[[Iterable[Batch]], Metrics], stages: int) -> None:
+        """Train a stage in closed form: every sample once, then the solution.
+
+        Samples that are augmented look different each time, so that all epochs add to what is collected.
+        """
+        config, progress = self.config, self.progress
+        passes = 1 if self.train.augmentation == "none" else config.epochs_per_stage(stages)
+        self.steps_per_epoch = math.ceil(self.train.steps_per_epoch(1) / config.batch_size)  # the last may be smaller
+        self.planned_steps = passes * self.steps_per_epoch
+        with self.meter.paused():
+            self._rehearse_passes()
+        while progress.epoch < passes:
+            draw = self.train.draw(self.seed, progress.stage, progress.epoch)
+            with self.meter.phase(TRAIN):
+                if progress.step == 0:
+                    self._read_joules()
+                for inputs, targets in self.train.epoch(draw, config.batch_size, progress.step):
+                    with (
+                        step_precision(config.precision, targets.device),
+                        FlopCounterMode(display=False) as counter,
+                    ):
+                        stage.step((stage.prepared(inputs), targets))
+                    progress.flops += counter.get_total_flops()
+                    self._count_steps(stage, 1)
+            progress.epoch, progress.step = progress.epoch + 1, 0
+        with self.meter.phase(VALIDATION):
+            validation, _ = self._prefixed(stage.prefix, self.validation)
+        with self.meter.phase(TRAIN):  # which includes choosing hyperparameters
+            if self.train.device.type == "cuda":
+                torch.cuda.synchronize(self.train.device)  # the passes are over
+            started = time.perf_counter()
+            with step_precision(config.precision, self.train.device):
+                made = finish(validation.in_order(EVALUATION_BATCH))
+            found = {name: value.item() for name, value in made.items()}  # waits for the device
+            seconds = time.perf_counter() - started
+        with self.meter.phase(VALIDATION):
+            rating = rate(stage.scores, validation, config.precision, self.learner).tolist()
+        if not math.isfinite(rating[0]):
+            raise TrainingError(f"validation loss of {stage.name} is {rating[0]}; check the inputs")
+        record = self._record(stage, passes, found, rating, 1.0)
+        progress.history.append({**record, "best": True})
+        self._on_epoch(progress.history[-1])
+        self._note_finished(stage, stopped_early=False, finish_seconds=seconds)
+
+    def _rehearse_passes(self) -> None:
+        """Load and set up the libraries, which training must not pay for, on a copy that is thrown away."""
+        stage = copy.deepcopy(self.learner).stages()[self.progress.stage]
+        assert stage.finish is not None
+        inputs, targets = next(iter(self.train.in_order(self.config.batch_size)))
+        with (
+            step_precision(self.config.precision, self.train.device),
+            FlopCounterMode(display=False),
+            suppress(TrainingError),  # one batch alone may have no solution
+        ):
+            batch = (stage.prepared(inputs), targets)
+            stage.step(batch)
+            stage.finish([batch])
 
     def _rating(self, record: dict[str, Any]) -> float:
         """What the stopping rule wants low."""
@@ -362,20 +443,29 @@ class Trainer:
             stepper.stage_batches(draw, first, count, factors)
             rows = stepper.run(count, self._interrupted)
             metrics[first : first + len(rows)] = rows
-            if first == 0:  # read while the device works: a counter takes milliseconds to answer
-                now = time.monotonic()
-                due = now - self._joules_read >= JOULES_EVERY_S
-                self._epoch_joules, self._joules_read = (self.meter.joules(), now) if due else (None, self._joules_read)
-            progress.step += len(rows)
-            progress.steps += len(rows)
+            if first == 0:
+                self._read_joules()
             progress.flops += len(rows) * stepper.flops_per_step
-            self._on_steps(stage.name, progress.epoch, len(rows))
-            interrupted = self._interrupted()
-            self._save_if(interrupted or self._checkpoint_due())
-            if interrupted:
-                raise InterruptedRunError(
-                    f"stopped in {stage.name}, epoch {progress.epoch + 1}, after step {progress.step}"
-                )
+            self._count_steps(stage, len(rows))
+
+    def _read_joules(self) -> None:
+        """Note what has been spent when an epoch began, while the device works: a counter takes milliseconds."""
+        now = time.monotonic()
+        due = now - self._joules_read >= JOULES_EVERY_S
+        self._epoch_joules, self._joules_read = (self.meter.joules(), now) if due else (None, self._joules_read)
+
+    def _count_steps(self, stage: Stage, count: int) -> None:
+        """Note that `count` more steps are done; save when that is due, and stop when asked to."""
+        progress = self.progress
+        progress.step += count
+        progress.steps += count
+        self._on_steps(stage.name, progress.epoch, count)
+        interrupted = self._interrupted()
+        self._save_if(interrupted or self._checkpoint_due())
+        if interrupted:
+            raise InterruptedRunError(
+                f"stopped in {stage.name}, epoch {progress.epoch + 1}, after step {progress.step}"
+            )
 
     def _factor(self, step: int, stepper: Stepper, epochs: int) -> float:
         moment = self.progress.epoch + (step + 0.5) / stepper.steps_per_epoch
@@ -402,14 +492,22 @@ class Trainer:
                 f"{where} of epoch {progress.epoch + 1} of {stage.name}; {kept}"
                 "lower the learning rate or check the inputs"
             )
+        means = dict(zip(stepper.metric_names, steps.mean(0).tolist(), strict=True))
+        factor = self._factor(stepper.steps_per_epoch - 1, stepper, epochs)
+        return self._record(stage, progress.epoch + 1, means, [validation_loss, validation_accuracy], factor)
+
+    def _record(
+        self, stage: Stage, epoch: int, numbers: dict[str, float], rating: Sequence[float], factor: float
+    ) -> dict[str, Any]:
+        """What is kept of an epoch."""
         return {
             "stage": stage.name,
-            "epoch": progress.epoch + 1,
-            **dict(zip(stepper.metric_names, steps.mean(0).tolist(), strict=True)),
-            "validation_loss": validation_loss,
-            "validation_accuracy": 100 * validation_accuracy,
-            "lr_factor": self._factor(stepper.steps_per_epoch - 1, stepper, epochs),
-            "steps": progress.steps,
+            "epoch": epoch,
+            **numbers,
+            "validation_loss": rating[0],
+            "validation_accuracy": 100 * rating[1],
+            "lr_factor": factor,
+            "steps": self.progress.steps,
             "joules_at_start": self._epoch_joules,
         }
 

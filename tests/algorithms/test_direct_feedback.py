@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bpfree.algorithms import DirectFeedback
-from bpfree.networks import Graph, gnn
+from bpfree.algorithms import Backprop, DirectFeedback
+from bpfree.networks import Graph, cnn, gnn
 from tests.reference import direct_feedback as reference
 
 
@@ -60,3 +62,48 @@ def test_error_reaches_neighbours_through_the_blocks_own_convolution() -> None:
     learner.step((graph, torch.tensor([1])))
     changed = (weight != before).any(0)
     assert changed.tolist() == [True, True, False, False]
+
+
+def test_one_block_with_the_readouts_weight_as_feedback_equals_back_propagation() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), nn.ReLU())
+    aligned = DirectFeedback(copy.deepcopy(network), 3, optimizer=sgd).double()
+    globally = Backprop(network, 3, optimizer=sgd).double()
+    globally.readout.load_state_dict(aligned.readout.state_dict())
+    aligned.feedback_0.copy_(aligned.readout.weight.detach())
+    batch = torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
+    assert aligned.step(batch)["loss"].item() == globally.step(batch)["loss"].item()
+    for a, b in zip(aligned.parameters(), globally.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_a_convolution_block_descends_its_own_product_with_the_feedback() -> None:
+    """Against finite differences of <e B, f(a)>, block by block, with batch statistics in it."""
+    torch.manual_seed(0)
+    learner = DirectFeedback(
+        cnn((1, 8, 8), (3, 2), pool="max", batch_norm=True), 3, optimizer=sgd, input_shape=(1, 8, 8)
+    )
+    learner.double()
+    x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.randint(3, (6,))
+    before = copy.deepcopy(learner)
+    learner.step((x, y))
+    with torch.no_grad():
+        signal = x
+        for block in before.blocks():
+            signal = block(signal)
+        error = before.readout(signal).softmax(1)
+        error[torch.arange(6), y] -= 1
+        signal = x
+        for index, (block, trained) in enumerate(zip(before.blocks(), learner.blocks(), strict=True)):
+            towards = torch.einsum("bc,cijk->bijk", error / 6, getattr(before, f"feedback_{index}"))
+            for parameter, after in zip(block.parameters(), trained.parameters(), strict=True):
+                flat, change = parameter.view(-1), (parameter - after).view(-1)
+                for position in range(0, len(flat), 5):
+                    kept = flat[position].item()
+                    values = []
+                    for moved in (kept + 1e-6, kept - 1e-6):
+                        flat[position] = moved
+                        values.append((towards * block(signal)).sum().item())
+                    flat[position] = kept
+                    assert change[position].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
+            signal = block(signal)

@@ -1,0 +1,154 @@
+"""Linear predictors side by side, the losses they learn from, and how their answers become one.
+
+Shapes: `L` predictors, `B` batch, `C` classes, `D` features of the widest predictor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms._cafo_ridge import exact_products
+
+AGGREGATES: Final = ("sum_prob", "sum_logit", "mean", "last")
+PROBABILITY_FLOOR: Final = 1e-6
+"""Least probability whose logarithm is a score: sparsemax gives exact zeros."""
+
+
+class Predictors(nn.Module):
+    """L linear maps from features to class scores, as one batched product.
+
+    Narrower predictors see zeros beyond their features, and their weights there stay zero.
+
+    Args:
+        widths: number of features of each predictor.
+        classes: number of classes C.
+        bias: whether predictors have a bias.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int, *, bias: bool) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.weight = nn.Parameter(torch.zeros(len(widths), classes, max(widths)))
+        self.bias = nn.Parameter(torch.zeros(len(widths), classes)) if bias else None
+
+    def pack(self, features: Sequence[Tensor]) -> Tensor:
+        """(n, D_j) features of each predictor -> (n, L D), with zeros in between where widths differ."""
+        widest = max(self.widths)
+        return torch.cat([F.pad(part, (0, widest - part.shape[1])) for part in features], 1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(B, L D) -> (L, B, D) in the precision of the weights, without a copy where that is theirs already."""
+        return packed.unflatten(1, (len(self.widths), -1)).transpose(0, 1).to(self.weight.dtype)
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """(B, L D) features -> (L, B, C) scores."""
+        # weights in closed form may be large and of opposite sign, which does not forgive rounded products
+        exact = nullcontext() if self.weight.requires_grad else exact_products()
+        with torch.autocast(packed.device.type, enabled=False), exact:
+            return self.scores(self.unpack(packed))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(L, B, D) -> (L, B, C)."""
+        if self.bias is None:
+            return features @ self.weight.mT
+        return torch.baddbmm(self.bias[:, None], features, self.weight.mT)
+
+    def gradients(self, features: Tensor, errors: Tensor) -> list[Tensor]:
+        """Gradients of weight and bias from (L, B, D) features and (L, B, C) errors of the scores."""
+        weight = errors.mT @ features
+        return [weight] if self.bias is None else [weight, errors.sum(1)]
+
+
+class Loss:
+    """What a predictor learns from, and what its scores mean."""
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(..., C) scores -> class probabilities: the softmax, but of sparsemax predictors."""
+        return scores.softmax(-1)
+
+
+class SquaredError(Loss):
+    """Squared error against one-hot targets, which has a closed form."""
+
+
+class GradientLoss(Loss, ABC):
+    """A loss that predictors descend."""
+
+    @abstractmethod
+    def losses_and_errors(self, scores: Tensor, target_errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of each predictor, and its gradient by the scores.
+
+        Args:
+            scores: (L, B, C).
+            target_errors: (B, C), -onehot(y) / B.
+
+        Returns:
+            (L,) losses and (L, B, C) errors (p - onehot(y)) / B.
+        """
+
+
+class CrossEntropy(GradientLoss):
+    """Cross-entropy of the softmax."""
+
+    def losses_and_errors(self, scores: Tensor, target_errors: Tensor) -> tuple[Tensor, Tensor]:
+        log_probabilities = scores.log_softmax(-1)
+        losses = (log_probabilities * target_errors).sum((1, 2))
+        return losses, torch.add(target_errors, log_probabilities.exp(), alpha=1 / scores.shape[1])
+
+
+class SparsemaxLoss(GradientLoss):
+    """-z_y + 1/2 sum_{j in S} (z_j^2 - tau^2) + 1/2, with the support S and threshold tau of the sparsemax."""
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        return sparsemax(scores)[0]
+
+    def losses_and_errors(self, scores: Tensor, target_errors: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities, threshold = sparsemax(scores)
+        # z^2 - tau^2 = (z - tau) (z + tau), and the first factor is the probability, zero outside of the support
+        support = (probabilities * (scores + threshold)).sum(-1)
+        losses = (scores * target_errors).sum((1, 2)) + (support.mean(1) + 1) / 2
+        return losses, torch.add(target_errors, probabilities, alpha=1 / scores.shape[1])
+
+
+def sparsemax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean projection of (..., C) scores on the probability simplex, and its threshold tau, (..., 1).
+
+    Martins and Astudillo, arXiv 1602.02068, algorithm 1.
+    """
+    descending = scores.sort(-1, descending=True).values
+    sums = descending.cumsum(-1)
+    ranks = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    support = (1 + ranks * descending > sums).sum(-1, keepdim=True).clamp(min=1)  # the first k; none if a score is nan
+    threshold = (sums.gather(-1, support - 1) - 1) / support
+    return (scores - threshold).clamp(min=0), threshold
+
+
+LOSSES: Final[dict[str, type[Loss]]] = {"mse": SquaredError, "ce": CrossEntropy, "sl": SparsemaxLoss}
+
+
+def aggregate_scores(scores: Tensor, how: str, loss: Loss) -> Tensor:
+    """One answer of L predictors.
+
+    Args:
+        scores: (L, B, C).
+        how: "sum_prob" adds class probabilities, "sum_logit" adds scores, "mean" averages them (the same class, on
+            the scale of one predictor), "last" takes the last predictor.
+        loss: says what scores mean.
+
+    Returns:
+        (B, C); for "sum_prob" the logarithm of the mean probability, so that these are log-probabilities too.
+    """
+    if how == "last":
+        return scores[-1]
+    if how == "sum_logit":
+        return scores.sum(0)
+    if how == "mean":
+        return scores.mean(0)
+    return loss.probabilities(scores).mean(0).clamp(min=PROBABILITY_FLOOR).log()

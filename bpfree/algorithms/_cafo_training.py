@@ -1,0 +1,256 @@
+"""How CaFo's blocks and predictors are trained, each as a stage: see `cafo` for the equations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bpfree.algorithms._cafo_predictors import GradientLoss, Predictors
+from bpfree.algorithms._cafo_ridge import RidgeStatistics
+from bpfree.algorithms._optim import set_gradients
+from bpfree.algorithms.direct_feedback import draw_feedback, set_feedback_gradients
+from bpfree.algorithms.learner import Batch, Metrics, Stage, check_inputs
+from bpfree.algorithms.mono_forward import encode_targets
+from bpfree.errors import UsageError
+from bpfree.networks.blocks import Shape
+from bpfree.networks.graph import Graph
+from bpfree.networks.heads import Head
+
+RIDGES: Final = tuple(10 ** (exponent / 2) for exponent in range(-8, 2))
+"""Ridges to choose from, 1e-4 to 10^0.5, in units of the mean variance of the features."""
+
+
+class Alignment(nn.Module):
+    """Training of the blocks by direct feedback alignment: the read-out u, the feedback B_j, their optimiser.
+
+    Args:
+        blocks: f_1..f_L.
+        shapes: of one sample of each h_j.
+        classes: number of classes C.
+        make: from parameters to an optimiser.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        shapes: Sequence[Shape],
+        classes: int,
+        make: Callable[[Iterable[nn.Parameter]], Optimizer],
+    ) -> None:
+        super().__init__()
+        self.readout = Head(shapes[-1], classes, bias=True)
+        for index, shape in enumerate(shapes[:-1]):
+            self.register_buffer(f"feedback_{index}", draw_feedback(classes, shape))
+        self._blocks = (blocks,)  # in a tuple, because they are registered by the learner
+        self._optimizer = make([*blocks.parameters(), *self.readout.parameters()])
+
+    def stage(self, input_shape: Shape) -> Stage:
+        """All blocks learn from the same error."""
+        return Stage(
+            name="blocks",
+            modules=(*self._blocks, self.readout),
+            optimizers=(self._optimizer,),
+            update=self._update,
+            scores=self._scores,
+            input_shape=input_shape,
+            classes=self.readout.weight.shape[0],
+        )
+
+    def _scores(self, inputs: Any) -> Tensor:
+        """u, (B, C)."""
+        signal = inputs
+        for block in self._blocks[0]:
+            signal = block(signal)
+        return self.readout(signal)
+
+    def _update(self, batch: Batch) -> Metrics:
+        blocks = list(self._blocks[0])
+        feedback = [getattr(self, f"feedback_{index}") for index in range(len(blocks) - 1)]
+        loss = set_feedback_gradients(blocks, self.readout, [*feedback, None], batch)
+        self._optimizer.step()
+        return {"read-out loss": loss}
+
+
+Outputs = Callable[[Any], list[Any]]
+"""From network inputs to the outputs of a group's blocks."""
+Answer = Callable[[Tensor], Tensor]
+"""From the scores of some predictors (l, B, C) to one answer (B, C)."""
+
+
+class Group(nn.Module, ABC):
+    """Predictors that are trained together.
+
+    Args:
+        members: numbers of their blocks, from 0.
+        predictors: the predictors.
+    """
+
+    def __init__(self, members: range, predictors: Predictors) -> None:
+        super().__init__()
+        self.members, self.predictors = members, predictors
+
+    @property
+    def name(self) -> str:
+        """As shown in progress and records."""
+        if len(self.members) == 1:
+            return f"predictor {self.members[0]}"
+        return f"predictors {self.members[0]} to {self.members[-1]}"
+
+    @abstractmethod
+    def stage(self, outputs: Outputs, answer: Answer, input_shape: Shape) -> Stage:
+        """How the predictors are trained.
+
+        Args:
+            outputs: from network inputs to the outputs of the group's blocks.
+            answer: makes one answer of the predictors' scores.
+            input_shape: shape of one network input.
+        """
+
+    def scores(self, outputs: Sequence[Any]) -> Tensor:
+        """Outputs of the group's blocks -> (l, B, C) scores."""
+        scores: Tensor = self.predictors(self.predictors.pack([sample_rows(output) for output in outputs]))
+        return scores
+
+
+class Descent(Group):
+    """Predictors that learn in steps, on outputs of the blocks that may be computed once.
+
+    Args:
+        members: see `Group`.
+        predictors: see `Group`.
+        loss: what they learn from.
+        optimizer: over all of them.
+    """
+
+    def __init__(self, members: range, predictors: Predictors, loss: GradientLoss, optimizer: Optimizer) -> None:
+        super().__init__(members, predictors)
+        self._loss, self._optimizer = loss, optimizer
+
+    def stage(self, outputs: Outputs, answer: Answer, input_shape: Shape) -> Stage:
+        def features(inputs: Any) -> Any:
+            check_inputs(inputs, input_shape)
+            found = outputs(inputs)
+            if isinstance(inputs, Graph):  # of all nodes: which of them are asked about may change
+                return inputs.with_x(self.predictors.pack([output.x for output in found]))
+            return self.predictors.pack([output.flatten(1) for output in found])
+
+        return Stage(
+            name=self.name,
+            modules=(self.predictors,),
+            optimizers=(self._optimizer,),
+            update=self._update,
+            scores=lambda features: answer(self.predictors(sample_rows(features))),
+            input_shape=(self.predictors.weight.shape[0] * self.predictors.weight.shape[2],),
+            classes=self.predictors.weight.shape[1],
+            prefix=features,
+        )
+
+    @torch.no_grad()
+    def _update(self, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        weight = self.predictors.weight
+        with torch.autocast(weight.device.type, enabled=False):  # errors divided by B are too small for 16 bits
+            features = self.predictors.unpack(sample_rows(inputs))
+            target_errors = encode_targets(targets, weight.shape[1], weight.dtype)
+            losses, errors = self._loss.losses_and_errors(self.predictors.scores(features), target_errors)
+            set_gradients(self.predictors.parameters(), self.predictors.gradients(features, errors))
+        self._optimizer.step()
+        return {f"block {number} loss": loss for number, loss in zip(self.members, losses, strict=True)}
+
+
+class ClosedForm(Group):
+    """Predictors that are solved for, from statistics gathered in one pass.
+
+    Args:
+        members: see `Group`.
+        predictors: see `Group`.
+        ridge: the penalty, or None for each predictor's best of `RIDGES` on validation data.
+        gram: precision of the products.
+    """
+
+    def __init__(self, members: range, predictors: Predictors, ridge: float | None, gram: str) -> None:
+        super().__init__(members, predictors.requires_grad_(False))
+        self._ridge = ridge
+        classes = predictors.weight.shape[1]
+        self._statistics = tuple(RidgeStatistics(width, classes, gram) for width in predictors.widths)
+        self.statistics = nn.ModuleList(self._statistics)
+
+    def stage(self, outputs: Outputs, answer: Answer, input_shape: Shape) -> Stage:
+        return Stage(
+            name=self.name,
+            modules=(self.predictors,),
+            optimizers=(),
+            update=partial(self._gather, outputs),
+            scores=lambda inputs: answer(self.scores(outputs(inputs))),
+            input_shape=input_shape,
+            classes=self.predictors.weight.shape[1],
+            finish=partial(self._solve, outputs),
+        )
+
+    @torch.no_grad()
+    def _gather(self, outputs: Outputs, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        y = self._one_hot(targets)
+        for output, statistics in zip(outputs(inputs), self._statistics, strict=True):
+            statistics.add(sample_rows(output), y)
+        return {"samples": y.new_full((), len(targets))}
+
+    def _one_hot(self, targets: Tensor) -> Tensor:
+        weight = self.predictors.weight
+        return (targets[:, None] == torch.arange(weight.shape[1], device=targets.device)).to(weight.dtype)
+
+    @torch.no_grad()
+    def _solve(self, outputs: Outputs, validation: Iterable[Batch]) -> Metrics:
+        """Fill in the weights; forget the statistics."""
+        device, bias = self.predictors.weight.device, self.predictors.bias
+        solved = []
+        for statistics in self._statistics:
+            problem = statistics.problem(device, centred=bias is not None)
+            ridges = [ridge * problem.scale for ridge in RIDGES] if self._ridge is None else [self._ridge]
+            solved.append((ridges, *problem.solve(ridges)))
+            del problem  # a Gram matrix takes as much as everything else
+        chosen, errors = [0] * len(solved), None
+        if self._ridge is None:
+            errors = self._validation_errors(outputs, solved, validation)
+            chosen = errors.argmin(1).tolist()
+        self.predictors.weight.zero_()
+        report = {}
+        for index, (number, best, (ridges, weights, biases)) in enumerate(
+            zip(self.members, chosen, solved, strict=True)
+        ):
+            self.predictors.weight[index, :, : weights.shape[2]] = weights[best]
+            if bias is not None:
+                bias[index] = biases[best]
+            report[f"block {number} ridge"] = torch.tensor(ridges[best])
+            if errors is not None:
+                report[f"block {number} validation squared error"] = errors[index, best]
+        for statistics in self._statistics:
+            statistics.clear()
+        return report
+
+    def _validation_errors(
+        self, outputs: Outputs, solved: Sequence[tuple[list[float], Tensor, Tensor]], validation: Iterable[Batch]
+    ) -> Tensor:
+        """Mean squared error of every predictor with every ridge, (l, R) float64, in one pass for all of them."""
+        total, count = self.predictors.weight.new_zeros(len(solved), len(RIDGES), dtype=torch.float64), 0
+        for inputs, targets in validation:
+            y = self._one_hot(targets).double()
+            for errors, output, (_, weights, biases) in zip(total, outputs(inputs), solved, strict=True):
+                scores = F.linear(sample_rows(output).double(), weights.flatten(0, 1), biases.flatten())
+                errors += (scores.unflatten(1, biases.shape) - y[:, None]).square().sum((0, 2))
+            count += len(targets)
+        if not count:
+            raise UsageError("the ridge is chosen on validation data: pass some to finish, or set ridge")
+        return total / count
+
+
+def sample_rows(output: Any) -> Tensor:
+    """A block's output as (B, D) features, of a graph those of the nodes asked about."""
+    return (output.answers if isinstance(output, Graph) else output).flatten(1)
