@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
+from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
@@ -60,8 +60,11 @@ class Backprop(Learner):
         network: hidden blocks in forward order.
         classes: number of classes C.
         lr: learning rate.
-        optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser.
+        optimizer: "adamw", "adam", "sgd", "momentum", "gd", or a function from parameters to an optimiser.
+        momentum: of optimizer=sgd and momentum, 0.9 if left out.
         weight_decay: decay of all weights.
+        clip: longest gradient of the whole network allowed, 2-norm; 0 for any.
+        centralize: take the mean over inputs off each unit's gradient.
         readout: "linear" is W with bias; "goodness" is Mono-Forward's bias-free M_L. On graphs also "conv", a
             convolution to the class scores, and for pairs of nodes "dot", z_u . z_v of a convolution as wide as a_L.
         auxiliary_weight: weight w of the local heads' losses; 0 has no local heads.
@@ -95,7 +98,10 @@ class Backprop(Learner):
         *,
         lr: float = 1e-3,
         optimizer: str | OptimizerFactory = "adamw",
+        momentum: float | None = None,
         weight_decay: float = 0.0,
+        clip: float = 0.0,
+        centralize: bool = False,
         readout: Readout = "linear",
         auxiliary_weight: float = 0.0,
         head_pool: str = "flatten",
@@ -107,17 +113,19 @@ class Backprop(Learner):
             raise UsageError(f"dropout must lie in [0, 1), got {dropout}")
         if readout not in READOUTS:
             raise unknown_name("readout", readout, READOUTS)
-        if not auxiliary_weight >= 0:
-            raise UsageError(f"auxiliary_weight must not be negative, got {auxiliary_weight}")
+        if not (auxiliary_weight >= 0 and clip >= 0):
+            raise UsageError(f"auxiliary_weight and clip must not be negative, got {auxiliary_weight} and {clip}")
         shapes = block_output_shapes(self.network, self.input_shape)
         self.auxiliary_weight = auxiliary_weight
-        self.dropout = dropout
+        self.dropout, self.clip, self.centralize = dropout, clip, centralize
         self.readout = self._readout(readout, shapes[-1], head_pool)
         supervised = shapes[:-1] if readout == "goodness" else shapes
         self.heads = nn.ModuleList(
             Head(shape, classes, pool=head_pool) for shape in (supervised if auxiliary_weight > 0 else [])
         )
-        self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
+        self._optimizer = make_optimizer(
+            self.parameters(), optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum
+        )
 
     def _readout(self, kind: str, shape: Shape, head_pool: str) -> nn.Module:
         """Maps the last block's output to scores."""
@@ -178,6 +186,10 @@ class Backprop(Learner):
         total = torch.add(loss, torch.stack(losses).sum(), alpha=self.auxiliary_weight) if losses else loss
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
+        if self.centralize:
+            centralize_gradients(self.parameters())
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip, foreach=True)
         self._optimizer.step()
         metrics = {"loss": loss.detach()}
         metrics.update({f"block {index} loss": head_loss.detach() for index, head_loss in enumerate(losses)})

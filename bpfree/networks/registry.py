@@ -45,8 +45,8 @@ def _depth_and_width(sizes: str) -> tuple[int, ...]:
     return widths
 
 
-def _mlp(input_shape: Shape, sizes: str) -> nn.Sequential:
-    return mlp(input_shape, _depth_and_width(sizes or "2x1000"))
+def _mlp(elu: bool, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return mlp(input_shape, _depth_and_width(sizes or "2x1000"), elu=elu)
 
 
 def _gnn(kind: str, input_shape: Shape, sizes: str) -> nn.Sequential:
@@ -85,7 +85,10 @@ FAMILIES: Final[dict[str, Family]] = {
     "mlp": Family(
         "mlp:DEPTHxWIDTH | mlp:WxWxW..",
         "hidden layers Linear-ReLU; mlp:2x1000 is two of 1000 units, mlp:500x300 or mlp:800x400x200 names each width",
-        _mlp,
+        partial(_mlp, False),
+    ),
+    "mlp-elu": Family(
+        "mlp-elu:DEPTHxWIDTH | mlp-elu:WxWxW..", "hidden layers Linear-ELU without biases", partial(_mlp, True)
     ),
     "cnn": Family(
         "cnn:mf | cnn:cafo | cnn:CxCxC..",

@@ -55,6 +55,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "ff-collaboration": {"loss": "collaboration-preceding"},
     "ff-greedy": {"schedule": "greedy"},
     "ff-hybrid": {"negatives": "hybrid", "inference": "softmax"},
+    "ccl": {"optimizer": "adam"},
+    "ccl-dot": {"similarity": "dot", "optimizer": "adam", "centralize": True, "warmup_steps": 2},
     "cwc-readout": {"loss": "cwg", "inference": "readout"},
     "fgnn": {},
     "fgnn-symba": {"variant": "ff-vn", "loss": "symba"},
@@ -164,9 +166,9 @@ def test_learns_a_separable_set(rule: str, backbone: str) -> None:
     steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
     if rule.startswith("noprop-ct"):  # its noise schedule learns too
         steps = 100
-    if rule in FORWARD:
+    if rule in (*FORWARD, "ccl"):
         steps = 120
-    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, *FORWARD, "dfa") else {}))
+    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, *FORWARD, "dfa", "ccl") else {}))
     learn(learner, (batch(backbone, 64, seed=index) for index in range(steps)))
     right = 0.0
     for seed in range(1000, 1000 + 208 // asked):
