@@ -193,9 +193,9 @@ def core(block: nn.Module) -> nn.Linear | nn.Conv2d:
     return weighted  # type: ignore[return-value]
 
 
-def weights(module: nn.Module) -> Tensor:
-    """The matrix or kernel of a forward or feedback layer."""
-    return next(part.weight for part in leaves(module) if isinstance(part, (nn.Linear, nn.Conv2d)))
+def weighted(module: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The part with the matrix or kernel of a forward or feedback layer."""
+    return next(part for part in leaves(module) if isinstance(part, (nn.Linear, nn.Conv2d)))
 
 
 def feedback_module(block: nn.Module, below: nn.Module | None, given: Shape, made: Shape) -> nn.Sequential:

@@ -48,18 +48,22 @@ class Objective(nn.Module, ABC):
         """b_L, what the feedback network starts from."""
 
     @abstractmethod
+    def paired(self, feedback: Tensor, targets: Tensor) -> Tensor:
+        """Of feedback activations, the one that belongs to each sample."""
+
+    @abstractmethod
     def asked(self, targets: Tensor, output: Tensor) -> Asked:
         """Targets of the batch in the form that the ratings need, given the network's output a_L."""
 
     @abstractmethod
-    def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, by_forward: bool) -> Rating:
+    def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool) -> Rating:
         """Level l < L.
 
         Args:
             forward: A.
             feedback: B.
             asked: as `asked` returned it.
-            by_forward: whether the derivative by A is wanted.
+            at_input: whether this is level 0, whose A is the input and wants no derivative.
         """
 
     @abstractmethod
@@ -88,6 +92,9 @@ class ClassObjective(Objective):
     def feedback_input(self, targets: Tensor) -> Tensor:
         return self.templates
 
+    def paired(self, feedback: Tensor, targets: Tensor) -> Tensor:
+        return feedback[targets]
+
     def asked(self, targets: Tensor, output: Tensor) -> Asked:
         indicator = torch.zeros(len(targets), len(self.templates), dtype=self.templates.dtype, device=targets.device)
         indicator.scatter_(1, targets[:, None], 1)
@@ -96,14 +103,14 @@ class ClassObjective(Objective):
         probability = output.to(indicator.dtype).softmax(1).gather(1, targets[:, None])
         return Asked(indicator, (probability <= 1 - self.flood).to(indicator.dtype))
 
-    def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, by_forward: bool) -> Rating:
+    def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool) -> Rating:
         with torch.autocast(forward.device.type, enabled=False):
             dtype = asked.targets.dtype
             maps = forward.ndim == 4 and forward.is_contiguous(memory_format=torch.channels_last)
             a, b = (_rows(values, maps).to(dtype) for values in (forward, feedback))
             if asked.kept is not None:
                 a = a * asked.kept
-            loss, by_a, by_b = self.similarity(a, b, asked.targets, by_forward=by_forward)
+            loss, by_a, by_b = self.similarity(a, b, asked.targets, by_forward=not at_input)
             if by_a is not None and asked.kept is not None:
                 by_a = by_a * asked.kept
         return Rating(
@@ -191,6 +198,57 @@ class CosineObjective(ClassObjective):
         return error.square().mean(), by_p
 
 
+class ReconstructionObjective(Objective):
+    """Autoencoders: H mean((A - B)^2) + H mean((P - Q)^2), as in the paper's code, H being the height of the maps.
+
+    P and Q are A and B with each map centred and scaled to length 1. At both ends, where images meet, there is the
+    first term alone. The feedback network is fed the images. Vectors have no maps and H = 1.
+    """
+
+    def feedback_input(self, targets: Tensor) -> Tensor:
+        return targets
+
+    def paired(self, feedback: Tensor, targets: Tensor) -> Tensor:
+        return feedback
+
+    def asked(self, targets: Tensor, output: Tensor) -> Asked:
+        return Asked(targets)
+
+    def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool) -> Rating:
+        with torch.autocast(forward.device.type, enabled=False):
+            a, b = (values.to(asked.targets.dtype) for values in (forward, feedback))
+            loss, by_a = _distance(a, b, _height(a))
+            if at_input:
+                return Rating(loss, None, -by_a)
+            by_b = -by_a
+            if a.ndim == 4:
+                (p, p_inverse), (q, q_inverse) = (_directions(_centred(values.flatten(2))) for values in (a, b))
+                more, by_p = _distance(p, q, _height(a))
+                loss = loss + more
+                by_a = by_a + _centred(_by_rows(p, p_inverse, by_p)).view(a.shape)
+                by_b = by_b + _centred(_by_rows(q, q_inverse, -by_p)).view(a.shape)
+        return Rating(loss, by_a, by_b)
+
+    def rate_output(self, output: Tensor, asked: Asked) -> Rating:
+        with torch.autocast(output.device.type, enabled=False):
+            return Rating(*_distance(output.to(asked.targets.dtype), asked.targets, _height(output)), None)
+
+
+def _height(values: Tensor) -> int:
+    return values.shape[2] if values.ndim == 4 else 1
+
+
+def _distance(a: Tensor, b: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """weight * mean((A - B)^2), and its derivative by A."""
+    difference = a - b
+    return weight * difference.square().mean(), difference * (2 * weight / a.numel())
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """(..., d) with mean 0 along the last axis."""
+    return rows - rows.mean(-1, keepdim=True)
+
+
 def _rows(values: Tensor, maps: bool) -> Tensor:
     """(n, ...) -> (n, d), in the order in which channels-last maps lie in memory if that is what they are."""
     return (values.permute(0, 2, 3, 1) if maps else values).flatten(1)
@@ -205,12 +263,12 @@ def _unrolled(rows: Tensor, like: Tensor, maps: bool) -> Tensor:
 
 
 def _directions(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A with rows of length 1, and (N, 1) one over the lengths that they had; both 0 for rows of zeros."""
-    length = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    """(..., d) with rows of length 1, and (..., 1) one over the lengths that they had; both 0 for rows of zeros."""
+    length = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
     inverse = torch.where(length > ZERO, 1 / length, 0)
     return a * inverse, inverse
 
 
 def _by_rows(p: Tensor, inverse: Tensor, by_p: Tensor) -> Tensor:
     """The derivative by A of a loss whose derivative by P = A / |A| is `by_p`."""
-    return (by_p - p * (p * by_p).sum(1, keepdim=True)) * inverse
+    return (by_p - p * (p * by_p).sum(-1, keepdim=True)) * inverse

@@ -54,7 +54,7 @@ class Algorithm:
         }
 
     def build(self, network: nn.Sequential, classes: int, input_shape: Shape, **parameters: Any) -> Learner:
-        """A learner for `network`.
+        """A learner for `network`; 0 classes are the task "autoencode".
 
         Raises:
             UsageError: a parameter that the rule does not have (with the nearest one it has), a bad value, or a

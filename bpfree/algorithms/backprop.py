@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.autoencoder import check_reconstructs
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
@@ -58,7 +59,8 @@ class Backprop(Learner):
 
     Args:
         network: hidden blocks in forward order.
-        classes: number of classes C.
+        classes: number of classes C; 0 for the task "autoencode", in which the network returns what has the shape of
+            its inputs, there is no read-out, and the loss is the mean squared error.
         lr: learning rate.
         optimizer: "adamw", "adam", "sgd", "momentum", "gd", or a function from parameters to an optimiser.
         momentum: of optimizer=sgd and momentum, 0.9 if left out.
@@ -90,6 +92,7 @@ class Backprop(Learner):
         follows="reverse-mode gradient of the cross-entropy through the whole network",
     )
     locality = "network"
+    tasks = ("classify", "autoencode")
 
     def __init__(
         self,
@@ -129,6 +132,11 @@ class Backprop(Learner):
 
     def _readout(self, kind: str, shape: Shape, head_pool: str) -> nn.Module:
         """Maps the last block's output to scores."""
+        if self.task == "autoencode":
+            if kind != "linear" or head_pool != "flatten" or self.auxiliary_weight:
+                raise UsageError("readout, head_pool and auxiliary_weight are for classes, not for task=autoencode")
+            check_reconstructs(shape, self.input_shape)
+            return nn.Identity()
         if kind in ("linear", "goodness"):
             return Head(shape, self.classes, pool=head_pool, bias=kind == "linear")
         last = self.network[-1]
@@ -145,7 +153,7 @@ class Backprop(Learner):
         return F.dropout(signal, self.dropout, self.training)
 
     def forward(self, inputs: Any) -> Tensor:
-        """(B, *input_shape) or a graph -> (B, C) scores of the read-out."""
+        """(B, *input_shape) or a graph -> (B, C) scores of the read-out, or reconstructions."""
         return self._outputs(inputs)[1]
 
     def stages(self) -> tuple[Stage, ...]:
@@ -182,7 +190,7 @@ class Backprop(Learner):
         inputs, targets = batch
         local, scores = self._outputs(inputs)
         losses = [F.cross_entropy(goodness, targets) for goodness in local]
-        loss = F.cross_entropy(scores, targets)
+        loss = F.cross_entropy(scores, targets) if self.task == "classify" else F.mse_loss(scores, targets)
         total = torch.add(loss, torch.stack(losses).sum(), alpha=self.auxiliary_weight) if losses else loss
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()

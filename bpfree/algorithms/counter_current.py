@@ -18,6 +18,9 @@ alone. For linear layers everything is in closed form (dA, dB of `_ccl_objective
 Convolutional layers take dA and dB through an autograd graph of that one layer. At inference there is only the forward
 network.
 
+In the autoencoder task the feedback network runs from the images, which are the targets, to the images, one row per
+sample, and a_l is to equal b_l and to have the form of its maps.
+
 Channels that are not local, all off by default: the norm of a whole network's gradient (`clip_scope="network"`), and
 which samples the output is sure of (`flood`). The feedback activations are the rule's own channel.
 
@@ -36,13 +39,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._ccl_layers import Layer, Trace, core, feedback_modules, freeze_norms, weights
-from bpfree.algorithms._ccl_objectives import ClassObjective, CosineObjective, DotObjective
+from bpfree.algorithms._ccl_layers import Layer, Trace, core, feedback_modules, freeze_norms, weighted
+from bpfree.algorithms._ccl_objectives import (
+    ClassObjective,
+    CosineObjective,
+    DotObjective,
+    Objective,
+    ReconstructionObjective,
+)
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.metrics import linear_cka
+from bpfree.networks.autoencoder import check_reconstructs, start_autoencoder
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
 
 Similarity = Literal["cosine", "dot"]
@@ -59,7 +69,9 @@ class CounterCurrent(Learner):
         network: hidden blocks in forward order, each one `Linear` or `Conv2d`, after `Flatten` or `Upsample`, before
             batch normalisation, an activation and pooling. The feedback network is derived from them. Scale and shift
             of batch normalisation do not learn.
-        classes: number of classes C.
+        classes: number of classes C; 0 for the task "autoencode", in which the network returns what has the shape of
+            its inputs, the feedback network starts as `start_autoencoder` says, and `similarity`, `scale`,
+            `decorrelation` and `flood` have no meaning.
         similarity: "cosine" compares directions, "dot" takes plain products (see `_ccl_objectives`).
         scale: s, the weight of similarity against the output's cross-entropy.
         decorrelation: r, how much "cosine" pushes samples (and templates) of one level apart; 0.5 if left out.
@@ -94,6 +106,7 @@ class CounterCurrent(Learner):
         follows="equations 1 and 2 and the anti-collapse loss of appendix 6.1; details from the authors' code",
     )
     locality = "layer"
+    tasks = ("classify", "autoencode")
     steps_taken: Tensor
 
     def __init__(
@@ -129,12 +142,23 @@ class CounterCurrent(Learner):
                 f"got {flood}, {clip}, {warmup_steps}, {decorrelation}, {scale}"
             )
         self.similarity, self.clip, self.clip_scope, self.centralize = similarity, clip, clip_scope, centralize
-        shapes = [self.input_shape, *block_output_shapes(self.network, self.input_shape)]
         freeze_norms(self.network)
-        self.readout = _readout(shapes[-1], classes)
-        forward = [*self.network, self.readout]
-        self.feedback = feedback_modules(forward, [*shapes, (classes,)])
-        self.objective = _class_objective(similarity, classes, flood, scale, decorrelation)
+        shapes = [self.input_shape, *block_output_shapes(self.network, self.input_shape)]
+        forward = list(self.network)
+        self.objective: Objective
+        if self.task == "autoencode":
+            if (similarity, scale, decorrelation, flood) != ("cosine", 1.0, None, 0.0):
+                raise UsageError("similarity, scale, decorrelation and flood are for classes, not for task=autoencode")
+            check_reconstructs(shapes[-1], self.input_shape)
+            self.objective = ReconstructionObjective()
+        else:
+            self.readout = _readout(shapes[-1], classes)
+            forward.append(self.readout)
+            shapes.append((classes,))
+            self.objective = _class_objective(similarity, classes, flood, scale, decorrelation)
+        self.feedback = feedback_modules(forward, shapes)
+        if self.task == "autoencode":
+            start_autoencoder([weighted(layer) for layer in reversed(self.feedback)])
         self._forward = tuple(Layer.of(module) for module in forward)
         lr_back = lr if feedback_lr is None else feedback_lr
         if lr_back == 0:
@@ -152,7 +176,7 @@ class CounterCurrent(Learner):
             self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, *input_shape) -> (B, C) scores; the feedback network has no part in them."""
+        """(B, *input_shape) -> (B, C) scores, or reconstructions; the feedback network has no part in them."""
         signal = inputs
         for layer in self._forward:
             signal = layer.module(signal)
@@ -175,7 +199,8 @@ class CounterCurrent(Learner):
     @property
     def variant(self) -> str:
         """How activations are compared, and what is clipped as one."""
-        return ", ".join([self.similarity, *([f"clipped by {self.clip_scope}"] if self.clip else [])])
+        compared = self.similarity if self.task == "classify" else "reconstruction"
+        return ", ".join([compared, *([f"clipped by {self.clip_scope}"] if self.clip else [])])
 
     def _trace_feedback(self, targets: Tensor) -> list[Trace]:
         """Traces of V_1..V_L, made from V_L down."""
@@ -213,7 +238,7 @@ class CounterCurrent(Learner):
                 if level == len(forward):
                     rating = self.objective.rate_output(activation, asked)
                 else:
-                    rating = self.objective.rate(activation, feedback[level].output, asked, by_forward=level > 0)
+                    rating = self.objective.rate(activation, feedback[level].output, asked, at_input=not level)
                 metrics[f"level {level} loss"] = rating.loss
                 if rating.by_forward is not None:
                     set_gradients(self._forward[level - 1].parameters, forward[level - 1].gradients(rating.by_forward))
@@ -260,7 +285,7 @@ class CounterCurrent(Learner):
 
         Args:
             inputs: (B, *input_shape).
-            targets: (B,) classes.
+            targets: (B,) classes, or to be reconstructed (B, *input_shape).
 
         Returns:
             (a_l, b_l) for l = 0..L-1, each (B, d_l).
@@ -268,7 +293,10 @@ class CounterCurrent(Learner):
         with evaluation_mode(self):
             below = [trace.output for trace in self._trace_forward(inputs)][:-1]
             above = [trace.output for trace in self._trace_feedback(targets)]
-        return [(a.flatten(1), b.flatten(1)[targets]) for a, b in zip([inputs, *below], above, strict=True)]
+        return [
+            (a.flatten(1), self.objective.paired(b, targets).flatten(1))
+            for a, b in zip([inputs, *below], above, strict=True)
+        ]
 
     @classmethod
     def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
@@ -310,7 +338,7 @@ def _parameters(layers: Iterable[Layer]) -> list[nn.Parameter]:
 
 def alignment(forward: nn.Module, feedback: nn.Module) -> Tensor:
     """Cosine between a forward layer's weights and the transpose of its feedback layer's, 0-d in [-1, 1]."""
-    U, V = weights(forward), weights(feedback).transpose(0, 1)
+    U, V = weighted(forward).weight, weighted(feedback).weight.transpose(0, 1)
     if V.ndim == 4:  # the transpose of a convolution has its kernel turned
         V = V.flip(2, 3)
     return F.cosine_similarity(U.flatten(), V.flatten(), dim=0)

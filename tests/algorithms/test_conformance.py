@@ -17,7 +17,7 @@ from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
-from bpfree.networks import Graph, cnn, gnn, mlp
+from bpfree.networks import Graph, build_network, cnn, gnn, mlp
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
@@ -273,6 +273,70 @@ def test_every_parameter_is_trained_once(rule: str, backbone: str) -> None:
     step(learner, *batch(backbone))
     assert before
     assert not any(torch.equal(a, b) for a, b in zip(before, (*trained, *solved), strict=True))
+
+
+@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
+def test_rules_that_cannot_autoencode_say_so(rule: str) -> None:
+    if "autoencode" in entry(rule).learner.tasks:
+        return
+    backbone = backbones(rule)[0]
+    with pytest.raises(UsageError, match="cannot autoencode"):
+        entry(rule).build(BACKBONES[backbone](), 0, FEATURES if backbone in GRAPHS else SHAPE)
+
+
+autoencoders = pytest.mark.parametrize("rule", ["bp", "ccl"])
+
+
+def autoencoder(rule: str, **parameters: object) -> Learner:
+    torch.manual_seed(0)
+    return entry(rule).build(build_network("autoencoder:6x12", SHAPE), 0, SHAPE, **parameters)
+
+
+@autoencoders
+def test_autoencoders_learn_to_reconstruct(rule: str) -> None:
+    learner = autoencoder(rule, lr=0.03, optimizer="momentum")
+    for seed in range(80):
+        x, _ = images(32, seed)
+        learner.step((x, x))
+    x, _ = images(64, 1000)
+    made = learner.scores(x)
+    assert made.shape == x.shape
+    assert (made - x).square().mean() < 0.7 * (x - x.mean(0)).square().mean()
+
+
+@autoencoders
+def test_autoencoders_go_on_bit_for_bit_and_read_nothing_from_the_device(rule: str) -> None:
+    straight, resumed = autoencoder(rule), autoencoder(rule)
+    x, _ = images(16, 0)
+    straight.step((x, x))
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    for learner in (straight, resumed):
+        with NoHostReads():
+            learner.stages()[0].update((x, x))
+        assert all(value.isfinite() for value in learner.step((x[:1], x[:1])).values())
+    assert identical(snapshot(straight), snapshot(resumed))
+
+
+@autoencoders
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x, y), "targets like its inputs"),
+        (lambda x, y: (x, x[:, :1]), "targets like its inputs"),
+        (lambda x, y: (x[:, :1], x[:, :1]), "expected"),
+    ],
+)
+def test_wrong_batches_of_autoencoders_get_a_clear_error(
+    rule: str, spoil: Callable[..., tuple[Tensor, Tensor]], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        autoencoder(rule).step(spoil(*images(4, 0)))
+
+
+@autoencoders
+def test_a_network_that_returns_another_shape_is_no_autoencoder(rule: str) -> None:
+    with pytest.raises(UsageError, match="returns what it is given"):
+        entry(rule).build(cnn(SHAPE, (6, 8)), 0, SHAPE)
 
 
 class FirstChoice:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.algorithms import Backprop, CounterCurrent
-from bpfree.algorithms._ccl_layers import Layer, weights
+from bpfree.algorithms._ccl_layers import Layer, weighted
 from bpfree.algorithms._ccl_objectives import Asked, CosineObjective, DotObjective
 from bpfree.errors import UsageError
 from bpfree.metrics import linear_cka
@@ -142,7 +142,7 @@ def test_derivatives_by_maps_equal_autograd_in_both_layouts(similarity: str, lay
     by_a, by_b = torch.autograd.grad(loss, (a, b))
     objective = learner(similarity).objective
     asked = objective.asked(y, torch.zeros(5, CLASSES))
-    rating = objective.rate(a.detach(), b.detach(), asked, by_forward=True)
+    rating = objective.rate(a.detach(), b.detach(), asked, at_input=False)
     torch.testing.assert_close(rating.loss, loss.detach())
     torch.testing.assert_close(rating.by_forward, by_a)
     torch.testing.assert_close(rating.by_feedback, by_b)
@@ -151,7 +151,7 @@ def test_derivatives_by_maps_equal_autograd_in_both_layouts(similarity: str, lay
 def test_cosine_derivatives_are_orthogonal_to_their_rows() -> None:
     objective = CosineObjective(CLASSES, 0.0, 1.0, 0.5)
     a, b = torch.randn(6, 9, dtype=torch.float64), torch.randn(CLASSES, 9, dtype=torch.float64)
-    rating = objective.rate(a, b, Asked(F.one_hot(torch.arange(6) % 3).double()), by_forward=True)
+    rating = objective.rate(a, b, Asked(F.one_hot(torch.arange(6) % 3).double()), at_input=False)
     assert rating.by_forward is not None
     assert rating.by_feedback is not None
     for rows, derivative in ((a, rating.by_forward), (b, rating.by_feedback)):
@@ -162,7 +162,7 @@ def test_cosine_derivatives_are_orthogonal_to_their_rows() -> None:
 def test_a_row_of_zeros_gives_no_gradient() -> None:
     objective = CosineObjective(2, 0.0, 1.0, 0.5)
     a = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    rating = objective.rate(a, torch.eye(2), Asked(torch.eye(2)), by_forward=True)
+    rating = objective.rate(a, torch.eye(2), Asked(torch.eye(2)), at_input=False)
     assert rating.by_forward is not None
     assert torch.equal(rating.by_forward[0], torch.zeros(2))
     assert rating.by_forward[1].abs().max() > 0
@@ -175,8 +175,8 @@ def changed_by(model: CounterCurrent, level: int, x: Tensor, y: Tensor) -> tuple
     """Which U and V have another gradient when the loss of one level weighs ten times as much."""
 
     class Louder(type(model.objective)):  # type: ignore[misc]
-        def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, by_forward: bool):
-            rating = super().rate(forward, feedback, asked, by_forward=by_forward)
+        def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool):
+            rating = super().rate(forward, feedback, asked, at_input=at_input)
             self.level += 1
             return louder(rating) if self.level == level else rating
 
@@ -255,7 +255,7 @@ def test_perfect_similarity_is_a_fixed_point() -> None:
     y = torch.tensor([0, 1, 2, 2, 0])
     asked = Asked(F.one_hot(y).double())
     for objective in (DotObjective(CLASSES, 0.0, 0.5), CosineObjective(CLASSES, 0.0, 1.0, 0.0)):
-        rating = objective.rate(b[y], b, asked, by_forward=True)
+        rating = objective.rate(b[y], b, asked, at_input=False)
         for value in (rating.loss, rating.by_forward, rating.by_feedback):
             assert value is not None
             assert value.abs().max() < 1e-12
@@ -280,8 +280,8 @@ def test_templates_equal_labels_of_the_batch_when_each_class_occurs_once(similar
     y = torch.tensor([1, 2, 0])
     a, b = torch.randn(3, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
     objective = learner(similarity).objective
-    by_template = objective.rate(a, b, Asked(F.one_hot(y).double()), by_forward=True).loss
-    by_label = objective.rate(a, b[y], Asked(torch.eye(3, dtype=torch.float64)), by_forward=True).loss
+    by_template = objective.rate(a, b, Asked(F.one_hot(y).double()), at_input=False).loss
+    by_label = objective.rate(a, b[y], Asked(torch.eye(3, dtype=torch.float64)), at_input=False).loss
     torch.testing.assert_close(by_template, by_label)
 
 
@@ -369,11 +369,11 @@ def test_samples_that_the_output_is_sure_of_teach_hidden_levels_nothing(similari
     sure = torch.full((len(y), CLASSES), -50.0, dtype=torch.float64).scatter(1, y[:, None], 50.0)
     asked = model.objective.asked(y, sure)
     a, b = torch.randn(7, 9, dtype=torch.float64), torch.randn(CLASSES, 9, dtype=torch.float64)
-    rating = model.objective.rate(a, b, asked, by_forward=True)
+    rating = model.objective.rate(a, b, asked, at_input=False)
     assert torch.equal(rating.by_forward, torch.zeros_like(a))
     unsure = sure.clone()
     unsure[3] = 0
-    rating = model.objective.rate(a, b, model.objective.asked(y, unsure), by_forward=True)
+    rating = model.objective.rate(a, b, model.objective.asked(y, unsure), at_input=False)
     assert rating.by_forward is not None
     assert rating.by_forward.abs().amax(1).nonzero().flatten().tolist() == [3]
     output = model.objective.rate_output(unsure, asked)
@@ -441,7 +441,7 @@ def test_feedback_layers_map_outputs_to_inputs(block: nn.Module, given: tuple[in
     below, top = model.feedback
     assert below(torch.zeros(2, *made)).shape[1:] == given
     assert top(torch.eye(CLASSES)).shape[1:] == made
-    assert weights(below).numel() == weights(block).numel()
+    assert weighted(below).weight.numel() == weighted(block).weight.numel()
     biased = any(m.bias is not None for m in block.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
     assert any(m.bias is not None for m in below.modules() if isinstance(m, (nn.Linear, nn.Conv2d))) == biased
 
@@ -497,6 +497,76 @@ def test_bad_options_are_refused(options: dict[str, object]) -> None:
         CounterCurrent(mlp((4,), (5,)), CLASSES, **options)  # type: ignore[arg-type]
 
 
+# the autoencoder
+
+
+def autoencoder(**options: object) -> CounterCurrent:
+    torch.manual_seed(0)
+    network = build_network("autoencoder:4x6", (2, 8, 8))
+    return CounterCurrent(network, 0, input_shape=(2, 8, 8), **{"clip": 0.0, **options}).double()  # type: ignore[arg-type]
+
+
+def test_a_level_of_the_autoencoder_is_the_papers_loss_and_its_derivatives() -> None:
+    a, b = (torch.randn(5, 4, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    forms = [F.normalize((v - v.mean((2, 3), keepdim=True)).flatten(2), dim=2) for v in (a, b)]
+    loss = 3 * F.mse_loss(a, b) + 3 * F.mse_loss(*forms)
+    by_a, by_b = torch.autograd.grad(loss, (a, b))
+    objective = autoencoder().objective
+    x, made = torch.rand(5, 2, 8, 8, dtype=torch.float64), torch.rand(5, 2, 8, 8, dtype=torch.float64)
+    rating = objective.rate(a.detach(), b.detach(), objective.asked(x, x), at_input=False)
+    torch.testing.assert_close(rating.loss, loss.detach())
+    torch.testing.assert_close(rating.by_forward, by_a)
+    torch.testing.assert_close(rating.by_feedback, by_b)
+    asked = objective.asked(x, x)
+    for image_level, by in (
+        (objective.rate(x, made, asked, at_input=True), "by_feedback"),
+        (objective.rate_output(made, asked), "by_forward"),
+    ):
+        torch.testing.assert_close(image_level.loss, 8 * F.mse_loss(made, x))
+        torch.testing.assert_close(getattr(image_level, by), 16 * (made - x) / x.numel())
+        assert {name for name, value in vars(image_level).items() if value is not None} == {"loss", by}
+
+
+def test_a_level_of_the_autoencoder_changes_one_layer_of_each_network() -> None:
+    x = torch.rand(6, 2, 8, 8, dtype=torch.float64)
+    depth = 4
+
+    def gradients(changed: tuple[int, int] | None) -> list[list[Tensor]]:
+        model = autoencoder()
+        modules = [[*model.network], [*model.feedback]]
+        with torch.no_grad():
+            for layer in (layer for network in modules for layer in network):  # no layer is zero or small
+                for parameter in layer.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+            if changed is not None:
+                weighted(modules[changed[0]][changed[1]]).weight.mul_(torch.tensor([1.0, 2.0]).repeat(99)[:1] + 0.5)
+                weighted(modules[changed[0]][changed[1]]).weight[0].mul_(-1)
+        model.step((x, x))
+        return [[weighted(layer).weight.grad for layer in network] for network in modules]  # type: ignore[misc]
+
+    plain = gradients(None)
+    for which, changed in itertools.product((0, 1), range(depth)):
+        other = gradients((which, changed))
+        for network, layer in itertools.product((0, 1), range(depth)):
+            level = layer + 1 - network
+            hears = level > changed if which == 0 else level <= changed and level < depth
+            same = torch.equal(plain[network][layer], other[network][layer])
+            assert same != (hears or (network, layer) == (which, changed)), (which, changed, network, layer)
+
+
+def test_the_feedback_network_of_an_autoencoder_starts_as_its_forward_network_does() -> None:
+    kernels = [weighted(layer).weight.flatten(1) for layer in reversed(autoencoder().feedback)]
+    assert not kernels[-1].any()
+    assert kernels[2].norm() < 1e-2 * kernels[1].norm()
+
+
+@pytest.mark.parametrize("option", [{"similarity": "dot"}, {"scale": 0.5}, {"decorrelation": 0.1}, {"flood": 0.1}])
+def test_options_for_classes_are_refused_by_the_autoencoder(option: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="for classes"):
+        autoencoder(**option)
+
+
 # diagnostics
 
 
@@ -510,7 +580,7 @@ def test_alignment_is_one_for_transposed_weights() -> None:
     x, y = torch.randn(5, *shape, dtype=torch.float64), torch.arange(5) % CLASSES
     assert all(abs(v.item()) < 0.6 for k, v in model.diagnostics((x, y)).items() if k.endswith("alignment"))
     for forward, feedback in zip([*model.network, model.readout], model.feedback, strict=True):
-        U, V = weights(forward), weights(feedback)
+        U, V = weighted(forward).weight, weighted(feedback).weight
         # the transpose of the linear map that a layer computes, which autograd knows without being told of kernels
         probe = torch.zeros(1, *(shape if U.ndim == 4 else (U.shape[1],)), dtype=torch.float64, requires_grad=True)
         bare = (lambda z, W=U: F.conv2d(z, W, padding=1)) if U.ndim == 4 else (lambda z, W=U: F.linear(z, W))
