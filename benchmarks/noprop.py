@@ -32,7 +32,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from bpfree import NoProp, build_network
 from bpfree.algorithms import Learner, NoPropBackprop
 from bpfree.algorithms._noprop_processes import DiscreteDiffusion
-from bpfree.energy import EnergyMeter, choose_source
+from bpfree.energy import EnergyMeter, Flag, choose_source
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.records import CONFIG, MODEL, SUMMARY, RunFolder, environment, find_runs
@@ -84,6 +84,7 @@ def accuracy_table(root: Path) -> str:
         spread = statistics.fmean(statistics.pstdev(summary["test_draws"]) for summary in same)
         first = [summary["test_diagnostics"].get("block 0 accuracy") for summary in same]
         paper = PAPER.get((dataset, arm, embeddings))
+        shared = any(Flag.FOREIGN_PROCESS.name in summary["energy"]["flags"] for summary in same)
         rows.append(
             {
                 "dataset": dataset,
@@ -96,7 +97,7 @@ def accuracy_table(root: Path) -> str:
                 "between draws": f"{spread:.2f}",
                 "paper": "" if paper is None else f"{paper:.2f}",
                 "first block alone": "" if None in first else f"{statistics.fmean(first):.2f}",
-                "time, s": f"{statistics.fmean(summary['seconds'] for summary in same):.0f}",
+                "time, s": "" if shared else f"{statistics.fmean(summary['seconds'] for summary in same):.0f}",
                 "peak memory, MiB": f"{max(summary['peak_memory_mib'] for summary in same):.0f}",
             }
         )
