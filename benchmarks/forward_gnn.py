@@ -177,17 +177,18 @@ def load(name: str) -> Any:
     return runs.load_dataset(name)
 
 
-def work(config: RunConfig, out: Path, idle_w: tuple[float, ...], threads: int | None) -> str:
-    """Do one run; a line that says how it went."""
+def work(config: RunConfig, out: Path, idle_w: tuple[float, ...], threads: int | None) -> tuple[str, Path]:
+    """Do one run; a line that says how it went, and its folder."""
     if threads:
         torch.set_num_threads(threads)
     summary = runs.run(config, out, dataset=load(config.dataset), measuring=runs.Measuring(idle_w), keep_model=False)
     joules = summary["energy"]["gross_j"]
-    return (
+    line = (
         f"{config.dataset} {config.network} {summary['algorithm']} ({summary['variant']}) seed {config.seed}: "
         f"validation {summary['validation_accuracy']:.2f} %, test {summary['test_accuracy']:.2f} %, "
         f"{summary['updates']} steps, {summary['seconds']:.1f} s, {'-' if joules is None else round(joules)} J"
     )
+    return line, Path(summary["run_dir"])
 
 
 def run_all(options: argparse.Namespace) -> int:
@@ -199,12 +200,17 @@ def run_all(options: argparse.Namespace) -> int:
     print(f"{len(left)} runs to do, {len(done)} recorded", flush=True)
     if not left:
         return 0
+    if options.collect:
+        options.collect.parent.mkdir(parents=True, exist_ok=True)
     started, failures = time.monotonic(), 0
 
-    def tell(config: RunConfig, result: Callable[[], str]) -> None:
+    def tell(config: RunConfig, result: Callable[[], tuple[str, Path]]) -> None:
         nonlocal failures
         try:
-            line = result()
+            line, path = result()
+            if options.collect:  # at once: what ends this program early takes no record with it
+                with options.collect.open("a") as file:
+                    file.write(record_line(path))
         except InterruptedRunError as error:
             sys.exit(str(error))
         except BpfreeError as error:
@@ -220,7 +226,7 @@ def run_all(options: argparse.Namespace) -> int:
         return failures
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        waiting, running = deque(left), dict[Future[str], RunConfig]()
+        waiting, running = deque(left), dict[Future[tuple[str, Path]], RunConfig]()
         while waiting or running:
             while waiting and len(running) < options.workers:
                 if time.monotonic() - started > options.budget:
@@ -254,16 +260,20 @@ KEPT: Final = (
 )
 
 
+def record_line(path: Path) -> str:
+    """A run as a line of JSON: configuration, and what of the summary is kept."""
+    folder = RunFolder.open(path)
+    summary = folder.read_json(SUMMARY)
+    kept = {name: summary[name] for name in KEPT if name in summary}
+    if kept["energy"]["gross_j"] is None:
+        kept["energy"] = {name: kept["energy"][name] for name in ("gross_j", "method", "flags")}
+    return json.dumps({"run": path.name, "config": folder.read_json(CONFIG), **kept}) + "\n"
+
+
 def collect(root: Path, file: Path) -> None:
-    """Add the runs under `root` to lines of JSON: configuration, and what of the summary is kept."""
+    """Add the runs under `root` to a file of their lines, and sort it."""
     lines = set(file.read_text().splitlines(keepends=True)) if file.exists() else set()
-    for path in find_runs(root) if root.exists() else ():
-        folder = RunFolder.open(path)
-        summary = folder.read_json(SUMMARY)
-        kept = {name: summary[name] for name in KEPT if name in summary}
-        if kept["energy"]["gross_j"] is None:
-            kept["energy"] = {name: kept["energy"][name] for name in ("gross_j", "method", "flags")}
-        lines.add(json.dumps({"run": path.name, "config": folder.read_json(CONFIG), **kept}) + "\n")
+    lines |= {record_line(path) for path in find_runs(root)} if root.exists() else set()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(sorted(lines)))
     print(f"{len(lines)} runs in {file}")
@@ -308,14 +318,18 @@ def table(runs_done: Iterable[dict[str, Any]]) -> str:
     """Ours (mean, population standard deviation, number of splits) and the paper's, by depth."""
     found = results(runs_done)
     depths = sorted({depth for row in found.values() for depth in row})
+    comparable = any(key in PAPER for key in found)
     rows = []
     for (dataset, kind, arm), row in sorted(found.items()):
         paper = PAPER.get((dataset, kind, arm.removesuffix("-revealed").removesuffix("-raw").removesuffix("-tuned")))
+        best = max(statistics.fmean(values) for values in row.values())
         cells = {"dataset": dataset, "network": kind, "rule": arm}
         cells |= {f"{depth} layers": _cell(row.get(depth, [])) for depth in depths}
-        cells["best"] = f"{max(statistics.fmean(values) for values in row.values()):.2f}"
-        cells["paper, 1-4 layers"] = " / ".join(f"{value:.2f}" for value in paper) if paper else ""
-        cells["paper's best"] = f"{max(paper):.2f}" if paper else ""
+        cells["best"] = f"{best:.2f}"
+        if comparable:
+            cells["paper, 1-4 layers"] = " / ".join(f"{value:.2f}" for value in paper) if paper else ""
+            cells["paper's best"] = f"{max(paper):.2f}" if paper else ""
+            cells["difference"] = f"{best - max(paper):+.2f}" if paper else ""
         rows.append(cells)
     return markdown_table(rows) if rows else "no finished run"
 

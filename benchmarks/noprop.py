@@ -32,7 +32,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from bpfree import NoProp, build_network
 from bpfree.algorithms import Learner, NoPropBackprop
 from bpfree.algorithms._noprop_processes import DiscreteDiffusion
-from bpfree.energy import EnergyMeter, choose_source
+from bpfree.energy import EnergyMeter, Flag, choose_source
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.records import CONFIG, MODEL, SUMMARY, RunFolder, environment, find_runs
@@ -84,6 +84,7 @@ def accuracy_table(root: Path) -> str:
         spread = statistics.fmean(statistics.pstdev(summary["test_draws"]) for summary in same)
         first = [summary["test_diagnostics"].get("block 0 accuracy") for summary in same]
         paper = PAPER.get((dataset, arm, embeddings))
+        shared = any(Flag.FOREIGN_PROCESS.name in summary["energy"]["flags"] for summary in same)
         rows.append(
             {
                 "dataset": dataset,
@@ -96,7 +97,7 @@ def accuracy_table(root: Path) -> str:
                 "between draws": f"{spread:.2f}",
                 "paper": "" if paper is None else f"{paper:.2f}",
                 "first block alone": "" if None in first else f"{statistics.fmean(first):.2f}",
-                "time, s": f"{statistics.fmean(summary['seconds'] for summary in same):.0f}",
+                "time, s": "" if shared else f"{statistics.fmean(summary['seconds'] for summary in same):.0f}",
                 "peak memory, MiB": f"{max(summary['peak_memory_mib'] for summary in same):.0f}",
             }
         )
@@ -241,9 +242,11 @@ def repeat_stacked(device: torch.device) -> Callable[[float], int]:
     return run
 
 
-def repeat_steps(kind: str, device: torch.device, graph: bool = True, **options: Any) -> Callable[[float], int]:
+def repeat_steps(
+    kind: str, device: torch.device, graph: bool = True, precision: str = "tf32", **options: Any
+) -> Callable[[float], int]:
     """The same for a learner's step."""
-    stepper = staged_stepper(build(kind, device, **options), BATCH, graph, device)
+    stepper = staged_stepper(build(kind, device, **options), BATCH, graph, device, precision)
     return lambda seconds: repeat(stepper, seconds, device)
 
 
@@ -254,7 +257,9 @@ def measure_training(window: float, device: torch.device) -> list[dict[str, Any]
         "dt, eager": partial(steps, "dt", graph=False),
         **{f"dt, {lanes} lanes": partial(steps, "dt", lanes=lanes) for lanes in (1, 2, 3, 4, 6, 10)},
         "dt, vmap": partial(repeat_stacked, device),
+        "dt, 6 lanes, bf16": partial(steps, "dt", lanes=6, precision="bf16"),
         "dt prototype": partial(steps, "dt", embeddings="prototype"),
+        "dt prototype, 6 lanes": partial(steps, "dt", embeddings="prototype", shared_updates="step", lanes=6),
         "bp": partial(steps, "noprop-bp"),
     }
     meter, rows = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window), []

@@ -24,11 +24,12 @@ CE sees z_T alone, never what a block says of the input.
 Deviations from the paper, and what it leaves open:
 - Algorithm 1 goes over the data once per block; here a step trains every block, in order, on one batch. With one-hot
   embeddings blocks do not interact, so only the batches that a block sees together with others differ. p_out and a
-  learned W_E take one step per block and batch in both. An epoch here is Algorithm 1's.
+  learned W_E take one step per block and batch in both. An epoch here is Algorithm 1's. With shared_updates="step" they
+  take one step per batch, down the sum of all blocks' losses, so that blocks can learn side by side.
 - The schedule is "cosine" without a formula: here Nichol and Dhariwal's with s = 0.008, abar clamped to
   [alpha_bar_min, alpha_bar_max]. The upper clamp alone sets the last block's weight.
-- sigma of p_out and of the flow, gamma's start and hidden width, and how time is embedded are not given: options, or
-  constants in `_noprop_processes.py` and `networks/noprop.py`.
+- sigma and start of p_out, sigma of the flow, gamma's start and hidden width, and how time is embedded are not given:
+  options, or constants in `_noprop_parts.py`, `_noprop_processes.py` and `networks/noprop.py`.
 - Neither W_E nor gamma decays; the paper does not say.
 - Noise comes from a stream per block, at inference from the sample's own values (see `networks/streams.py`), so blocks
   can be trained in any order or in processes of their own, and an answer does not depend on the batch.
@@ -76,6 +77,8 @@ from bpfree.networks.noprop import BRANCH_WIDTH, Denoiser
 from bpfree.networks.streams import Stream
 
 VariantName = Literal["dt", "ct", "fm"]
+SharedUpdates = Literal["block", "step"]
+SHARED_UPDATES: Final = ("block", "step")
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ class NoProp(Learner):
             generator.
         draw: which draw of the inference noise `scores` uses.
         validation_steps: denoising steps when a state is rated during training ("ct", "fm"); None: as many as `steps`.
-        lanes: blocks that learn at the same time in a CUDA graph ("dt", fixed embeddings); more is faster, and as
-            much more memory.
+        shared_updates: when p_out and learned embeddings take a step: after each "block" as in Algorithm 1, or once
+            per "step", by the sum of the blocks' gradients.
+        lanes: blocks that learn at the same time in a CUDA graph, if they share nothing that learns in between.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -184,7 +188,8 @@ class NoProp(Learner):
         noise_seed: int | None = None,
         draw: int = 0,
         validation_steps: int | None = None,
-        lanes: int = 4,
+        shared_updates: SharedUpdates = "block",
+        lanes: int = 6,
         input_shape: Shape | None = None,
     ) -> None:
         if variant not in VARIANTS:
@@ -201,6 +206,8 @@ class NoProp(Learner):
         )
         if sampler is not None and sampler not in process.samplers:
             raise unknown_name(f"sampler of {variant}", sampler, process.samplers)
+        if shared_updates not in SHARED_UPDATES:
+            raise unknown_name("shared_updates", shared_updates, SHARED_UPDATES)
         if lanes < 1 or (validation_steps is not None and validation_steps < 1):
             raise UsageError(f"lanes and validation_steps must be at least 1, got {lanes} and {validation_steps}")
         modules = list(network)
@@ -213,7 +220,7 @@ class NoProp(Learner):
             shape,
         )
         self.kind, self.sampler, self.draw = variant, sampler or process.samplers[0], draw
-        self.process, self.lanes = process, lanes
+        self.process, self.lanes, self.shared_updates = process, lanes, shared_updates
         self.validation_steps = process.steps if validation_steps is None else validation_steps
         self.embeddings = Embeddings(embeddings, classes, dim)
         # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
@@ -261,8 +268,12 @@ class NoProp(Learner):
         )
 
     def _update(self, batch: Batch) -> Metrics:
-        blocks = range(len(self.network))
-        learned = self._learn_apart(batch) if self._apart else [self.learn_block(index, batch) for index in blocks]
+        if self.shared_updates == "step":
+            learned = self._learn_together(batch)
+        elif self._apart:
+            learned = self._learn_apart(batch)
+        else:
+            learned = [self.learn_block(index, batch) for index in range(len(self.network))]
         metrics = {f"block {index} loss": terms.pop(DENOISING) for index, terms in enumerate(learned)}
         readout = [terms.pop(READOUT) for terms in learned if READOUT in terms]
         metrics.update({f"{name} loss": value for name, value in learned[-1].items()})
@@ -284,6 +295,25 @@ class NoProp(Learner):
         return learned
 
     @torch.enable_grad()
+    def _learn_together(self, batch: Batch) -> list[Metrics]:
+        """Every block's update, side by side; then one of what they share, by the sum of their gradients."""
+        x, y = batch
+        shared = _parameters(self._shared_optimizers)
+        lanes = Lanes(y.device, self.lanes if len(self.network) > 1 else 0)
+        learned, gradients = [], []
+        for index, optimizer in enumerate(self._block_optimizers):
+            with lanes.lane(index % self.lanes):
+                terms = self.process.terms(index, self._block(index), x, y, self.shared, self._draw(index, y))
+                own = _parameters([optimizer])
+                found = torch.autograd.grad(_sum(terms), [*own, *shared])
+                _step([optimizer], found[: len(own)])
+                gradients.append(found[len(own) :])
+                learned.append(_detached(terms))
+        lanes.join()
+        _step(self._shared_optimizers, [torch.stack(same).sum(0) for same in zip(*gradients, strict=True)])
+        return learned
+
+    @torch.enable_grad()
     def learn_block(self, index: int, batch: Batch) -> Metrics:
         """One update of one block, and of what blocks share: the body of Algorithm 1.
 
@@ -302,7 +332,7 @@ class NoProp(Learner):
         if self._apart:
             return {**self._learn_alone(index, batch, draws), **self._learn_shared(y, draws)}
         terms = self.process.terms(index, self._block(index), x, y, self.shared, draws)
-        return self._descend(terms, (self._block_optimizers[index], *self._shared_optimizers))
+        return _descend(terms, (self._block_optimizers[index], *self._shared_optimizers))
 
     @property
     def _apart(self) -> bool:
@@ -322,23 +352,12 @@ class NoProp(Learner):
     @torch.enable_grad()
     def _learn_alone(self, index: int, batch: Batch, draws: Draws) -> Metrics:
         terms = self.process.block_terms(index, self._block(index), *batch, self.shared, draws)
-        return self._descend(terms, (self._block_optimizers[index],))
+        return _descend(terms, (self._block_optimizers[index],))
 
     @torch.enable_grad()
     def _learn_shared(self, y: Tensor, draws: Draws) -> Metrics:
         terms = self.process.shared_terms(y, self.shared, draws)
-        return self._descend(terms, self._shared_optimizers) if terms else {}
-
-    @staticmethod
-    def _descend(terms: Terms, optimizers: Sequence[Optimizer]) -> Metrics:
-        """One step down the sum of the terms, which are given back."""
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        set_gradients(parameters, torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters))
-        for optimizer in optimizers:
-            optimizer.step()
-            # one block's gradients in memory at a time, and none for the shared parameters to find in the next block
-            optimizer.zero_grad(set_to_none=True)
-        return {name: value.detach() for name, value in terms.items()}
+        return _descend(terms, self._shared_optimizers) if terms else {}
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C): denoise from noise, then p_out (fm: nearest embedding)."""
@@ -412,3 +431,29 @@ class NoProp(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """The weight of the denoising loss."""
         return {"eta": trial.suggest_float("eta", 0.03, 3.0, log=True)}
+
+
+def _parameters(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _sum(terms: Terms) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def _detached(terms: Terms) -> Metrics:
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def _step(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> None:
+    set_gradients(_parameters(optimizers), gradients)
+    for optimizer in optimizers:
+        optimizer.step()
+        # one block's gradients in memory at a time, and none for the shared parameters to find in the next block
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _descend(terms: Terms, optimizers: Sequence[Optimizer]) -> Metrics:
+    """One step down the sum of the terms, which are given back."""
+    _step(optimizers, torch.autograd.grad(_sum(terms), _parameters(optimizers)))
+    return _detached(terms)

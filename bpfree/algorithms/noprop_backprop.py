@@ -7,8 +7,8 @@ Paper: Li, Teh, Pascanu, arXiv 2503.24322, the baseline of its experiments. Bloc
     z_t = (1 - k_t) z_{t-1} + k_t uhat_t                k_t = tanh(w_t), w_t a number
     loss = -log p_out(y | z_T)                          through all blocks
 
-Deviations from the paper: where w_t starts is not given; here at 1 (k = 0.76). W_E and the gates do not decay. Noise
-comes from streams as in `noprop.py`.
+Deviations from the paper: where w_t starts is not given; here at 1 (k = 0.76), nor where p_out starts; see
+`_noprop_parts.Readout`. W_E and the gates do not decay. Noise comes from streams as in `noprop.py`.
 """
 
 from __future__ import annotations

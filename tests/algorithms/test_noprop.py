@@ -424,6 +424,26 @@ def test_learned_embeddings_learn_from_target_noising_and_projection() -> None:
     assert not torch.equal(table, model.embeddings.weight)
 
 
+def test_one_shared_update_per_step_follows_the_sum_of_the_blocks_gradients() -> None:
+    options = {"embeddings": "learned", "embedding_dim": 6, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
+    model = learner(shared_updates="step", **options)
+    alone, separate = ([copy.deepcopy(model) for _ in model.network] for _ in range(2))
+    x, y = batch(dtype=torch.float32)
+    shared = [model.embeddings.weight, *model.readout.parameters()]
+    expected = [parameter.detach().clone() for parameter in shared]
+    for index, other in enumerate(alone):
+        parameters = [other.embeddings.weight, *other.readout.parameters()]
+        gradients = torch.autograd.grad(sum(all_terms(other, index, x, y).values()), parameters, retain_graph=True)
+        for wanted, gradient in zip(expected, gradients, strict=True):
+            wanted -= 0.1 * gradient
+    model.step((x, y))
+    for parameter, wanted in zip(shared, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-4, atol=1e-5)
+    for index, other in enumerate(separate):  # a block's own update is the same as ever
+        other.learn_block(index, (x, y))
+        assert equal(weights(model.network[index]), weights(other.network[index]))
+
+
 def test_onehot_embeddings_stay_the_identity() -> None:
     model = learner()
     model.step(batch(dtype=torch.float32))
@@ -725,6 +745,9 @@ def test_prediction_never_reads_an_embedding_of_a_label(variant: str, monkeypatc
         ({"variant": "fm", "sampler": "mean"}, "sampler of fm"),
         ({"eta": 0.0}, "eta"),
         ({"steps": 0}, "steps"),
+        ({"shared_updates": "never"}, "shared_updates"),
+        ({"lanes": 0}, "lanes"),
+        ({"variant": "ct", "validation_steps": 0}, "validation_steps"),
         ({"variant": "ct", "gamma_min": 3.0, "gamma_max": 3.0}, "gamma_min"),
         ({"variant": "fm", "path_sigma": -1.0}, "path_sigma"),
         ({"radial_sigma": 0.0}, "radial_sigma"),
