@@ -58,6 +58,11 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
     help="Standardise inputs by the data set's mean and deviation, or leave images in [0, 1].  [default: standardize]",
 )
 @click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]")
+@click.option(
+    "--diagnose/--no-diagnose",
+    default=None,
+    help="Note the rule's own diagnostics of validation data after every epoch.  [default: no-diagnose]",
+)
 @click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]")
 @click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]")
 @click.option("--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]")

@@ -301,6 +301,22 @@ def _train(
     return {**summary, "run_dir": str(folder.path)}
 
 
+def trained(
+    path: Path, device: torch.device, *, data_root: Path | None = None
+) -> tuple[RunConfig, Learner, AnyBatches]:
+    """Configuration, learner and test data of a finished run that has kept its model.
+
+    Raises:
+        CheckpointError: `path` is not a run folder, or has no model.
+    """
+    folder = RunFolder.open(path)
+    config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    dataset = load_dataset(config.dataset, data_root)
+    learner = build_learner(config, dataset, device)
+    learner.load_state_dict(folder.load(records.MODEL, device))
+    return config, learner, load_batches(config, dataset, device, preferred_layout(learner, device))[2]
+
+
 def load_batches(
     config: RunConfig, dataset: AnyDataset, device: torch.device, layout: torch.memory_format
 ) -> tuple[AnyBatches, AnyBatches, AnyBatches]:

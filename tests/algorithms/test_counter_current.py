@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counter_current import courses, draw_courses, draw_features, features
 from bpfree.algorithms import Backprop, CounterCurrent
 from bpfree.algorithms._ccl_layers import Layer, weighted
 from bpfree.algorithms._ccl_objectives import Asked, CosineObjective, DotObjective
-from bpfree.errors import UsageError
+from bpfree.errors import CheckpointError, UsageError
+from bpfree.experiments.config import resolve
+from bpfree.experiments.run import run, trained
 from bpfree.metrics import linear_cka
 from bpfree.networks import build_network, mlp
 from tests.reference import counter_current as reference
@@ -620,3 +625,36 @@ def test_learns_digits_in_a_few_epochs() -> None:
             model.step((train.inputs[index] / 255, train.targets[index]))
     scores = model.scores(test.inputs / 255)
     assert (scores.argmax(1) == test.targets).float().mean() > 0.9
+
+
+# figures
+
+
+def test_figures_come_from_a_recorded_run(tmp_path: Path) -> None:
+    config = resolve("ccl", "digits", "mlp-elu:2x16", preset="none", training={"passes": 2, "diagnose": True})
+    path = Path(run(replace(config, energy="none"), tmp_path)["run_dir"])
+    found = courses(path)
+    assert list(found["alignment"]) == ["layer 1", "layer 2", "layer 3"]
+    assert list(found["CKA"]) == ["level 0", "level 1", "level 2"]
+    assert all(len(values) == 2 for kind in found.values() for values in kind.values())
+    _, model, test = trained(path, torch.device("cpu"))
+    assert isinstance(model, CounterCurrent)
+    inputs, targets = next(iter(test.in_order(100)))
+    assert isinstance(inputs, Tensor)
+    planes, maps = features(model, inputs, targets)
+    paired = [linear_cka(a, b) for a, b in model.paired_activations(inputs, targets)]
+    torch.testing.assert_close(maps.diagonal(), torch.stack(paired))
+    for samples, templates in planes:
+        assert samples.shape == templates.shape == (100, 2)
+        assert torch.equal(templates[targets == 3][0], templates[targets == 3][-1])
+    pytest.importorskip("matplotlib")
+    draw_courses(found, tmp_path / "courses.png")
+    draw_features(planes, maps, targets, tmp_path / "features.png")
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("courses", "features"))
+
+
+def test_a_run_without_diagnostics_has_no_courses(tmp_path: Path) -> None:
+    config = resolve("ccl", "digits", "mlp-elu:2x16", preset="none", training={"passes": 1})
+    path = Path(run(replace(config, energy="none"), tmp_path)["run_dir"])
+    with pytest.raises(CheckpointError, match="--diagnose"):
+        courses(path)
