@@ -160,17 +160,15 @@ class CounterCurrent(Learner):
         if self.task == "autoencode":
             start_autoencoder([weighted(layer) for layer in reversed(self.feedback)])
         self._forward = tuple(Layer.of(module) for module in forward)
-        lr_back = lr if feedback_lr is None else feedback_lr
-        if lr_back == 0:
+        if feedback_lr == 0:
             self.feedback.requires_grad_(False)
-        self._backward = tuple(Layer.of(module) for module in self.feedback)
+        self._feedback = tuple(Layer.of(module) for module in self.feedback)
         optimize = partial(make_optimizer, optimizer=optimizer, weight_decay=weight_decay, momentum=momentum)
-        self._optimizers = tuple(
-            optimize(_parameters(layers), lr=rate)
-            for layers, rate in ((self._forward, lr), (self._backward, lr_back))
-            if rate != 0
-        )
-        self._in_closed_form = all(layer.dense is not None for layer in (*self._forward, *self._backward))
+        self._optimizers = [optimize(_parameters(self._forward), lr=lr)]
+        if feedback_lr != 0:
+            rate = lr if feedback_lr is None else feedback_lr
+            self._optimizers.append(optimize(_parameters(self._feedback), lr=rate))
+        self._in_closed_form = all(layer.dense is not None for layer in (*self._forward, *self._feedback))
         self.warmup_steps = warmup_steps
         if warmup_steps:
             self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
@@ -188,7 +186,7 @@ class CounterCurrent(Learner):
             Stage(
                 name="both networks",
                 modules=(self,),
-                optimizers=self._optimizers,
+                optimizers=tuple(self._optimizers),
                 update=self._update,
                 scores=self,
                 input_shape=self.input_shape,
@@ -204,21 +202,7 @@ class CounterCurrent(Learner):
 
     def _trace_feedback(self, targets: Tensor) -> list[Trace]:
         """Traces of V_1..V_L, made from V_L down."""
-        traces: list[Trace] = []
-        signal = self.objective.feedback_input(targets)
-        for layer in reversed(self._backward):
-            traces.append(layer.trace(signal))
-            signal = traces[-1].output
-        return traces[::-1]
-
-    def _trace_forward(self, inputs: Tensor) -> list[Trace]:
-        """Traces of U_1..U_L."""
-        traces: list[Trace] = []
-        signal = inputs
-        for layer in self._forward:
-            traces.append(layer.trace(signal))
-            signal = traces[-1].output
-        return traces
+        return _traces(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
 
     @torch.no_grad()
     def _update(self, batch: Batch) -> Metrics:
@@ -228,7 +212,7 @@ class CounterCurrent(Learner):
         lanes = Lanes(inputs.device, len(self._forward) + 1 if self._in_closed_form else 0)
         with lanes.lane(0):
             feedback = self._trace_feedback(targets)
-        forward = self._trace_forward(inputs)
+        forward = _traces(self._forward, inputs)
         lanes.join()
         asked = self.objective.asked(targets, forward[-1].output)
         metrics = {}
@@ -242,8 +226,8 @@ class CounterCurrent(Learner):
                 metrics[f"level {level} loss"] = rating.loss
                 if rating.by_forward is not None:
                     set_gradients(self._forward[level - 1].parameters, forward[level - 1].gradients(rating.by_forward))
-                if rating.by_feedback is not None and self._backward[level].parameters:
-                    set_gradients(self._backward[level].parameters, feedback[level].gradients(rating.by_feedback))
+                if rating.by_feedback is not None and self._feedback[level].parameters:
+                    set_gradients(self._feedback[level].parameters, feedback[level].gradients(rating.by_feedback))
         lanes.join()
         self._condition_gradients()
         for optimizer in self._optimizers:
@@ -252,7 +236,7 @@ class CounterCurrent(Learner):
 
     def _condition_gradients(self) -> None:
         """Warm up, centralise and clip, in this order."""
-        networks = [_parameters(layers) for layers in (self._forward, self._backward)]
+        networks = [_parameters(layers) for layers in (self._forward, self._feedback)]
         if self.warmup_steps:
             self.steps_taken += 1
             weight = (self.steps_taken / self.warmup_steps).clamp(max=1)
@@ -262,7 +246,7 @@ class CounterCurrent(Learner):
         if self.centralize:
             centralize_gradients(parameter for network in networks for parameter in network)
         if self.clip:
-            layers = [layer.parameters for layer in (*self._forward, *self._backward)]
+            layers = [layer.parameters for layer in (*self._forward, *self._feedback)]
             for together in networks if self.clip_scope == "network" else layers:
                 nn.utils.clip_grad_norm_(together, self.clip, foreach=True)
 
@@ -273,7 +257,7 @@ class CounterCurrent(Learner):
         inputs, targets = batch
         report = {
             f"layer {index + 1} alignment": alignment(forward.module, feedback.module)
-            for index, (forward, feedback) in enumerate(zip(self._forward, self._backward, strict=True))
+            for index, (forward, feedback) in enumerate(zip(self._forward, self._feedback, strict=True))
         }
         for level, (a, b) in enumerate(self.paired_activations(inputs, targets)):
             report[f"level {level} CKA"] = linear_cka(a, b)
@@ -291,7 +275,7 @@ class CounterCurrent(Learner):
             (a_l, b_l) for l = 0..L-1, each (B, d_l).
         """
         with evaluation_mode(self):
-            below = [trace.output for trace in self._trace_forward(inputs)][:-1]
+            below = [trace.output for trace in _traces(self._forward, inputs)][:-1]
             above = [trace.output for trace in self._trace_feedback(targets)]
         return [
             (a.flatten(1), self.objective.paired(b, targets).flatten(1))
@@ -330,6 +314,15 @@ def _class_objective(
     if similarity == "dot":
         return DotObjective(classes, flood, scale)
     return CosineObjective(classes, flood, scale, DECORRELATION if decorrelation is None else decorrelation)
+
+
+def _traces(layers: Iterable[Layer], signal: Tensor) -> list[Trace]:
+    """Run layers one after another; a trace each."""
+    traces: list[Trace] = []
+    for layer in layers:
+        traces.append(layer.trace(signal))
+        signal = traces[-1].output
+    return traces
 
 
 def _parameters(layers: Iterable[Layer]) -> list[nn.Parameter]:

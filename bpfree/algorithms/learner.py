@@ -149,6 +149,8 @@ def check_inputs(inputs: Any, input_shape: Shape) -> None:
 def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
     inputs, targets = batch
     check_inputs(inputs, input_shape)
+    if len(inputs) == 0:
+        raise UsageError("the batch is empty")
     if not classes:
         if targets.shape != inputs.shape or not targets.is_floating_point():
             raise UsageError(
@@ -160,8 +162,6 @@ def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
         raise UsageError(
             f"targets must be {len(inputs)} int64 class indices, got shape {tuple(targets.shape)} of {targets.dtype}"
         )
-    if len(targets) == 0:
-        raise UsageError("the batch is empty")
     if targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise UsageError(f"targets must lie in [0, {classes}), got {int(targets.min())} to {int(targets.max())}")
 

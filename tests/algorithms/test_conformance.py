@@ -330,6 +330,7 @@ def test_autoencoders_go_on_bit_for_bit_and_read_nothing_from_the_device(rule: s
         (lambda x, y: (x, y), "targets like its inputs"),
         (lambda x, y: (x, x[:, :1]), "targets like its inputs"),
         (lambda x, y: (x[:, :1], x[:, :1]), "expected"),
+        (lambda x, y: (x[:0], x[:0]), "empty"),
     ],
 )
 def test_wrong_batches_of_autoencoders_get_a_clear_error(
@@ -337,6 +338,21 @@ def test_wrong_batches_of_autoencoders_get_a_clear_error(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         autoencoder(rule).step(spoil(*images(4, 0)))
+
+
+@pytest.mark.gpu
+@autoencoders
+def test_graphs_of_autoencoders_equal_eager_steps(rule: str) -> None:
+    x, y = images(160, 0)
+    results = []
+    for graph in (False, True):
+        learner = autoencoder(rule, lr=0.01, optimizer="momentum").cuda()
+        part = Batches(x, y, device="cuda", reconstruct=True)
+        config = TrainingConfig(batch_size=16, epochs=2, graph=graph, precision="fp32", lr_schedule="cosine")
+        progress = Trainer(learner, part, part, config).run()
+        assert all(stage["graph"] == graph for stage in progress.finished)
+        results.append(learner.scores(x.to("cuda")))
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
 
 
 @autoencoders

@@ -117,7 +117,7 @@ def test_gradients_and_a_step_equal_the_numpy_reference(similarity: str) -> None
 @both
 def test_closed_form_equals_autograd(similarity: str) -> None:
     closed, automatic = learner(similarity), learner(similarity)
-    for name in ("_forward", "_backward"):
+    for name in ("_forward", "_feedback"):
         layers = tuple(Layer(layer.module, layer.parameters, None) for layer in getattr(automatic, name))
         setattr(automatic, name, layers)
     x, y = batch()
@@ -494,6 +494,7 @@ def test_maps_that_are_flattened_too_early_are_refused() -> None:
         {"clip": -1.0},
         {"scale": 0.0},
         {"momentum": 0.5},
+        {"lr": 0.0},
         {"warmup_steps": -1},
     ],
 )
