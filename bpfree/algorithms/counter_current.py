@@ -175,10 +175,7 @@ class CounterCurrent(Learner):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C) scores, or reconstructions; the feedback network has no part in them."""
-        signal = inputs
-        for layer in self._forward:
-            signal = layer.module(signal)
-        return signal
+        return _outputs(self._forward, inputs)[-1]
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: both networks learn together."""
@@ -200,10 +197,6 @@ class CounterCurrent(Learner):
         compared = self.similarity if self.task == "classify" else "reconstruction"
         return ", ".join([compared, *([f"clipped by {self.clip_scope}"] if self.clip else [])])
 
-    def _trace_feedback(self, targets: Tensor) -> list[Trace]:
-        """Traces of V_1..V_L, made from V_L down."""
-        return _traces(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
-
     @torch.no_grad()
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
@@ -211,7 +204,7 @@ class CounterCurrent(Learner):
         # an autograd graph goes backwards on the stream of its forward pass, so only closed forms fork
         lanes = Lanes(inputs.device, len(self._forward) + 1 if self._in_closed_form else 0)
         with lanes.lane(0):
-            feedback = self._trace_feedback(targets)
+            feedback = _traces(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
         forward = _traces(self._forward, inputs)
         lanes.join()
         asked = self.objective.asked(targets, forward[-1].output)
@@ -275,8 +268,8 @@ class CounterCurrent(Learner):
             (a_l, b_l) for l = 0..L-1, each (B, d_l).
         """
         with evaluation_mode(self):
-            below = [trace.output for trace in _traces(self._forward, inputs)][:-1]
-            above = [trace.output for trace in self._trace_feedback(targets)]
+            below = _outputs(self._forward, inputs)[:-1]
+            above = _outputs(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
         return [
             (a.flatten(1), self.objective.paired(b, targets).flatten(1))
             for a, b in zip([inputs, *below], above, strict=True)
@@ -316,8 +309,17 @@ def _class_objective(
     return CosineObjective(classes, flood, scale, DECORRELATION if decorrelation is None else decorrelation)
 
 
+def _outputs(layers: Iterable[Layer], signal: Tensor) -> list[Tensor]:
+    """What layers make of a signal, one after another."""
+    outputs: list[Tensor] = []
+    for layer in layers:
+        signal = layer.module(signal)
+        outputs.append(signal)
+    return outputs
+
+
 def _traces(layers: Iterable[Layer], signal: Tensor) -> list[Trace]:
-    """Run layers one after another; a trace each."""
+    """The same, by layers that are about to learn from it."""
     traces: list[Trace] = []
     for layer in layers:
         traces.append(layer.trace(signal))
