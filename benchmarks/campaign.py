@@ -24,7 +24,7 @@ from bpfree import data
 from bpfree.errors import BpfreeError
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, parse_settings, resolve
-from bpfree.experiments.records import CONFIG, RunFolder, find_runs
+from bpfree.experiments.records import CONFIG, find_runs
 from bpfree.experiments.tables import readable, result_rows, text_table
 from bpfree.experiments.train import InterruptedRunError
 
@@ -58,7 +58,7 @@ def main() -> None:
     training = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.training)}
     configs = arms(options.presets, options.vary, training)
     load = cache(data.load)
-    done = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(options.out)] if options.out.exists() else []
+    done = [RunConfig.read(path / CONFIG).to_dict() for path in find_runs(options.out)] if options.out.exists() else []
     started, failures = time.monotonic(), 0
     idle_w: tuple[float, ...] = ()
     for seed in options.seeds:

@@ -4,6 +4,7 @@ from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
 from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CompetitiveForward
+from bpfree.algorithms.counter_current import CounterCurrent
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
@@ -19,6 +20,7 @@ __all__ = [
     "Batch",
     "CaFo",
     "CompetitiveForward",
+    "CounterCurrent",
     "DirectFeedback",
     "ForwardForward",
     "ForwardGNN",

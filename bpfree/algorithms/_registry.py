@@ -12,6 +12,7 @@ from torch import nn
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
 from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CWCOMP, DEEPER_FORWARD, SCALABLE, CompetitiveForward
+from bpfree.algorithms.counter_current import CounterCurrent
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
@@ -53,7 +54,7 @@ class Algorithm:
         }
 
     def build(self, network: nn.Sequential, classes: int, input_shape: Shape, **parameters: Any) -> Learner:
-        """A learner for `network`.
+        """A learner for `network`; 0 classes are the task "autoencode".
 
         Raises:
             UsageError: a parameter that the rule does not have (with the nearest one it has), a bad value, or a
@@ -159,6 +160,13 @@ ALGORITHMS: Final = (
         NoPropBackprop,
         "control: NoProp's blocks in a gated chain, back-propagation through all of them",
         NoPropBackprop.paper,
+    ),
+    Algorithm(
+        "counter_current",
+        "ccl",
+        CounterCurrent,
+        "counter-current learning: a second network from labels to inputs; each pair of layers learns to agree",
+        CounterCurrent.paper,
     ),
     Algorithm(
         "direct_feedback",

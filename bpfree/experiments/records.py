@@ -24,6 +24,7 @@ METRICS: Final = "metrics.jsonl"
 SUMMARY: Final = "summary.json"
 CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
+PICTURE: Final = "reconstructions.png"
 
 
 class RunFolder:

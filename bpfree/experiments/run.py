@@ -26,6 +26,7 @@ from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
+from bpfree.experiments.pictures import draw_reconstructions, require_matplotlib
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
@@ -36,6 +37,9 @@ AnyDataset = Dataset | GraphDataset
 
 TEST_DRAWS: Final = 5
 """Draws of the noise from which rules that need noise to answer are tested, as in NoProp's paper."""
+
+PICTURED: Final = 10
+"""Test images whose reconstructions are drawn."""
 
 POLL_HZ: Final = 5.0
 """Rate at which runs sample power and counter, 1/s: half that of the sensors, since reading the counter takes 3 ms
@@ -104,10 +108,13 @@ def build_learner(config: RunConfig, dataset: AnyDataset, device: torch.device) 
     """The learner of a run: the seed fixes the network first, so that every rule starts from the same one."""
     torch.manual_seed(config.seed)
     if isinstance(dataset, GraphDataset):
+        if config.task == "autoencode":
+            raise UsageError(f"the task autoencode is for images, and {dataset.name} is a graph")
         input_shape: tuple[int, ...] = (dataset.features.shape[1],)
         classes = task_classes(dataset, config.training)
     else:
-        input_shape, classes = dataset.input_shape, dataset.classes
+        input_shape = dataset.input_shape
+        classes = 0 if config.task == "autoencode" else dataset.classes
     network = build_network(config.network, input_shape)
     learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
     convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
@@ -156,6 +163,8 @@ def run(
     if dataset is None:
         dataset = load_dataset(config.dataset, data_root)
     config = replace(config, dataset=dataset.name)  # the record names what was trained on
+    if config.task == "autoencode":
+        require_matplotlib()  # before hours of training, not behind them
     device = pick_device(config.device)
     learner = build_learner(config, dataset, device)
     folder = RunFolder.create(
@@ -190,6 +199,8 @@ def resume(
     if (path / records.SUMMARY).is_file():
         return {**folder.read_json(records.SUMMARY), "run_dir": str(path)}
     config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    if config.task == "autoencode":
+        require_matplotlib()
     if dataset is None:
         dataset = load_dataset(config.dataset, data_root)
     learner = build_learner(config, dataset, pick_device(config.device))
@@ -269,7 +280,14 @@ def _train(
         if tracker is not None:
             measured["carbon"] = tracker.report(meter.totals()["total"])
         tested = evaluate(learner, test, config.training.precision)
-        summary = {**_summary(config, folder, learner, progress, measured, tested), "metric": test.metric}
+        summary = {
+            **_summary(config, folder, learner, progress, measured, tested),
+            "metric": test.metric,
+            "criterion": test.criterion,
+        }
+        if isinstance(test, Batches) and test.reconstruct:
+            images, _ = next(iter(test.in_order(PICTURED)))
+            draw_reconstructions(folder.path / records.PICTURE, images, learner.scores(images))
         if isinstance(learner, DrawsNoise):
             summary["test_draws"] = evaluate_draws(learner, test, config.training.precision, TEST_DRAWS)
         if isinstance(dataset, GraphDataset):
@@ -283,6 +301,22 @@ def _train(
     return {**summary, "run_dir": str(folder.path)}
 
 
+def trained(
+    path: Path, device: torch.device, *, data_root: Path | None = None
+) -> tuple[RunConfig, Learner, AnyBatches]:
+    """Configuration, learner and test data of a finished run that has kept its model.
+
+    Raises:
+        CheckpointError: `path` is not a run folder, or has no model.
+    """
+    folder = RunFolder.open(path)
+    config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    dataset = load_dataset(config.dataset, data_root)
+    learner = build_learner(config, dataset, device)
+    learner.load_state_dict(folder.load(records.MODEL, device))
+    return config, learner, load_batches(config, dataset, device, preferred_layout(learner, device))[2]
+
+
 def load_batches(
     config: RunConfig, dataset: AnyDataset, device: torch.device, layout: torch.memory_format
 ) -> tuple[AnyBatches, AnyBatches, AnyBatches]:
@@ -291,7 +325,7 @@ def load_batches(
         return graph_parts(dataset, config.training, config.seed, device)
     refuse_graph_settings(config.training)
     train, validation, test = dataset.split(config.training.validation)
-    shared: dict[str, Any] = {"device": device, "layout": layout}
+    shared: dict[str, Any] = {"device": device, "layout": layout, "reconstruct": config.task == "autoencode"}
     if config.training.standardize:
         shared.update(mean=dataset.mean, std=dataset.std)
     augmentation = config.training.augmentation or dataset.augmentation
@@ -335,6 +369,7 @@ def _summary(
     kept = progress.finished[-1]
     return {
         "algorithm": config.algorithm,
+        "task": config.task,
         "dataset": config.dataset,
         "network": config.network,
         "variant": learner.variant,

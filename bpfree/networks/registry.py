@@ -11,7 +11,8 @@ from typing import Final, cast
 from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
-from bpfree.networks.cnn import CAFO_CHANNELS, MF_CHANNELS, cnn
+from bpfree.networks.autoencoder import AUTOENCODER_CHANNELS, autoencoder
+from bpfree.networks.cnn import CAFO_CHANNELS, ELU_CHANNELS, MF_CHANNELS, cnn, elu_cnn
 from bpfree.networks.gnn import gnn
 from bpfree.networks.mlp import mlp
 from bpfree.networks.noprop import Kind, image_branch
@@ -45,8 +46,8 @@ def _depth_and_width(sizes: str) -> tuple[int, ...]:
     return widths
 
 
-def _mlp(input_shape: Shape, sizes: str) -> nn.Sequential:
-    return mlp(input_shape, _depth_and_width(sizes or "2x1000"))
+def _mlp(elu: bool, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return mlp(input_shape, _depth_and_width(sizes or "2x1000"), elu=elu)
 
 
 def _gnn(kind: str, input_shape: Shape, sizes: str) -> nn.Sequential:
@@ -59,6 +60,14 @@ def _cnn(input_shape: Shape, sizes: str) -> nn.Sequential:
     if sizes == "cafo":
         return cnn(input_shape, CAFO_CHANNELS, pool="max", batch_norm=True)
     return cnn(input_shape, _widths(sizes))
+
+
+def _elu_cnn(strided: bool, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return elu_cnn(input_shape, _widths(sizes) if sizes else ELU_CHANNELS, strided=strided)
+
+
+def _autoencoder(input_shape: Shape, sizes: str) -> nn.Sequential:
+    return autoencoder(input_shape, _widths(sizes) if sizes else AUTOENCODER_CHANNELS)
 
 
 def _noprop(input_shape: Shape, kind: str) -> nn.Sequential:
@@ -85,13 +94,32 @@ FAMILIES: Final[dict[str, Family]] = {
     "mlp": Family(
         "mlp:DEPTHxWIDTH | mlp:WxWxW..",
         "hidden layers Linear-ReLU; mlp:2x1000 is two of 1000 units, mlp:500x300 or mlp:800x400x200 names each width",
-        _mlp,
+        partial(_mlp, False),
+    ),
+    "mlp-elu": Family(
+        "mlp-elu:DEPTHxWIDTH | mlp-elu:WxWxW..", "hidden layers Linear-ELU without biases", partial(_mlp, True)
     ),
     "cnn": Family(
         "cnn:mf | cnn:cafo | cnn:CxCxC..",
         "cnn:mf is Conv3x3-ReLU-AvgPool with 64-128-256-512 maps, cnn:cafo is Conv3x3-ReLU-MaxPool-BatchNorm with "
         "32-128-512; cnn:32x64 names the maps (average pooling)",
         _cnn,
+    ),
+    "cnn-elu": Family(
+        "cnn-elu | cnn-elu:CxCxC..",
+        "Conv3x3-ELU-MaxPool without biases; the default is counter-current learning's 128x128x256x256x512",
+        partial(_elu_cnn, False),
+    ),
+    "cnn-strided": Family(
+        "cnn-strided | cnn-strided:CxCxC..",
+        "Conv3x3 of stride 2, ELU, with the same default; for images of any size",
+        partial(_elu_cnn, True),
+    ),
+    "autoencoder": Family(
+        "autoencoder | autoencoder:CxCxC..",
+        "for --task autoencode: strided convolutions with batch normalisation and ReLU, and back by upsampling; the "
+        "default is counter-current learning's 128x256x1024x2048",
+        _autoencoder,
     ),
     "noprop": Family(
         "noprop:dt | noprop:ct",

@@ -89,3 +89,18 @@ def test_bad_values_are_refused() -> None:
         Backprop(blocks(), 3, readout="linaer")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="auxiliary_weight"):
         Backprop(blocks(), 3, auxiliary_weight=float("nan"))
+
+
+def test_gradients_are_centralised_then_clipped() -> None:
+    batch_of_both = batch()
+    torch.manual_seed(0)
+    plain = Backprop(blocks(), 3, lr=1e-12).double()
+    torch.manual_seed(0)
+    conditioned = Backprop(blocks(), 3, lr=1e-12, centralize=True, clip=0.1).double()
+    for learner in (plain, conditioned):
+        learner.step(batch_of_both)
+    wanted = [p.grad - p.grad.mean(1, keepdim=True) if p.ndim > 1 else p.grad for p in plain.parameters()]
+    length = torch.cat([gradient.flatten() for gradient in wanted]).norm()
+    assert length > 0.1
+    for gradient, parameter in zip(wanted, conditioned.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, 0.1 / length * gradient, rtol=1e-4, atol=1e-8)

@@ -116,6 +116,7 @@ def test_the_command_of_a_run_repeats_it() -> None:
     config = replace(
         resolve("mf", "mnist", seed=4, parameters={"lr": 0.5, "input_projection": True}),
         training=TrainingConfig(epochs=3, lr_schedule="cosine", graph=False, passes=8, augmentation="none"),
+        task="autoencode",
     )
     words = shlex.split(command(config))
     assert words[:2] == ["bpfree", "run"]
@@ -128,6 +129,7 @@ def test_the_command_of_a_run_repeats_it() -> None:
         preset=given["preset"],
         seed=given["seeds"][0],
         parameters=parse_settings(given["settings"], given["algorithm_name"]),
+        task=given["task"],
         training={k: given[k] for k in vars(config.training) if given[k] is not None},
     )
     assert again == replace(config, preset=None)
@@ -137,3 +139,20 @@ def test_every_rule_names_its_source_and_parameters() -> None:
     for entry in ALGORITHMS:
         assert entry.paper.title
         assert "lr" in entry.parameters()
+
+
+def test_images_to_be_reconstructed_are_left_in_the_unit_interval_unless_one_asks() -> None:
+    config = resolve("bp", "mnist", task="autoencode")
+    assert (config.task, config.network, config.training.standardize) == ("autoencode", "autoencoder", False)
+    assert resolve("bp", "mnist", task="autoencode", training={"standardize": True}).training.standardize
+
+
+def test_presets_are_found_by_their_task() -> None:
+    assert resolve("ccl", "cifar10").preset == "counter_current-cifar10"
+    assert resolve("ccl", "cifar10", task="autoencode").preset == "counter_current-cifar10-autoencode"
+    assert resolve(preset="backprop-cifar10-autoencode").task == "autoencode"
+    assert resolve("ccl", "cifar10", "autoencoder").preset is None
+    with pytest.raises(UsageError, match="for the task autoencode"):
+        resolve(preset="backprop-cifar10-autoencode", task="classify")
+    with pytest.raises(UsageError, match="did you mean autoencode"):
+        resolve("ccl", "cifar10", task="autoencoder")  # type: ignore[arg-type]
