@@ -56,6 +56,7 @@ class TrainingConfig:
         split: graphs: "public" is Planetoid's split, "folds" are ForwardGNN's five, fold seed modulo 5, "random" is
             60/20/20 by seed, "edges" asks for links between nodes, fold seed modulo 5; None takes the data set's own.
         validate_every: graphs: full-batch steps per epoch, that is between validations.
+        dropout: probability of the network's dropout layers; None leaves them as the network has them.
         reveal_validation: graphs: show labels of validation nodes to rules that use known labels when testing, as
             ForwardGNN's code does.
     """
@@ -77,6 +78,7 @@ class TrainingConfig:
     split: str | None = None
     validate_every: int = VALIDATE_EVERY
     reveal_validation: bool = False
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "patience", "validate_every"):
@@ -225,6 +227,18 @@ class Trainer:
         torch.set_rng_state(state["generators"]["cpu"])
         if "cuda" in state["generators"] and self.train.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.train.device)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the epochs planned at most that are done, 0 to 1; every stage counts alike."""
+        stages = len(self.learner.stages())
+        within = self.progress.epoch * self.steps_per_epoch / self.planned_steps if self.planned_steps else 0.0
+        return (self.progress.stage + within) / stages
+
+    @property
+    def passes(self) -> int:
+        """Data passes done, in all stages."""
+        return sum(stage["epochs"] for stage in self.progress.finished) + self.progress.epoch
 
     @property
     def has_best(self) -> bool:

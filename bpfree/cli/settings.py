@@ -1,0 +1,48 @@
+"""Options for training settings that are the same for every rule and are not searched by a tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, Final
+
+import click
+
+from bpfree.data.batches import AUGMENTATIONS
+from bpfree.experiments.stepper import PRECISIONS
+from bpfree.experiments.train import MONITORS, SPLITS
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+SETTINGS: Final[tuple[Decorator, ...]] = (
+    click.option("--min-delta", type=click.FloatRange(min=0), help="What counts as improvement.  [default: 0]"),
+    click.option("--warmup-epochs", type=click.FloatRange(min=0), help="Linear learning-rate warm-up.  [default: 0]"),
+    click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of matrix products.  [default: tf32]"),
+    click.option(
+        "--augmentation", type=click.Choice(AUGMENTATIONS), help="Augmentation.  [default: the data set's own]"
+    ),
+    click.option(
+        "--standardize/--no-standardize",
+        default=None,
+        help="Standardise inputs by the data set's mean and deviation, or leave images in [0, 1].  "
+        "[default: standardize]",
+    ),
+    click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]"),
+    click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]"),
+    click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]"),
+    click.option(
+        "--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]"
+    ),
+    click.option("--graph/--no-graph", default=None, help="CUDA graphs for training steps.  [default: graph]"),
+    click.option(
+        "--checkpoint-every",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        help="Time between checkpoints.  [default: 60]",
+    ),
+)
+
+
+def setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """All of them, in this order; those that are not given are None."""
+    return reduce(lambda decorated, option: option(decorated), reversed(SETTINGS), function)
