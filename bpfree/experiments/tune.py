@@ -171,10 +171,10 @@ class Watch(Reporter):
     def started(self, config: RunConfig, folder: Path, learner: Learner, trainer: Trainer) -> None:
         self._trainer = trainer
         self._trial.set_user_attr(RUN, folder.name)
-        self._heed_stop()
+        if self._stop():  # before the run began to listen
+            raise InterruptedRunError(f"stopped by {self._stop.name}")
 
     def epoch(self, record: dict[str, Any]) -> None:
-        self._heed_stop()
         fraction = self._trainer.fraction
         self._observer.trial_progress(fraction, record)
         due = int(self._reports * fraction + 1e-9)
@@ -195,11 +195,6 @@ class Watch(Reporter):
         self.passes = self._trainer.passes
         if "total" in (totals := meter.totals()):
             self.cost = cost(totals["total"].as_dict())
-
-    def _heed_stop(self) -> None:
-        """A signal that came when the run was not listening."""
-        if self._stop():
-            raise InterruptedRunError(f"stopped by {self._stop.name}")
 
 
 def cost(energy: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +224,8 @@ class Worker:
     ) -> None:
         self.config, self.study, self.dataset, self.observer = config, study, dataset, observer
         self.root = folder / TRIALS
-        self.hardware = records.hardware(runs.pick_device(config.base.device))
+        self.device = runs.pick_device(config.base.device)
+        self.hardware = records.hardware(self.device)
 
     def work(self, stop: StopRequest) -> None:
         """Do trials.
@@ -244,8 +240,8 @@ class Worker:
                 ended = self.study.ended()
                 best = best_of([describe(other) for other in ended])
                 self.observer.trial_ended(describe(_frozen(self.study, trial)), len(ended), best)
-                gc.collect()  # graphs and optimisers refer to each other in cycles
-                if self.config.base.device != "cpu" and torch.cuda.is_available():
+                if self.device.type == "cuda":
+                    gc.collect()  # graphs and optimisers refer to each other in cycles
                     torch.cuda.empty_cache()
                 if stop():
                     raise InterruptedRunError(f"stopped by {stop.name}")
