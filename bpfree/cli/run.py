@@ -12,11 +12,10 @@ from typing import Any
 import click
 
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default, refuse_others
-from bpfree.cli.settings import setting_options
+from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
 from bpfree.energy import KINDS
 from bpfree.experiments.config import RunConfig, parse_settings, resolve, training_config
-from bpfree.experiments.schedules import SCHEDULES
 
 EXIT_TARGET_MISSED = 3
 INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that is another way to answer
@@ -35,22 +34,10 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
 @click.option(
     "--seed", "seeds", type=click.IntRange(min=0), multiple=True, default=(0,), help="Seed; repeat it for several runs."
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Cap on epochs per stage.  [default: 100]")
-@click.option(
-    "--patience", type=click.IntRange(min=1), help="Epochs without improvement that end a stage.  [default: 20]"
-)
 @click.option(
     "--passes", type=click.IntRange(min=1), help="Train for exactly this many data passes, without early stopping."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples per step.  [default: 128]")
-@click.option("--lr-schedule", type=click.Choice(SCHEDULES), help="Learning-rate schedule.  [default: constant]")
-@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Of the network's dropout layers.")
-@click.option(
-    "--reveal-validation/--no-reveal-validation",
-    default=None,
-    help="Graphs: show validation labels to the rule at test.  [default: no-reveal-validation]",
-)
-@setting_options
+@training_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--energy", type=click.Choice(KINDS), default="auto", help="Where joules come from.")
 @click.option(

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default
-from bpfree.cli.settings import setting_options
+from bpfree.cli.training import setting_options
 from bpfree.console import TuningConsole
 from bpfree.energy import KINDS
 from bpfree.errors import UsageError

@@ -1,4 +1,4 @@
-"""Options for training settings that are the same for every rule and are not searched by a tuner."""
+"""Options on how to train, which commands that train share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ from typing import Any, Final
 import click
 
 from bpfree.data.batches import AUGMENTATIONS
+from bpfree.experiments.schedules import SCHEDULES
 from bpfree.experiments.stepper import PRECISIONS
 from bpfree.experiments.train import MONITORS, SPLITS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+SEARCHED: Final[tuple[Decorator, ...]] = (
+    click.option("--epochs", type=click.IntRange(min=1), help="Cap on epochs per stage.  [default: 100]"),
+    click.option(
+        "--patience", type=click.IntRange(min=1), help="Epochs without improvement that end a stage.  [default: 20]"
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Samples per step.  [default: 128]"),
+    click.option("--lr-schedule", type=click.Choice(SCHEDULES), help="Learning-rate schedule.  [default: constant]"),
+    click.option(
+        "--dropout",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Of the network's dropout layers.  [default: the network's own]",
+    ),
+)
+"""What a tuner has options of its own for."""
 
 SETTINGS: Final[tuple[Decorator, ...]] = (
     click.option("--min-delta", type=click.FloatRange(min=0), help="What counts as improvement.  [default: 0]"),
@@ -43,6 +59,24 @@ SETTINGS: Final[tuple[Decorator, ...]] = (
 )
 
 
+TESTED: Final[tuple[Decorator, ...]] = (
+    click.option(
+        "--reveal-validation/--no-reveal-validation",
+        default=None,
+        help="Graphs: show validation labels to the rule at test.  [default: no-reveal-validation]",
+    ),
+)
+
+
+def training_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option per training setting that all arms of a comparison share; None where the user says nothing."""
+    return _add((*SEARCHED, *SETTINGS, *TESTED), function)
+
+
 def setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """All of them, in this order; those that are not given are None."""
-    return reduce(lambda decorated, option: option(decorated), reversed(SETTINGS), function)
+    """The same, but only those that a tuner does not search and that mean something without a test."""
+    return _add(SETTINGS, function)
+
+
+def _add(options: tuple[Decorator, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    return reduce(lambda decorated, option: option(decorated), reversed(options), function)
