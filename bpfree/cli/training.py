@@ -49,6 +49,11 @@ SETTINGS: Final[tuple[Decorator, ...]] = (
     click.option(
         "--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]"
     ),
+    click.option(
+        "--graph-parts",
+        type=click.IntRange(min=1),
+        help="Graphs: cut the nodes into this many random parts, for graphs that do not fit the device.  [default: 1]",
+    ),
     click.option("--graph/--no-graph", default=None, help="CUDA graphs for training steps.  [default: graph]"),
     click.option(
         "--checkpoint-every",
