@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bpfree.cli import cli
+from bpfree.experiments.config import presets
 
 pytest.importorskip("optuna")
 
@@ -65,12 +66,11 @@ def test_convergence_searches_no_passes(tmp_path: Path) -> None:
 
 def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: Path) -> None:
     """Of two rules one would otherwise be trained with other settings than the other."""
-    done = tune(
-        tmp_path, "--preset", "forward_forward-digits", "--trials", "1", "--passes", "1", "1", "--format", "json"
-    )
+    preset = presets()["forward_forward-digits"]
+    done = tune(tmp_path, "--preset", preset.name, "--trials", "1", "--passes", "1", "1", "--format", "json")
     base = json.loads(done.stdout)["settings"]["base"]
-    assert base["network"] == "mlp:2x500" or base["network"].startswith("mlp")
-    assert base["parameters"]
+    assert (base["network"], base["parameters"]) == (preset.network, preset.parameters)
+    assert preset.training
     plain = json.loads(tune(tmp_path, "--algo", "bp", *QUICK, "--format", "json").stdout)["settings"]["base"]
     assert base["training"] == plain["training"]
 
