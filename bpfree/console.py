@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from bpfree.algorithms import Learner
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.run import Reporter
 from bpfree.experiments.train import Trainer
+from bpfree.experiments.tune import Observer, TuneConfig
 
 LINE_EVERY_S: Final = 10.0
 
@@ -87,3 +89,66 @@ class Console(Reporter):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class TuningConsole(Observer):
+    """Tells a person at a terminal how tuning goes: a line per trial, and a live bar for the one in hand.
+
+    Args:
+        quiet: say nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._trials = 0
+        self._number = 0
+        self._bar: Any = None
+        self._last_line = 0.0
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            click.echo(text, err=True)
+
+    def started(self, config: TuneConfig, folder: Path, space: Mapping[str, Any], done: int) -> None:
+        self._trials = config.trials
+        base = config.base
+        self._say(f"tuning {base.algorithm} on {base.dataset} with {base.network}, {config.trials} trials -> {folder}")
+        if done:
+            self._say(f"{done} of them are done already")
+        for name, values in space.items():
+            choices = values.get("choices")
+            limits = f"{values.get('low')} to {values.get('high')}{' by logarithm' if values.get('log') else ''}"
+            self._say(f"  {name}: {', '.join(map(str, choices)) if choices else limits}")
+
+    def trial_started(self, number: int, run: RunConfig) -> None:
+        self._number = number
+        # bars of several processes would overwrite each other
+        if self._quiet or not sys.stderr.isatty() or multiprocessing.parent_process() is not None:
+            return
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=100, desc=f"trial {number}", unit="%", dynamic_ncols=True, leave=False)
+
+    def trial_progress(self, fraction: float, record: Mapping[str, Any]) -> None:
+        accuracy = record["validation_accuracy"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{accuracy:.2f} %", refresh=False)
+            self._bar.update(round(100 * fraction) - self._bar.n)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._say(f"trial {self._number}: {100 * fraction:.0f} % done, validation accuracy {accuracy:.2f} %")
+
+    def trial_ended(self, trial: Mapping[str, Any], ended: int, best: Mapping[str, Any] | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._last_line = time.monotonic()
+        joules = "" if trial["gross_j"] is None else f", {trial['gross_j']:.0f} J"
+        accuracy = trial.get("validation_accuracy")
+        how = trial["reason"] if accuracy is None else f"{accuracy:.2f} %"
+        values = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["values"].items())
+        leader = "" if best is None else f"; best {best['validation_accuracy']:.2f} % (trial {best['number']})"
+        self._say(
+            f"[{ended}/{self._trials}] trial {trial['number']} {trial['state']}: {how}, {trial['passes']} passes, "
+            f"{trial['seconds']:.1f} s{joules}: {values}{leader}"
+        )

@@ -13,6 +13,7 @@ from bpfree.cli.data import data_group
 from bpfree.cli.energy import energy_group
 from bpfree.cli.run import run
 from bpfree.cli.show import list_things, table
+from bpfree.cli.tune import tune_rule
 
 
 @click.group(
@@ -28,6 +29,7 @@ def cli(context: click.Context) -> None:
     \b
     bpfree run                                  Mono-Forward on the packaged digits
     bpfree run --algo bp --dataset mnist        the baseline, with the preset's hyperparameters
+    bpfree tune --algo mf --trials 50           hyperparameters, by the same search for every rule
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
     bpfree energy measure -- python train.py    joules, seconds and watts of any program
@@ -36,7 +38,7 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-for command in (run, list_things, table, data_group, energy_group):
+for command in (run, tune_rule, list_things, table, data_group, energy_group):
     cli.add_command(command)
 
 

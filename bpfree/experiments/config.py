@@ -16,6 +16,7 @@ from bpfree import data
 from bpfree.algorithms import Algorithm, algorithm
 from bpfree.algorithms.learner import TASKS, Task
 from bpfree.errors import UsageError, unknown_name
+from bpfree.experiments.records import RunFolder
 from bpfree.experiments.train import TrainingConfig
 
 if sys.version_info >= (3, 11):
@@ -129,12 +130,63 @@ def presets() -> dict[str, Preset]:
     }
 
 
+def read_preset(path: Path) -> Preset:
+    """The preset in a TOML file, called like the file.
+
+    Raises:
+        UsageError: the file is missing, or does not hold a preset.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        preset = Preset(name=path.stem, **values)
+    except OSError as error:
+        raise UsageError(f"cannot read the preset {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} does not hold a preset ({error})") from error
+    for key, kind in (("algorithm", str), ("dataset", str), ("network", str), ("parameters", dict), ("training", dict)):
+        if not isinstance(getattr(preset, key), kind):
+            raise UsageError(f"{path} does not hold a preset ({key} must be a {kind.__name__})")
+    return preset
+
+
+def write_preset(preset: Preset, path: Path) -> None:
+    """Write a preset as a TOML file that `read_preset` reads.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    values = asdict(preset)
+    del values["name"]
+    tables = {name: values.pop(name) for name in ("parameters", "training")}
+    blocks = [_toml_lines(values)]
+    blocks += [f"[{name}]\n{_toml_lines(table)}" for name, table in tables.items() if table]
+    RunFolder(path.parent).write_text(path.name, "\n".join(blocks))
+
+
+def _toml_lines(table: Mapping[str, Any]) -> str:
+    """Strings, numbers and truth values are written alike in JSON and TOML, which has nothing for None."""
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in table.items() if v is not None)
+
+
 def find_preset(rule: Algorithm, dataset: str, network: str | None, task: Task = "classify") -> Preset | None:
     """The preset for a rule on a data set: that of `network`, or the one named after rule, data set and task alone."""
     if network is None:
         return presets().get(f"{rule.name}-{dataset}" + ("" if task == "classify" else f"-{task}"))
     wanted = (rule.alias, dataset, network, task)
     return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network, p.task) == wanted), None)
+
+
+def named_preset(name: str) -> Preset:
+    """The packaged preset called `name`, or the one in the file of that path, which ends in .toml.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name.endswith(".toml"):
+        return read_preset(Path(name))
+    if name not in presets():
+        raise unknown_name("preset", name, presets())
+    return presets()[name]
 
 
 def resolve(
@@ -157,8 +209,8 @@ def resolve(
         dataset: name of a data set; may be left to `preset`.
         network: name of a network; the preset's, or `mlp:2x1000` (on graphs `gcn:2x128`, for the task "autoencode"
             `autoencoder`) if left out.
-        preset: name of a preset; "none" for the rule's defaults. Left out, the preset for this rule, data set
-            and network is taken if there is one.
+        preset: name of a preset, or path of a file that ends in .toml; "none" for the rule's defaults. Left out, the
+            preset for this rule, data set and network is taken if there is one.
         seed: see `RunConfig`.
         parameters: learner parameters that override the preset's.
         training: training settings that override the preset's.
@@ -172,9 +224,7 @@ def resolve(
     """
     start: Preset | None = None
     if preset not in (None, "none"):
-        if preset not in presets():
-            raise unknown_name("preset", str(preset), presets())
-        start = presets()[str(preset)]
+        start = named_preset(str(preset))
     if algorithm_name is None and start is None:
         raise UsageError("say what to train: --algo NAME or --preset NAME (see `bpfree list`)")
     rule = algorithm(algorithm_name or (start.algorithm if start else ""))

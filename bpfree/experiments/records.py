@@ -22,6 +22,7 @@ CONFIG: Final = "config.json"
 ENVIRONMENT: Final = "environment.json"
 METRICS: Final = "metrics.jsonl"
 SUMMARY: Final = "summary.json"
+UNTESTED: Final = "untested.json"  # in its place if a run was not tested
 CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
 PICTURE: Final = "reconstructions.png"
@@ -70,7 +71,14 @@ class RunFolder:
         Raises:
             CheckpointError: it cannot be written; the previous version is still there.
         """
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text.
+
+        Raises:
+            CheckpointError: it cannot be written; the previous version is still there.
+        """
         self._write(name, lambda file: file.write(text.encode()))
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -87,8 +95,7 @@ class RunFolder:
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Replace the per-epoch metrics, after a resume has gone back to a checkpoint."""
-        text = "".join(json.dumps(record) + "\n" for record in history)
-        self._write(METRICS, lambda file: file.write(text.encode()))
+        self.write_text(METRICS, "".join(json.dumps(record) + "\n" for record in history))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one epoch's metrics as a line of JSON.

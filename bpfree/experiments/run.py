@@ -30,7 +30,7 @@ from bpfree.experiments.pictures import draw_reconstructions, require_matplotlib
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
-from bpfree.networks import build_network
+from bpfree.networks import build_network, set_dropout
 
 MIB: Final = 2**20
 AnyDataset = Dataset | GraphDataset
@@ -116,6 +116,8 @@ def build_learner(config: RunConfig, dataset: AnyDataset, device: torch.device) 
         input_shape = dataset.input_shape
         classes = 0 if config.task == "autoencode" else dataset.classes
     network = build_network(config.network, input_shape)
+    if config.training.dropout is not None:
+        set_dropout(network, config.training.dropout)
     learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
     convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
     return learner.to(device)
@@ -136,6 +138,7 @@ def run(
     reporter: Reporter | None = None,
     measuring: Measuring = Measuring(),
     keep_model: bool = True,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Do a run and record it in a new folder under `root`.
 
@@ -147,6 +150,8 @@ def run(
         reporter: hears how it goes.
         measuring: what is measured beside the run itself.
         keep_model: whether to keep the trained weights in the folder.
+        test: whether to test at the end. Otherwise the test part is not touched, the summary has no test results and
+            is called untested.json, which tables do not read: a trial of a tuner.
 
     Returns:
         The run's summary, as written to summary.json, and where that is ("run_dir").
@@ -176,7 +181,7 @@ def run(
     )
     folder.write_json(records.CONFIG, config.to_dict())
     folder.write_json(records.ENVIRONMENT, records.environment(device))
-    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, state=None)
+    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, test, state=None)
 
 
 def resume(
@@ -187,6 +192,7 @@ def resume(
     reporter: Reporter | None = None,
     measuring: Measuring = Measuring(),
     keep_model: bool = True,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Go on with an interrupted run; its weights end up as if it had never stopped.
 
@@ -196,8 +202,8 @@ def resume(
         CheckpointError: `path` is not a run folder, or its checkpoint is damaged.
     """
     folder = RunFolder.open(path)
-    if (path / records.SUMMARY).is_file():
-        return {**folder.read_json(records.SUMMARY), "run_dir": str(path)}
+    if (path / summary_name(test)).is_file():
+        return {**folder.read_json(summary_name(test)), "run_dir": str(path)}
     config = RunConfig.from_dict(folder.read_json(records.CONFIG))
     if config.task == "autoencode":
         require_matplotlib()
@@ -206,7 +212,12 @@ def resume(
     learner = build_learner(config, dataset, pick_device(config.device))
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None
-    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, state)
+    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, test, state)
+
+
+def summary_name(test: bool) -> str:
+    """The file that holds the summary of a run that was tested, or was not."""
+    return records.SUMMARY if test else records.UNTESTED
 
 
 def _train(
@@ -217,13 +228,14 @@ def _train(
     reporter: Reporter,
     measuring: Measuring,
     keep_model: bool,
+    test: bool,
     state: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Train from the start or from a checkpoint's state, test, and write the record."""
+    """Train from the start or from a checkpoint's state, test if asked to, and write the record."""
     device = next(learner.parameters()).device
     stop = StopRequest()
     with told_of_memory(config, device), closing(choose_source(config.energy, device)) as source:
-        train, validation, test = load_batches(config, dataset, device, preferred_layout(learner, device))
+        train, validation, *held = load_batches(config, dataset, device, preferred_layout(learner, device), test=test)
         earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
         meter = EnergyMeter(source, device=device, idle_w=measuring.idle_w, earlier=earlier, poll_hz=POLL_HZ)
 
@@ -272,31 +284,26 @@ def _train(
             reporter.finished()
         if measuring.idle_after_s:
             meter.measure_idle(measuring.idle_after_s)
-        data_mib = stored_bytes(train, validation, test) / MIB
+        data_mib = stored_bytes(train, validation, *held) / MIB
         measured = {
             "energy": _energy(meter, progress, train.step_size(config.training.batch_size)),
             "memory": {**peak_memory(device), "data_mib": data_mib},
         }
         if tracker is not None:
             measured["carbon"] = tracker.report(meter.totals()["total"])
-        tested = evaluate(learner, test, config.training.precision)
         summary = {
-            **_summary(config, folder, learner, progress, measured, tested),
-            "metric": test.metric,
-            "criterion": test.criterion,
+            **_summary(config, folder, learner, progress, measured),
+            "metric": validation.metric,
+            "criterion": validation.criterion,
         }
-        if isinstance(test, Batches) and test.reconstruct:
-            images, _ = next(iter(test.in_order(PICTURED)))
-            draw_reconstructions(folder.path / records.PICTURE, images, learner.scores(images))
-        if isinstance(learner, DrawsNoise):
-            summary["test_draws"] = evaluate_draws(learner, test, config.training.precision, TEST_DRAWS)
-        if isinstance(dataset, GraphDataset):
-            revealed = revealed_test(dataset, config.training, config.seed, device)
-            if revealed is not None:  # the same for rules to which labels are no input
-                summary["test_revealed"] = evaluate(learner, revealed, config.training.precision)
+        for part in held:
+            summary.update(_tested(config, dataset, learner, part))
+            if isinstance(part, Batches) and part.reconstruct:
+                images, _ = next(iter(part.in_order(PICTURED)))
+                draw_reconstructions(folder.path / records.PICTURE, images, learner.scores(images))
     if keep_model:
         folder.save(records.MODEL, learner.state_dict())
-    folder.write_json(records.SUMMARY, summary)
+    folder.write_json(summary_name(test), summary)
     folder.remove(records.CHECKPOINT)
     return {**summary, "run_dir": str(folder.path)}
 
@@ -317,14 +324,33 @@ def trained(
     return config, learner, load_batches(config, dataset, device, preferred_layout(learner, device))[2]
 
 
-def load_batches(
-    config: RunConfig, dataset: AnyDataset, device: torch.device, layout: torch.memory_format
-) -> tuple[AnyBatches, AnyBatches, AnyBatches]:
-    """Training, validation and test part on the device; only training samples are augmented."""
+def _tested(config: RunConfig, dataset: AnyDataset, learner: Learner, test: AnyBatches) -> dict[str, Any]:
+    """What the summary says of the test part."""
+    precision = config.training.precision
+    diagnostics = evaluate(learner, test, precision)
+    tested: dict[str, Any] = {
+        "test_accuracy": diagnostics.pop("accuracy"),
+        "test_loss": diagnostics.pop("loss"),
+        "test_diagnostics": diagnostics,
+    }
+    if isinstance(learner, DrawsNoise):
+        tested["test_draws"] = evaluate_draws(learner, test, precision, TEST_DRAWS)
     if isinstance(dataset, GraphDataset):
-        return graph_parts(dataset, config.training, config.seed, device)
+        revealed = revealed_test(dataset, config.training, config.seed, test.device)
+        if revealed is not None:  # the same for rules to which labels are no input
+            tested["test_revealed"] = evaluate(learner, revealed, precision)
+    return tested
+
+
+def load_batches(
+    config: RunConfig, dataset: AnyDataset, device: torch.device, layout: torch.memory_format, *, test: bool = True
+) -> tuple[AnyBatches, ...]:
+    """Training, validation and, unless it is to be left alone, test part on the device; only training samples are
+    augmented."""
+    if isinstance(dataset, GraphDataset):
+        return graph_parts(dataset, config.training, config.seed, device)[: 3 if test else 2]
     refuse_graph_settings(config.training)
-    train, validation, test = dataset.split(config.training.validation)
+    train, validation, held = dataset.split(config.training.validation)
     shared: dict[str, Any] = {"device": device, "layout": layout, "reconstruct": config.task == "autoencode"}
     if config.training.standardize:
         shared.update(mean=dataset.mean, std=dataset.std)
@@ -332,7 +358,7 @@ def load_batches(
     return (
         Batches(train.inputs, train.targets, augmentation=augmentation, **shared),
         Batches(validation.inputs, validation.targets, **shared),
-        Batches(test.inputs, test.targets, **shared),
+        *(Batches(part.inputs, part.targets, **shared) for part in [held] if test),
     )
 
 
@@ -363,7 +389,6 @@ def _summary(
     learner: Learner,
     progress: Progress,
     measured: dict[str, Any],
-    tested: dict[str, float],
 ) -> dict[str, Any]:
     environment = folder.read_json(records.ENVIRONMENT)
     kept = progress.finished[-1]
@@ -375,9 +400,6 @@ def _summary(
         "variant": learner.variant,
         "preset": config.preset,
         "seed": config.seed,
-        "test_accuracy": tested.pop("accuracy"),
-        "test_loss": tested.pop("loss"),
-        "test_diagnostics": tested,
         "validation_accuracy": kept["best_validation_accuracy"],
         "validation_loss": kept["best_validation_loss"],
         "passes": sum(stage["epochs"] for stage in progress.finished),

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once.
+    """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once. Requests may be nested.
 
     Only the main thread can hear signals; elsewhere this does nothing.
     """
@@ -32,7 +32,10 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        around = getattr(self._previous.get(signal.Signals(number)), "__self__", None)
         self._restore()
+        if isinstance(around, StopRequest):  # what is around this has to stop as well
+            around._hear(number, frame)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -60,6 +60,7 @@ class TrainingConfig:
             for graphs that do not fit the device; 1 serves the graph whole.
         reveal_validation: graphs: show labels of validation nodes to rules that use known labels when testing, as
             ForwardGNN's code does.
+        dropout: probability of the network's dropout layers; None leaves them as the network has them.
     """
 
     batch_size: int = 128
@@ -81,6 +82,7 @@ class TrainingConfig:
     validate_every: int = VALIDATE_EVERY
     graph_parts: int = 1
     reveal_validation: bool = False
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "patience", "validate_every", "graph_parts"):
@@ -229,6 +231,18 @@ class Trainer:
         torch.set_rng_state(state["generators"]["cpu"])
         if "cuda" in state["generators"] and self.train.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.train.device)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the epochs planned at most that are done, 0 to 1; every stage counts alike."""
+        stages = len(self.learner.stages())
+        within = self.progress.epoch * self.steps_per_epoch / self.planned_steps if self.planned_steps else 0.0
+        return (self.progress.stage + within) / stages
+
+    @property
+    def passes(self) -> int:
+        """Data passes done, in all stages."""
+        return sum(stage["epochs"] for stage in self.progress.finished) + self.progress.epoch
 
     @property
     def has_best(self) -> bool:

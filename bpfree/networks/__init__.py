@@ -8,6 +8,7 @@ from bpfree.networks.heads import Head
 from bpfree.networks.mlp import mlp
 from bpfree.networks.noprop import Denoiser, image_branch
 from bpfree.networks.registry import build_network, describe_networks
+from bpfree.networks.streams import dropout_layers, set_dropout
 
 __all__ = [
     "Denoiser",
@@ -20,8 +21,10 @@ __all__ = [
     "build_network",
     "cnn",
     "describe_networks",
+    "dropout_layers",
     "gnn",
     "image_branch",
     "infer_input_shape",
     "mlp",
+    "set_dropout",
 ]

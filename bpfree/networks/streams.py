@@ -140,6 +140,17 @@ class Stream(nn.Module):
         return uniform(self.bits(math.prod(shape))).view(*shape).to(dtype)
 
 
+def checked_dropout(p: float) -> float:
+    """`p`, if it is a probability of dropout.
+
+    Raises:
+        UsageError: it is not in [0, 1).
+    """
+    if not 0 <= p < 1:
+        raise UsageError(f"dropout must lie in [0, 1), got {p}")
+    return p
+
+
 class StreamDropout(nn.Module):
     """Dropout from a stream of its own.
 
@@ -152,9 +163,7 @@ class StreamDropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise UsageError(f"dropout must lie in [0, 1), got {p}")
-        self.p = p
+        self.p = checked_dropout(p)
         self.stream = Stream()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,3 +179,21 @@ class StreamDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def dropout_layers(network: nn.Module) -> list[StreamDropout]:
+    """The dropout layers of a network."""
+    return [module for module in network.modules() if isinstance(module, StreamDropout)]
+
+
+def set_dropout(network: nn.Module, p: float) -> None:
+    """Give every dropout layer of a network the probability `p`.
+
+    Raises:
+        UsageError: `p` is not in [0, 1), or the network has no dropout.
+    """
+    layers = dropout_layers(network)
+    if not layers:
+        raise UsageError("this network has no dropout layer; leave out dropout")
+    for layer in layers:
+        layer.p = checked_dropout(p)

@@ -1,0 +1,227 @@
+"""`bpfree tune`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default
+from bpfree.cli.training import setting_options
+from bpfree.console import TuningConsole
+from bpfree.energy import KINDS
+from bpfree.errors import UsageError
+from bpfree.experiments.config import parse_settings, resolve, training_config
+from bpfree.experiments.search import SharedSpace
+from bpfree.experiments.tables import text_table
+from bpfree.experiments.tune import PRUNERS, TUNING_SEED, TuneConfig, fit_space, study_name, tune
+
+SPACE = SharedSpace()
+PROTOCOLS = ("passes", "convergence")
+
+
+def words(values: tuple[Any, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+@click.command("tune", cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
+@click.option("--algo", "-a", "algorithm_name", help="Learning rule, by its short or long name.")
+@click.option("--dataset", "-d", help="Data set.  [default: digits, which is packaged]")
+@click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]")
+@click.option(
+    "--preset",
+    help="Take network and parameters of the rule that are not searched from this preset; 'none' for the rule's "
+    "defaults.  [default: the one that fits]",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Fix a parameter of the rule, which is not searched."
+)
+@click.option("--trials", type=click.IntRange(min=1), default=50, help="Trials in all, with those of earlier sessions.")
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOLS),
+    default="passes",
+    help="Search the number of data passes, without early stopping; or train every trial to its own convergence.",
+)
+@click.option("--passes", nargs=2, type=click.IntRange(min=1), default=SPACE.passes, help="Least and most data passes.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), default=100, help="Cap on epochs per stage, with --protocol convergence."
+)
+@click.option(
+    "--patience", type=click.IntRange(min=1), default=20, help="Epochs without improvement that end a stage, likewise."
+)
+@click.option("--lr", nargs=2, type=float, default=SPACE.lr, help="Least and largest learning rate.")
+@click.option("--weight-decay", nargs=2, type=float, default=SPACE.weight_decay, help="Least and largest weight decay.")
+@click.option("--lr-schedules", metavar="A,B,..", default=words(SPACE.lr_schedules), help="Learning-rate schedules.")
+@click.option("--batch-sizes", metavar="N,N,..", default=words(SPACE.batch_sizes), help="Samples per step.")
+@click.option(
+    "--dropout",
+    nargs=2,
+    type=float,
+    default=SPACE.dropout,
+    help="Least and largest dropout, where the network has some.",
+)
+@click.option("--pareto", is_flag=True, help="Minimise joules too: the front of validation accuracy and energy.")
+@click.option(
+    "--pruner",
+    type=click.Choice(PRUNERS),
+    help="Whether trials below the median end early.  [default: median, with --pareto none]",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=TUNING_SEED, help="Of trials and sampler; report runs of others."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes: one per GPU, or sharing a device.")
+@click.option(
+    "--storage",
+    metavar="WHERE",
+    help="Database URL such as postgresql://.., or path of a journal file.  [default: SQLite in the study's folder]",
+)
+@click.option("--name", help="Of the study, its folder and its preset.  [default: data set, rule and network]")
+@click.option(
+    "--results",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results/tuning"),
+    help="Where folders of studies are made.",
+)
+@setting_options
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--energy", type=click.Choice(KINDS), default="auto", help="Where joules come from.")
+@click.option("--download/--no-download", default=True, help="Fetch the data set if it is not there.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress on standard error.")
+@data_option
+@format_option("table", "json")
+def tune_rule(
+    algorithm_name: str | None,
+    dataset: str | None,
+    network: str | None,
+    preset: str | None,
+    settings: tuple[str, ...],
+    trials: int,
+    protocol: str,
+    passes: tuple[int, int],
+    epochs: int,
+    patience: int,
+    lr: tuple[float, float],
+    weight_decay: tuple[float, float],
+    lr_schedules: str,
+    batch_sizes: str,
+    dropout: tuple[float, float],
+    pareto: bool,
+    pruner: str | None,
+    seed: int,
+    workers: int,
+    storage: str | None,
+    name: str | None,
+    results: Path,
+    device: str,
+    energy: str,
+    download: bool,
+    quiet: bool,
+    data_root: Path | None,
+    form: str,
+    **training: Any,
+) -> None:
+    """Search the hyperparameters of a learning rule, on validation data only.
+
+    \b
+    bpfree tune --algo mf --dataset digits --network mlp:2x100 --trials 20
+    bpfree tune --algo bp --dataset digits --network mlp:2x100 --trials 20    the same budget for the baseline
+    bpfree run --preset results/tuning/digits-mf-mlp-2x100/digits-mf-mlp-2x100.toml
+    bpfree tune --algo mf --dataset cifar10 --trials 100 --pareto             accuracy against joules
+    bpfree tune --algo mf --dataset cifar10 --set schedule=sequential         fix what is not to be searched
+
+    Every rule gets the same search: learning rate and its schedule, weight decay, batch size, dropout where the network
+    has it, number of data passes; beside it what the rule declares of its own. Give every rule that you compare the
+    same options. A range whose ends agree fixes a value.
+
+    The study lives in its folder. The same command goes on after an interruption or a kill, and a larger --trials
+    prolongs it. The folder gets the best configuration as a preset and tuning.json, with every trial, why it was pruned
+    or failed, and what tuning cost.
+    """
+    from bpfree.experiments import run as runs
+
+    if algorithm_name is None and preset in (None, "none"):
+        raise UsageError("say what to tune: --algo NAME (see `bpfree list algorithms`)")
+    refused = ("epochs", "patience", "min_delta") if protocol == "passes" else ("passes",)
+    for option in refused:
+        if not is_default(option):
+            raise UsageError(f"--{option.replace('_', '-')} has no meaning with --protocol {protocol}; leave it out")
+    start = resolve(algorithm_name, dataset, network, preset=preset, seed=seed, device=device, energy=energy)
+    given = parse_settings(settings, start.algorithm)
+    fixed = {key: value for key, value in training.items() if value is not None}
+    if protocol == "convergence":
+        fixed.update(epochs=epochs, patience=patience)
+    # of a preset only what is the rule's own: how to train is the same for every rule
+    base = replace(start, parameters={**start.parameters, **given}, training=training_config(fixed))
+    space = SharedSpace(
+        lr=lr,
+        weight_decay=weight_decay,
+        lr_schedules=tuple(lr_schedules.split(",")),
+        batch_sizes=_sizes(batch_sizes),
+        dropout=dropout,
+        passes=passes if protocol == "passes" else None,
+    )
+    loaded = runs.load_dataset(base.dataset, data_root, download=download)
+    config = TuneConfig(
+        name=name or study_name(base, convergence=protocol == "convergence", pareto=pareto),
+        base=base,
+        shared=space,
+        given=given,
+        trials=trials,
+        pareto=pareto,
+        pruner=pruner or ("none" if pareto else "median"),
+    )
+    if not is_default("batch_sizes") and (dropped := set(space.batch_sizes) - set(_fitting(config, loaded))):
+        raise UsageError(f"batches of {min(dropped)} do not fit the training set of {base.dataset} twice")
+    if not is_default("dropout") and fit_space(space, base, loaded).dropout is None:
+        raise UsageError(f"{base.network} has no dropout layer; leave out --dropout")
+    record = tune(
+        config,
+        results,
+        dataset=loaded,
+        storage=storage,
+        workers=workers,
+        observer=TuningConsole(quiet=quiet),
+    )
+    click.echo(json.dumps(record, ensure_ascii=False) if form == "json" else _report(record))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise UsageError(f"--batch-sizes takes whole numbers like 64,128, got {text!r}") from None
+
+
+def _fitting(config: TuneConfig, dataset: Any) -> tuple[int, ...]:
+    return fit_space(config.shared, config.base, dataset).batch_sizes
+
+
+def _report(record: Mapping[str, Any]) -> str:
+    """The best trial, the front if joules are an objective, what tuning cost, and how to use the result."""
+    best, spent = record["best"], record["bill"]
+    shown = [record["trials"][number] for number in record["front"]] or [best]
+    joules = "joules not measured" if spent["gross_j"] is None else f"{spent['gross_j']:.0f} J ({spent['method']})"
+    folder = Path(record["folder"])
+    lines = [
+        text_table([_row(trial) for trial in shown]),
+        f"{spent['trials']} trials ({spent['finished']} finished, {spent['pruned']} pruned, {spent['failed']} failed), "
+        f"{spent['passes']} passes, {spent['seconds']:.1f} s, {joules}",
+        *(f"bpfree run --preset {folder / preset}" for preset in record["presets"]),
+    ]
+    return "\n".join(lines)
+
+
+def _row(trial: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "trial": str(trial["number"]),
+        "validation accuracy, %": f"{trial['validation_accuracy']:.2f}",
+        "passes": str(trial["passes"]),
+        "time, s": f"{trial['seconds']:.1f}",
+        "energy, J": "not measured" if trial["gross_j"] is None else f"{trial['gross_j']:.0f}",
+        **{name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in trial["values"].items()},
+    }

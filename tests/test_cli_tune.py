@@ -1,0 +1,125 @@
+"""`bpfree tune` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bpfree.cli import cli
+from bpfree.experiments.config import presets
+
+pytest.importorskip("optuna")
+
+QUICK = ("--network", "mlp:1x8", "--passes", "1", "2", "--trials", "2", "--device", "cpu")
+
+
+def tune(results: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["tune", "--results", str(results), *arguments], catch_exceptions=False)
+
+
+def test_result_and_progress(tmp_path: Path) -> None:
+    done = tune(tmp_path, "--algo", "mf", *QUICK, "--energy", "simulated")
+    assert done.exit_code == 0
+    header, row, spent, command = done.stdout.splitlines()
+    assert {"trial", "lr", "batch_size", "schedule"} <= set(header.split())
+    assert len(row.split()) == len(header.replace("validation accuracy, %", "a").replace(", ", ",").split())
+    assert spent.startswith("2 trials (2 finished, 0 pruned, 0 failed), ")
+    assert "J (simulated)" in spent
+    assert "lr: 1e-05 to 0.1 by logarithm" in done.stderr
+    assert "[2/2] trial 1 finished: " in done.stderr
+    words = command.split()
+    assert words[:3] == ["bpfree", "run", "--preset"]
+    ran = CliRunner().invoke(cli, [*words[1:], "--results", str(tmp_path / "runs"), "--format", "json"])
+    summary = json.loads(ran.stdout)
+    assert (summary["algorithm"], summary["preset"]) == ("mf", "digits-mf-mlp-1x8")
+    again = tune(tmp_path, "--algo", "mf", *QUICK, "--energy", "simulated")
+    assert "2 of them are done already" in again.stderr
+    assert again.stdout == done.stdout
+
+
+def test_record_as_json_and_nothing_else(tmp_path: Path) -> None:
+    done = tune(tmp_path, "--algo", "bp", *QUICK, "--format", "json", "--quiet", "--name", "mine")
+    assert done.stderr == ""
+    record = json.loads(done.stdout)
+    written = json.loads((tmp_path / "mine" / "tuning.json").read_text())
+    assert record == {**written, "folder": str(tmp_path / "mine")}
+    assert record["bill"]["trials"] == len(record["trials"]) == 2
+
+
+def test_convergence_searches_no_passes(tmp_path: Path) -> None:
+    done = tune(
+        tmp_path, "--algo", "bp", "--network", "mlp:1x8", "--trials", "1", "--format", "json",
+        "--protocol", "convergence", "--epochs", "3", "--patience", "2", "--lr-schedules", "cosine",
+    )  # fmt: skip
+    record = json.loads(done.stdout)
+    assert record["study"] == "digits-bp-mlp-1x8-convergence"
+    assert "passes" not in record["space"]
+    training = record["settings"]["base"]["training"]
+    assert (training["epochs"], training["patience"], training["passes"]) == (3, 2, None)
+    assert record["best"]["passes"] <= 3
+    assert record["best"]["values"]["lr_schedule"] == "cosine"
+
+
+def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: Path) -> None:
+    """Of two rules one would otherwise be trained with other settings than the other."""
+    preset = presets()["forward_forward-digits"]
+    done = tune(tmp_path, "--preset", preset.name, "--trials", "1", "--passes", "1", "1", "--format", "json")
+    base = json.loads(done.stdout)["settings"]["base"]
+    assert (base["network"], base["parameters"]) == (preset.network, preset.parameters)
+    assert preset.training
+    plain = json.loads(tune(tmp_path, "--algo", "bp", *QUICK, "--format", "json").stdout)["settings"]["base"]
+    assert base["training"] == plain["training"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--algo", "mono"), 2, "unknown algorithm 'mono'; did you mean mono-forward"),
+        ((), 2, "say what to tune"),
+        (("--algo", "bp", "--dataset", "digit"), 2, "did you mean digits"),
+        (("--algo", "bp", "--dataset", "cifar10", "--no-download"), 1, "bpfree data fetch cifar10"),
+        (("--algo", "bp", "--network", "mpl:2x10"), 2, "did you mean mlp"),
+        (("--algo", "fgnn", "--network", "mlp:1x8"), 2, "cannot train this network"),
+        (("--algo", "bp", "--set", "lrr=1"), 2, "did you mean lr"),
+        (("--algo", "bp", "--patience", "3"), 2, "--patience has no meaning with --protocol passes"),
+        (("--algo", "bp", "--protocol", "convergence", "--passes", "1", "2"), 2, "--passes has no meaning"),
+        (("--algo", "bp", "--lr", "1", "0.1"), 2, "range of lr"),
+        (("--algo", "bp", "--lr-schedules", "cosin"), 2, "did you mean cosine"),
+        (("--algo", "bp", "--batch-sizes", "64,x"), 2, "--batch-sizes takes whole numbers"),
+        (("--algo", "bp", "--batch-sizes", "64,4096"), 2, "batches of 4096 do not fit"),
+        (("--algo", "bp", "--network", "mlp:1x8", "--dropout", "0", "0.3"), 2, "no dropout layer"),
+        (("--algo", "bp", "--device", "cuda:99"), 2, "use --device cpu"),
+        (("--algo", "bp", "--pareto", "--energy", "none"), 2, "joules as an objective need to be measured"),
+        (("--algo", "bp", "--pareto", "--pruner", "median"), 2, "use no pruner"),
+        (("--algo", "bp", "--storage", "nosuchdb://host/name"), 2, "cannot open the storage nosuchdb"),
+    ],
+)
+def test_bad_input_is_one_line_and_starts_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = tune(tmp_path / "results", *arguments, "--data", str(tmp_path / "data"))
+    assert done.exit_code == code
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("results/**/trials/*"))
+
+
+def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    done = tune(tmp_path, "--algo", "bp", *QUICK)
+    assert done.exit_code == 2
+    assert 'pip install "bpfree[tune]"' in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_teaches() -> None:
+    shown = CliRunner().invoke(cli, ["tune", "--help"]).stdout
+    for words in ("validation data only", "The same command goes on", "bpfree run --preset", "--workers"):
+        assert words in " ".join(shown.split())
