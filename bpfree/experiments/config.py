@@ -16,6 +16,7 @@ from bpfree import data
 from bpfree.algorithms import Algorithm, algorithm
 from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.train import TrainingConfig
+from bpfree.networks.registry import canonical_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -167,6 +168,7 @@ def resolve(
     rule = algorithm(algorithm_name or (start.algorithm if start else ""))
     entry = data.info(dataset or (start.dataset if start else "digits"))
     chosen = entry.name
+    network = None if network is None else canonical_name(network)
     if preset is None:
         start = find_preset(rule, chosen, network)
     usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
