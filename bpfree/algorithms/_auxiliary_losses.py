@@ -21,7 +21,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,13 @@ class Place:
 
 
 class AuxiliaryLoss(nn.Module, ABC):
-    """A loss of one block, with the networks that it needs."""
+    """A loss of one block, with the networks that it needs.
+
+    Attributes:
+        needs_images: whether it looks at the network's inputs.
+    """
+
+    needs_images: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, features: Tensor, images: Tensor | None, targets: Tensor) -> Tensor:
@@ -94,8 +100,6 @@ class AuxiliaryLoss(nn.Module, ABC):
     @abstractmethod
     def scores(self, features: Tensor) -> Tensor | None:
         """h -> (B, C) scores of the block's own classifier, if it has one."""
-
-    needs_images = False
 
 
 class Classification(AuxiliaryLoss):
@@ -206,8 +210,8 @@ def classifier(name: str, shape: Shape, outputs: int) -> nn.Module:
     """An auxiliary classifier for maps or vectors.
 
     Args:
-        name: "NcMf" (InfoPro): N convolutions 3x3, then the mean over positions, M linear layers of 128 units and the
-            read-out, so that "0c1f" is one hidden layer; for vectors there are no convolutions. "shrink": DGL's head,
+        name: "NcMf" (InfoPro): N convolutions 3x3, the mean over positions, and M linear layers, hidden ones of 128
+            units, so that "0c1f" is a linear classifier; for vectors there are no convolutions. "shrink": DGL's head,
             maps averaged to a quarter of their side, three 1x1 convolutions, 2x2, and three linear layers. "wide": the
             same idea in MAN++, 8x8, three 1x1 convolutions of 128 and three linear layers of 512. "bottleneck":
             InfoPro's for ImageNet, 1x1 to a quarter of the channels, two 3x3 of stride 2 (256, 512), 1x1 to 2,048.
@@ -217,7 +221,7 @@ def classifier(name: str, shape: Shape, outputs: int) -> nn.Module:
     Raises:
         UsageError: unknown name.
     """
-    counts = re.fullmatch(r"(\d)c(\d)f", name)
+    counts = re.fullmatch(r"(\d)c([1-9])f", name)
     if counts:
         return _convolutional_head(shape, outputs, int(counts[1]), int(counts[2]))
     if name not in CLASSIFIERS:
@@ -247,7 +251,7 @@ def _convolutional_head(shape: Shape, outputs: int, convolutions: int, linear: i
         shape = (width, side, side)
     layers += [_Pooled(1)]
     features = shape[0]
-    for _ in range(linear):
+    for _ in range(linear - 1):
         layers += [nn.Linear(features, HIDDEN_FEATURES), nn.ReLU()]
         features = HIDDEN_FEATURES
     return nn.Sequential(*layers, Head((features,), outputs, bias=True))
@@ -307,8 +311,10 @@ CLASSIFIERS: Final[dict[str, Callable[[Shape, int], nn.Module]]] = {
 
 
 class _Resized(nn.Module):
-    """Average maps to a grid. Where windows do not overlap, the ordinary pooling is used, whose backward pass on GPUs
-    adds up in a fixed order."""
+    """Average maps to a square grid.
+
+    Where windows do not overlap it is ordinary pooling, whose backward pass adds up in a fixed order on GPUs.
+    """
 
     def __init__(self, side: int) -> None:
         super().__init__()

@@ -166,7 +166,7 @@ class LocalLearning(Learner):
             weight_ramp("reconstruct", reconstruct_first, reconstruct_last, INFOPRO_RECONSTRUCT),
             weight_ramp("classify", classify_first, classify_last, INFOPRO_CLASSIFY),
         )
-        self.host = host if isinstance(host, str) else host.__name__
+        self.host = host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
         self.ema, self.bias, self.ema_update, self.scale = ema, bias, ema_update, scale
         blocks = list(self.network)
         shapes = block_output_shapes(blocks, self.input_shape)
