@@ -9,6 +9,7 @@ from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
+from bpfree.algorithms.local_learning import LocalLearning
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
 from bpfree.algorithms.noprop_backprop import NoPropBackprop
@@ -25,6 +26,7 @@ __all__ = [
     "ForwardForward",
     "ForwardGNN",
     "Learner",
+    "LocalLearning",
     "MonoForward",
     "NoProp",
     "NoPropBackprop",

@@ -17,6 +17,7 @@ from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
+from bpfree.algorithms.local_learning import DGL, GREEDY, INFOPRO, PREDSIM, LocalLearning
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
 from bpfree.algorithms.noprop_backprop import NoPropBackprop
@@ -139,6 +140,45 @@ ALGORITHMS: Final = (
         CaFo,
         "CaFo: a linear predictor on each block, in closed form or by descent; blocks are random or feedback-aligned",
         CaFo.paper,
+    ),
+    Algorithm(
+        "greedy_local_learning",
+        "greedy",
+        LocalLearning,
+        "greedy local learning: each block learns from a small classifier, all at once",
+        GREEDY,
+        {"host": "greedy"},
+    ),
+    Algorithm(
+        "decoupled_greedy_learning",
+        "dgl",
+        LocalLearning,
+        "DGL: each block learns from a classifier that shrinks its maps first and costs little",
+        DGL,
+    ),
+    Algorithm(
+        "predsim",
+        "predsim",
+        LocalLearning,
+        "PredSim: each block makes samples of one class alike, and learns a little from a linear classifier",
+        PREDSIM,
+        {"host": "predsim"},
+    ),
+    Algorithm(
+        "infopro",
+        "infopro",
+        LocalLearning,
+        "InfoPro: each block keeps what reconstructs the image and what tells its class",
+        INFOPRO,
+        {"host": "infopro"},
+    ),
+    Algorithm(
+        "momentum_auxiliary_network",
+        "man",
+        LocalLearning,
+        "MAN: DGL (or another host) behind a momentum copy of the next block's first unit and a trainable one",
+        LocalLearning.paper,
+        {"ema": True, "bias": "twin"},
     ),
     Algorithm(
         "forward_gnn",

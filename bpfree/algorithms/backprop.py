@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer
+from bpfree.algorithms._recompute import recomputed, refuse_noise
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.autoencoder import check_reconstructs
@@ -71,6 +72,8 @@ class Backprop(Learner):
             convolution to the class scores, and for pairs of nodes "dot", z_u . z_v of a convolution as wide as a_L.
         auxiliary_weight: weight w of the local heads' losses; 0 has no local heads.
         head_pool: how feature maps reach a linear map: "flatten", "gap" or "adaptive".
+        recompute: keep only the blocks' inputs for the backward pass and compute the rest again (gradient
+            checkpointing): less memory, one more forward pass, the same bits.
         dropout: probability with which each input of a block or of the read-out is set to zero while training.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
@@ -108,6 +111,7 @@ class Backprop(Learner):
         readout: Readout = "linear",
         auxiliary_weight: float = 0.0,
         head_pool: str = "flatten",
+        recompute: bool = False,
         dropout: float = 0.0,
         input_shape: Shape | None = None,
     ) -> None:
@@ -120,7 +124,9 @@ class Backprop(Learner):
             raise UsageError(f"auxiliary_weight and clip must not be negative, got {auxiliary_weight} and {clip}")
         shapes = block_output_shapes(self.network, self.input_shape)
         self.auxiliary_weight = auxiliary_weight
-        self.dropout, self.clip, self.centralize = dropout, clip, centralize
+        self.dropout, self.clip, self.centralize, self.recompute = dropout, clip, centralize, recompute
+        if recompute:
+            refuse_noise(self.network)
         self.readout = self._readout(readout, shapes[-1], head_pool)
         supervised = shapes[:-1] if readout == "goodness" else shapes
         self.heads = nn.ModuleList(
@@ -173,17 +179,21 @@ class Backprop(Learner):
     @property
     def variant(self) -> str:
         """Empty for plain back-propagation."""
-        return f"auxiliary weight {self.auxiliary_weight:g}" if self.heads else ""
+        parts = [f"auxiliary weight {self.auxiliary_weight:g}"] * bool(self.heads) + ["recompute"] * self.recompute
+        return ", ".join(parts)
 
     def _outputs(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
         """Scores of the local heads (there may be none) and of the read-out."""
         local = []
         signal = inputs
         for index, block in enumerate(self.network):
-            signal = block(self._dropped(signal))
+            signal = self._block_outputs(block, self._dropped(signal))
             if index < len(self.heads):
                 local.append(self.heads[index](signal))
         return local, self.readout(self._dropped(signal))
+
+    def _block_outputs(self, block: nn.Module, signal: Any) -> Any:
+        return recomputed(block, signal) if self.recompute and torch.is_grad_enabled() else block(signal)
 
     @torch.enable_grad()
     def _update(self, batch: Batch) -> Metrics:

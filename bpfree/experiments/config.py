@@ -18,6 +18,7 @@ from bpfree.algorithms.learner import TASKS, Task
 from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.train import TrainingConfig
+from bpfree.networks.registry import canonical_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -231,6 +232,7 @@ def resolve(
     entry = data.info(dataset or (start.dataset if start else "digits"))
     chosen = entry.name
     asked: Task = task or (start.task if start else "classify")
+    network = None if network is None else canonical_name(network)
     if preset is None:
         start = find_preset(rule, chosen, network, asked)
     elif start is not None and start.task != asked:

@@ -42,7 +42,7 @@ class TrainingConfig:
         min_delta: how much lower than the best a validation loss must be to count as better.
         passes: train for exactly this many data passes instead, shared equally by the stages, without early
             stopping (the best state is still restored).
-        lr_schedule: "constant", "cosine", "step" or "cooldown", over the cap of each stage.
+        lr_schedule: "constant", "cosine", "cosine-epochs", "step" or "cooldown", over the cap of each stage.
         warmup_epochs: linear warm-up at the start of each stage.
         precision: "fp32", "tf32" or "bf16".
         augmentation: "none", "crop-flip" or "shift"; None takes the data set's own.

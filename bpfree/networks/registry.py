@@ -16,7 +16,8 @@ from bpfree.networks.cnn import CAFO_CHANNELS, ELU_CHANNELS, MF_CHANNELS, cnn, e
 from bpfree.networks.gnn import gnn
 from bpfree.networks.mlp import mlp
 from bpfree.networks.noprop import Kind, image_branch
-from bpfree.networks.residual import CWCOMP_CHANNELS, DEEPER_WIDTHS, cwcomp, deeper, deeper_tiny, mobilenet, resnet18
+from bpfree.networks.residual import CWCOMP_CHANNELS, DEEPER_WIDTHS, cwcomp, deeper, deeper_tiny, mobilenet
+from bpfree.networks.resnet import DEPTHS, resnet
 
 Shape = tuple[int, ...]
 MAX_DEPTH: Final = 32  # mlp:2x1000 is depth x width; mlp:300x100 can only be two widths
@@ -84,6 +85,12 @@ def _cwcomp(input_shape: Shape, sizes: str) -> nn.Sequential:
     return cwcomp(input_shape, _widths(sizes) if sizes else CWCOMP_CHANNELS)
 
 
+def _resnet(input_shape: Shape, depth: str) -> nn.Sequential:
+    if depth and depth not in map(str, DEPTHS):
+        raise unknown_name("size of network", depth, map(str, DEPTHS))
+    return resnet(input_shape, int(depth or 18))
+
+
 def _only(build: Callable[[Shape], nn.Sequential], size: str, input_shape: Shape, sizes: str) -> nn.Sequential:
     if sizes not in {"", size}:
         raise unknown_name("size of network", sizes, [size])
@@ -139,7 +146,10 @@ FAMILIES: Final[dict[str, Family]] = {
         _cwcomp,
     ),
     "resnet": Family(
-        "resnet:18", "ResNet-18 for small images: a stem and eight blocks", partial(_only, resnet18, "18")
+        "resnet:18 | resnet:32 | resnet:110 | resnet:50 | ..",
+        "ResNet, a stem and a block per residual unit: 18, 20, 32, 44, 56 and 110 for small images, 50, 101 and 152 "
+        "for large ones",
+        _resnet,
     ),
     "mobilenet": Family(
         "mobilenet:small",
@@ -162,10 +172,16 @@ def build_network(name: str, input_shape: Shape) -> nn.Sequential:
     Raises:
         UsageError: unknown family, unreadable sizes, or a network that does not fit the inputs.
     """
-    family, _, sizes = name.partition(":")
+    family, _, sizes = canonical_name(name).partition(":")
     if family not in FAMILIES:
         raise unknown_name("network", family, FAMILIES)
     return FAMILIES[family].build(input_shape, sizes)
+
+
+def canonical_name(name: str) -> str:
+    """A network's name with the colon that is often left out: `resnet32` is `resnet:32`."""
+    family, size = re.fullmatch(r"([a-z]*)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{family}:{size}" if family in FAMILIES and size and size[0].isdigit() else name
 
 
 def describe_networks() -> list[dict[str, str]]:

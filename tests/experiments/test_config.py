@@ -44,6 +44,13 @@ def test_a_plain_preset_goes_before_one_with_a_suffix() -> None:
     assert resolve("bp", "cifar10", "mlp:3x2000").preset == "backprop-cifar10"
 
 
+def test_the_colon_of_a_network_may_be_left_out() -> None:
+    config = resolve("man", "cifar10", "resnet32", parameters={"k": 8})
+    assert (config.network, config.preset) == ("resnet:32", "momentum_auxiliary_network-cifar10")
+    assert config.parameters["k"] == 8
+    assert resolve("bp", "digits", "mlp:2x30").network == "mlp:2x30"
+
+
 def test_the_fitting_preset_is_taken_and_overridden() -> None:
     plain = resolve("mf", "cifar10")
     assert plain.preset == "mono_forward-cifar10"

@@ -144,7 +144,8 @@ def test_every_second_convolution_of_cwcomp_has_ten_groups() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet:50", "unknown size of network"),
+        ("resnet:51", "unknown size of network"),
+        ("resnet:50", "at least 32x32"),
         ("deeper:10x30", "twice the one before"),
         ("deeper:8x16x32x64x128", "at least 16x16"),
         ("cwcomp:10x25", "multiples of 10"),
