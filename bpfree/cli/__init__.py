@@ -9,6 +9,7 @@ import click
 
 from bpfree import __version__
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Group
+from bpfree.cli.compare import compare
 from bpfree.cli.data import data_group
 from bpfree.cli.energy import energy_group
 from bpfree.cli.run import run
@@ -28,6 +29,7 @@ def cli(context: click.Context) -> None:
     \b
     bpfree run                                  Mono-Forward on the packaged digits
     bpfree run --algo bp --dataset mnist        the baseline, with the preset's hyperparameters
+    bpfree compare --algos mf,bp --seeds 5      rules against the baseline over paired seeds
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
     bpfree energy measure -- python train.py    joules, seconds and watts of any program
@@ -36,7 +38,7 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-for command in (run, list_things, table, data_group, energy_group):
+for command in (run, compare, list_things, table, data_group, energy_group):
     cli.add_command(command)
 
 

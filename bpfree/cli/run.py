@@ -12,13 +12,10 @@ from typing import Any
 import click
 
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default, refuse_others
+from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
-from bpfree.data.batches import AUGMENTATIONS
 from bpfree.energy import KINDS
 from bpfree.experiments.config import RunConfig, parse_settings, resolve, training_config
-from bpfree.experiments.schedules import SCHEDULES
-from bpfree.experiments.stepper import PRECISIONS
-from bpfree.experiments.train import MONITORS, SPLITS
 
 EXIT_TARGET_MISSED = 3
 INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that is another way to answer
@@ -33,40 +30,10 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
 @click.option(
     "--seed", "seeds", type=click.IntRange(min=0), multiple=True, default=(0,), help="Seed; repeat it for several runs."
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Cap on epochs per stage.  [default: 100]")
-@click.option(
-    "--patience", type=click.IntRange(min=1), help="Epochs without improvement that end a stage.  [default: 20]"
-)
-@click.option("--min-delta", type=click.FloatRange(min=0), help="What counts as improvement.  [default: 0]")
 @click.option(
     "--passes", type=click.IntRange(min=1), help="Train for exactly this many data passes, without early stopping."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples per step.  [default: 128]")
-@click.option("--lr-schedule", type=click.Choice(SCHEDULES), help="Learning-rate schedule.  [default: constant]")
-@click.option("--warmup-epochs", type=click.FloatRange(min=0), help="Linear learning-rate warm-up.  [default: 0]")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of matrix products.  [default: tf32]")
-@click.option("--augmentation", type=click.Choice(AUGMENTATIONS), help="Augmentation.  [default: the data set's own]")
-@click.option(
-    "--standardize/--no-standardize",
-    default=None,
-    help="Standardise inputs by the data set's mean and deviation, or leave images in [0, 1].  [default: standardize]",
-)
-@click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]")
-@click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]")
-@click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]")
-@click.option("--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]")
-@click.option(
-    "--reveal-validation/--no-reveal-validation",
-    default=None,
-    help="Graphs: show validation labels to the rule at test.  [default: no-reveal-validation]",
-)
-@click.option("--graph/--no-graph", default=None, help="CUDA graphs for training steps.  [default: graph]")
-@click.option(
-    "--checkpoint-every",
-    type=click.FloatRange(min=0),
-    metavar="SECONDS",
-    help="Time between checkpoints.  [default: 60]",
-)
+@training_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--energy", type=click.Choice(KINDS), default="auto", help="Where joules come from.")
 @click.option(

@@ -120,6 +120,23 @@ def presets() -> dict[str, Preset]:
     }
 
 
+def find_named_preset(name: str) -> Preset:
+    """The packaged preset of that name, or the one in the file of that name if it ends in `.toml`.
+
+    Raises:
+        UsageError: there is none, or the file does not hold a preset.
+    """
+    if not name.endswith(".toml"):
+        if name not in presets():
+            raise unknown_name("preset", name, presets())
+        return presets()[name]
+    path = Path(name)
+    try:
+        return Preset(name=path.stem, **tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} does not hold a preset ({error})") from error
+
+
 def find_preset(rule: Algorithm, dataset: str, network: str | None) -> Preset | None:
     """The preset for a rule on a data set: that of `network`, or the one named after rule and data set alone."""
     if network is None:
@@ -146,8 +163,8 @@ def resolve(
         algorithm_name: short or long name of a rule; may be left to `preset`.
         dataset: name of a data set; may be left to `preset`.
         network: name of a network; the preset's, or `mlp:2x1000` (on graphs `gcn:2x128`) if left out.
-        preset: name of a preset; "none" for the rule's defaults. Left out, the preset for this rule, data set
-            and network is taken if there is one.
+        preset: name of a preset, or a file that holds one (`*.toml`); "none" for the rule's defaults. Left out, the
+            preset for this rule, data set and network is taken if there is one.
         seed: see `RunConfig`.
         parameters: learner parameters that override the preset's.
         training: training settings that override the preset's.
@@ -159,9 +176,7 @@ def resolve(
     """
     start: Preset | None = None
     if preset not in (None, "none"):
-        if preset not in presets():
-            raise unknown_name("preset", str(preset), presets())
-        start = presets()[str(preset)]
+        start = find_named_preset(str(preset))
     if algorithm_name is None and start is None:
         raise UsageError("say what to train: --algo NAME or --preset NAME (see `bpfree list`)")
     rule = algorithm(algorithm_name or (start.algorithm if start else ""))
@@ -219,15 +234,28 @@ def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, 
             value of another kind than the parameter's.
     """
     rule = algorithm(algorithm_name)
-    known = rule.parameters()
+    return _parse(settings, rule.parameters(), f"parameter of {rule.name}")
+
+
+def parse_mixed_settings(settings: tuple[str, ...], algorithm_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`("lr=1e-3", "patience=4")` as learner parameters and training settings; errors as in `parse_settings`."""
+    rule = algorithm(algorithm_name)
+    training = {f.name: f.default for f in fields(TrainingConfig)}
+    parsed = _parse(settings, {**training, **rule.parameters()}, f"setting of {rule.name}")
+    own = {name: value for name, value in parsed.items() if name in rule.parameters()}
+    return own, {name: value for name, value in parsed.items() if name not in own}
+
+
+def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Values by name, of the types of the defaults in `known`."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--set takes key=value, got {setting!r}")
+            raise UsageError(f"settings are key=value, got {setting!r}")
         if name not in known:
-            raise unknown_name(f"parameter of {rule.name}", name, known)
+            raise unknown_name(kind, name, known)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
