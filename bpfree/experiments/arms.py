@@ -12,7 +12,7 @@ import torch
 from bpfree.algorithms import algorithm
 from bpfree.data import GraphDataset
 from bpfree.errors import UsageError
-from bpfree.experiments.config import RunConfig, find_named_preset, parse_mixed_settings, resolve
+from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, resolve
 from bpfree.experiments.run import AnyDataset, build_learner
 from bpfree.networks import build_network
 
@@ -99,7 +99,7 @@ def _make_arm(
     name, _, preset = head.partition("@")
     rule = algorithm(name)
     if preset not in ("", "none"):
-        meant = find_named_preset(preset).algorithm
+        meant = named_preset(preset).algorithm
         if algorithm(meant) is not rule:
             raise UsageError(f"preset {preset} is for {meant}, not for {rule.alias}")
     parameters, own_training = parse_mixed_settings(tuple(settings), name)

@@ -120,7 +120,7 @@ def presets() -> dict[str, Preset]:
     }
 
 
-def find_named_preset(name: str) -> Preset:
+def named_preset(name: str) -> Preset:
     """The packaged preset of that name, or the one in the file of that name if it ends in `.toml`.
 
     Raises:
@@ -176,7 +176,7 @@ def resolve(
     """
     start: Preset | None = None
     if preset not in (None, "none"):
-        start = find_named_preset(str(preset))
+        start = named_preset(str(preset))
     if algorithm_name is None and start is None:
         raise UsageError("say what to train: --algo NAME or --preset NAME (see `bpfree list`)")
     rule = algorithm(algorithm_name or (start.algorithm if start else ""))
