@@ -35,6 +35,7 @@ from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, Arm, checked, inter
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import AnyDataset, Measuring, Reporter
+from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError
 
 PLAN: Final = "comparison.json"
@@ -387,11 +388,13 @@ class Comparison:
             "reporter": self._reporter,
         }
         what = f"{slot.arm.label} on {slot.arm.config.network}, {slot.protocol}, seed {slot.seed}"
+        stop = StopRequest()
         try:
-            if path is None:
-                summary = runs.run(slot.config, self.root / RUNS, **options)
-            else:
-                summary = runs.resume(path, **options)
+            with stop:
+                if path is None:
+                    summary = runs.run(slot.config, self.root / RUNS, **options)
+                else:
+                    summary = runs.resume(path, **options)
         except InterruptedRunError as error:
             raise InterruptedRunError(f"{str(error).split('; ')[0]}; the same command goes on") from None
         except BpfreeError as error:
@@ -406,6 +409,8 @@ class Comparison:
             f"{summary['seconds']:.1f} s, {'energy not measured' if joules is None else f'{joules:.0f} J'}"
         )
         self._recorded[config_key(slot.config)] = Path(summary["run_dir"])
+        if stop():
+            raise InterruptedRunError(f"stopped behind {what} ({stop.name}); the same command goes on")
         return None
 
     def _failed(self, slot: Slot, what: str, reason: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 class StopRequest:
     """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once.
 
+    They can be nested: the outer one hears what the inner one hears, which may have come too late to stop anything there.
     Only the main thread can hear signals; elsewhere this does nothing.
     """
 
@@ -32,7 +33,10 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        outer = getattr(self._previous.get(signal.Signals(number)), "__self__", None)
         self._restore()
+        if isinstance(outer, StopRequest):
+            outer._hear(number, frame)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

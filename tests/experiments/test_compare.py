@@ -24,6 +24,8 @@ from bpfree.experiments import compare as comparisons
 from bpfree.experiments.arms import interleaved, make_arms, unequal_settings
 from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
 from bpfree.experiments.records import CONFIG, METRICS, SUMMARY, RunFolder, find_runs
+from bpfree.experiments.run import Reporter
+from bpfree.experiments.train import InterruptedRunError
 
 TRAINING = {"epochs": 2, "batch_size": 64}
 
@@ -150,10 +152,10 @@ def test_arms_are_interleaved_within_each_seed_and_the_order_is_recorded(tmp_pat
 
 def test_matched_passes_are_the_rounded_up_mean_of_the_baseline(tmp_path: Path, digits: Dataset) -> None:
     arms = make_arms(
-        ["mf:schedule=sequential", "bp:lr=0.05"],
+        ["mf:schedule=sequential:epochs=1", "bp:lr=0.05"],
         "digits",
         "mlp:3x16",
-        training={**TRAINING, "epochs": 30, "patience": 1},
+        training={**TRAINING, "epochs": 12, "patience": 1},
         device="cpu",
         energy="simulated",
     )
@@ -241,27 +243,45 @@ def test_a_ledger_that_was_cut_off_is_mended(tmp_path: Path) -> None:
     assert path.read_text() == '{"event": "started"}\n'
 
 
+class Impatient(Reporter):
+    """Asks its own process to stop after some epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.epochs -= 1
+        if self.epochs == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_comparison_that_is_told_to_stop_goes_on_where_it_was(tmp_path: Path, digits: Dataset) -> None:
+    starts: list[int] = []
+    for epochs in (3, 1):  # within the second run, and at the very end of it, where nothing of it is left to stop
+        with pytest.raises(InterruptedRunError, match=r"\(SIGTERM\); the same command goes on"):
+            comparison(tmp_path, digits, passes=1, reporter=Impatient(epochs)).run()
+        starts.append(len(ledger(tmp_path)))
+    assert starts == [2, 3]
+    assert comparison(tmp_path, digits, passes=1).run() == Outcome(done=8)
+    assert all(count == 1 for count in slots(tmp_path).values())
+    assert sum(1 for _ in tmp_path.rglob(CONFIG)) == 8  # no run was begun twice either
+    assert sum("resumed" in line for line in ledger(tmp_path)) == 1
+
+
 def test_a_killed_comparison_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    """Killed again and again, at whatever moment, it ends as if it had never been."""
-    options = ("--network", "mlp:2x64", "--epochs", "10", "--batch-size", "16", "--energy", "simulated", "-q")
-    command = [sys.executable, "-m", "bpfree", "compare", "--algos", "mf,bp", "--seeds", "2", "--protocol", "own"]
-    command += [*options, "--checkpoint-every", "0", "--results", str(tmp_path)]
+    command = ["compare", "--algos", "mf,bp", "--seeds", "2", "--protocol", "own", "--checkpoint-every", "0", "-q"]
+    command += ["--network", "mlp:2x64", "--epochs", "8", "--batch-size", "16", "--energy", "simulated"]
+    command += ["--device", "cpu", "--results", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        before = sum(1 for _ in tmp_path.rglob(CONFIG))
-        while process.poll() is None and sum(1 for _ in tmp_path.rglob(METRICS)) <= before:
-            time.sleep(0.002)
-        process.send_signal(number)
-        error = process.communicate()[1]
-        assert process.returncode in {1, -number}, error
-        if process.returncode == 1:
-            assert "SIGTERM); the same command goes on" in error
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen([sys.executable, "-m", "bpfree", *command], env=environment)
+    while process.poll() is None and sum(1 for _ in tmp_path.rglob(METRICS)) < 2:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert bpfree(*command).exit_code == 0
     assert slots(tmp_path) == {(rule, None, seed): 1 for rule in ("mf", "bp") for seed in (0, 1)}
-    assert sum(1 for _ in tmp_path.rglob(CONFIG)) == 4  # no run was begun twice either
-    assert any("resumed" in line for line in ledger(tmp_path))
+    assert sum(1 for _ in tmp_path.rglob(CONFIG)) == 4
+    assert sum("resumed" in line for line in ledger(tmp_path)) == 1
 
 
 # Skips and failures
@@ -287,6 +307,28 @@ def test_skips_and_failures_end_nothing_and_are_told(tmp_path: Path) -> None:
     starts = sum(line["event"] == "started" for line in ledger(tmp_path / "c"))
     bpfree(*command, "--results", folder, "--retry-failed")  # ... unless asked for
     assert sum(line["event"] == "started" for line in ledger(tmp_path / "c")) == starts + 4
+
+    performance, efficiency, changes = json.loads(
+        bpfree("table", folder, "-t", "T1", "-t", "T2", "-t", "T3", "--format", "json").stdout
+    )
+    told = {row["algorithm"]: row["status"] for row in performance["rows"]}
+    assert told["fgnn"].startswith("skipped: it needs graph convolutions")
+    assert told["bp:lr=1e30"].startswith("2 failed: loss is nan")
+    assert told["mf"] is told["bp"] is None
+    assert {(row["algorithm"], row["n"]) for row in efficiency["rows"]} == {("mf", 2), ("bp", 2)}
+    assert all("SIMULATED" in row["flags"] for row in efficiency["rows"])
+    assert [(row["algorithm"], row["protocol"], row["n"]) for row in changes["rows"]] == [
+        ("mf", "own", 2),
+        ("mf", "matched", 2),
+    ]
+
+
+def test_rules_of_graphs_are_compared_too(tmp_path: Path) -> None:
+    command = ("compare", "--algos", "fgnn@none,bp@none,mf@none", "--baseline", "bp@none", "--dataset", "cora")
+    options = ("--network", "gcn:2x8", "--seeds", "1", "--epochs", "1", "--device", "cpu", "--protocol", "own", "-q")
+    result = bpfree(*command, *options, "--results", str(tmp_path), "--format", "json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["done"] == 3
 
 
 def test_a_defect_in_one_arm_is_a_failure_of_that_arm(
