@@ -306,8 +306,7 @@ class Comparison:
             InterruptedRunError: a signal asked to stop; another call goes on.
             TrainingError: the device no longer answers.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with closing(choose_source(self._running[0].config.energy, self._device)) as self._source, self._alone():
             self._save_plan()
             self._ledger = Ledger(self.root / LEDGER)
             self._recorded = recorded(self.root / RUNS)
@@ -320,9 +319,8 @@ class Comparison:
                     self._say(f"note: on {network} the arms differ in {name}: {words}")
             self._deadline = time.monotonic() + self._conditions.budget_s
             self._start: ThermalStart | None = None
-            with closing(choose_source(self._running[0].config.energy, self._device)) as self._source:
-                for protocol in self._protocols:
-                    self._run_protocol(protocol)
+            for protocol in self._protocols:
+                self._run_protocol(protocol)
         return self._outcome
 
     def _run_protocol(self, protocol: str) -> None:
@@ -426,10 +424,7 @@ class Comparison:
 
     def _prepared(self) -> Measuring:
         """The device as every run finds it: nothing left of the run before, idle power known, start temperature."""
-        gc.collect()
         conditions = self._conditions
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
         if self._start is None:
             target = self.plan.start_temperature_c
             self._start = ThermalStart(
@@ -444,6 +439,9 @@ class Comparison:
         if conditions.idle_s and not self._idle_w:
             self._idle_w = runs.measure_idle(self._running[0].config, conditions.idle_s)
         self._temperature_c = self._start.settle()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what the load and the run before hold would count as this run's
         return Measuring(self._idle_w, conditions.idle_s, conditions.carbon, self._start.target_c)
 
     def _save_plan(self) -> None:
@@ -452,7 +450,8 @@ class Comparison:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process at a time: two would make the same runs."""
-        with (self.root / ".lock").open("w") as lock:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / LEDGER).open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
