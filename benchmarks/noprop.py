@@ -242,9 +242,11 @@ def repeat_stacked(device: torch.device) -> Callable[[float], int]:
     return run
 
 
-def repeat_steps(kind: str, device: torch.device, graph: bool = True, **options: Any) -> Callable[[float], int]:
+def repeat_steps(
+    kind: str, device: torch.device, graph: bool = True, precision: str = "tf32", **options: Any
+) -> Callable[[float], int]:
     """The same for a learner's step."""
-    stepper = staged_stepper(build(kind, device, **options), BATCH, graph, device)
+    stepper = staged_stepper(build(kind, device, **options), BATCH, graph, device, precision)
     return lambda seconds: repeat(stepper, seconds, device)
 
 
@@ -255,7 +257,9 @@ def measure_training(window: float, device: torch.device) -> list[dict[str, Any]
         "dt, eager": partial(steps, "dt", graph=False),
         **{f"dt, {lanes} lanes": partial(steps, "dt", lanes=lanes) for lanes in (1, 2, 3, 4, 6, 10)},
         "dt, vmap": partial(repeat_stacked, device),
+        "dt, 6 lanes, bf16": partial(steps, "dt", lanes=6, precision="bf16"),
         "dt prototype": partial(steps, "dt", embeddings="prototype"),
+        "dt prototype, 6 lanes": partial(steps, "dt", embeddings="prototype", shared_updates="step", lanes=6),
         "bp": partial(steps, "noprop-bp"),
     }
     meter, rows = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window), []

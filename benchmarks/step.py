@@ -92,7 +92,7 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def staged_stepper(learner: Learner, batch: int, graph: bool, device: torch.device) -> Stepper:
+def staged_stepper(learner: Learner, batch: int, graph: bool, device: torch.device, precision: str = "tf32") -> Stepper:
     """Steps on random images, ready to be repeated."""
     data = random_images(batch * STAGED_STEPS, device)
     stepper = Stepper(
@@ -101,7 +101,7 @@ def staged_stepper(learner: Learner, batch: int, graph: bool, device: torch.devi
         data,
         live_prefix=None,
         batch_size=batch,
-        precision="tf32",
+        precision=precision,
         scheduled=False,
         graph=graph,
     )

@@ -192,6 +192,7 @@ class InTime(Schedule):
                 classes=self._parts.classes,
                 prefix=self._asking,
                 training_prefix=self._begin,
+                whole_graph=True,
             ),
         )
 

@@ -78,6 +78,8 @@ class Stage:
             inputs of `scores` (there may be none). Such a stage sees every sample once and is not repeated until it
             converges. None for stages whose steps learn.
 
+        whole_graph: whether it keeps something for each node of a graph, so that every step must meet the same one.
+
     Where inputs are graphs, "B" is the number of nodes (or node pairs) that the graph asks about.
     """
 
@@ -90,6 +92,7 @@ class Stage:
     classes: int
     prefix: Callable[[Any], Any] | None = None
     training_prefix: Callable[[Any], Any] | None = None
+    whole_graph: bool = False
     finish: Callable[[Iterable[Batch]], Metrics] | None = None
 
     @property

@@ -39,6 +39,11 @@ OPTIONS = (
         "--validate-every", type=click.IntRange(min=1), help="Graphs: steps between validations.  [default: 2]"
     ),
     click.option(
+        "--graph-parts",
+        type=click.IntRange(min=1),
+        help="Graphs: cut the nodes into this many random parts, for graphs that do not fit the device.  [default: 1]",
+    ),
+    click.option(
         "--reveal-validation/--no-reveal-validation",
         default=None,
         help="Graphs: show validation labels to the rule at test.  [default: no-reveal-validation]",

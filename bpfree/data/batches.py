@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Batches:
         DataError: augmentation of something that is not an image, or channels that do not match `mean`.
         UsageError: unknown augmentation.
     """
+
+    fixed_shapes: ClassVar[bool] = True  # of a step's batch, so that a CUDA graph can replay it
 
     def __init__(
         self,

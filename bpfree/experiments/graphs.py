@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from bpfree.data.graph_batches import GraphBatches
+from bpfree.data.graph_batches import GraphBatches, GraphParts
 from bpfree.data.graphs import FOLDS, GraphDataset
 from bpfree.errors import UsageError
 from bpfree.experiments.train import TrainingConfig
@@ -25,22 +26,29 @@ def graph_parts(
 ) -> tuple[GraphBatches, GraphBatches, GraphBatches]:
     """Training, validation and test part of a graph on the device.
 
-    All three see the whole graph and know the labels of the training nodes; none holds a label of another node, except
-    in the targets that scores are compared with. Link prediction knows no labels; messages go along the training edges,
-    and at test along the validation edges too, as ForwardGNN has it.
+    All three see the whole graph, or random parts of it (`graph_parts`), and know the labels of the training nodes;
+    none holds a label of another node, except in the targets that scores are compared with. Link prediction knows no
+    labels; messages go along the training edges, and at test along the validation edges too, as ForwardGNN has it.
 
     Raises:
         UsageError: a setting that has no meaning for a graph, or a split that the graph does not have.
     """
     _refuse(training)
-    x, labels = dataset.features.to(device), dataset.labels.to(device)
-    steps = training.validate_every
+    place = device if training.graph_parts == 1 else torch.device("cpu")
+    x, labels = dataset.features.to(place), dataset.labels.to(place)
+
+    def serve(graph: Graph, targets: Tensor) -> GraphBatches:
+        steps = training.validate_every
+        if training.graph_parts == 1:
+            return GraphBatches(graph, targets, steps=steps)
+        return GraphParts(graph, targets, parts=training.graph_parts, device=device, steps=steps)
+
     if training.split == "edges":
         split = dataset.edge_split(seed % FOLDS)
         messages = (split.message_edges, split.message_edges, split.test_message_edges)
         parts = (split.train, split.validation, split.test)
         train, validation, test = (
-            GraphBatches(Graph.of(x, edges.to(device), part.pairs.to(device)), part.labels.long(), steps=steps)
+            serve(Graph.of(x, edges.to(place), part.pairs.to(place)), part.labels.long())
             for edges, part in zip(messages, parts, strict=True)
         )
         return train, validation, test
@@ -52,10 +60,8 @@ def graph_parts(
         if name == "random"
         else dataset.node_split(seed % FOLDS)
     )
-    train_nodes, validation_nodes, test_nodes = (
-        part.to(device) for part in (nodes.train, nodes.validation, nodes.test)
-    )
-    edge_index = dataset.edge_index.to(device)
+    train_nodes, validation_nodes, test_nodes = (part.to(place) for part in (nodes.train, nodes.validation, nodes.test))
+    edge_index = dataset.edge_index.to(place)
     known = {"known": train_nodes, "labels": labels[train_nodes]}
     if training.reveal_validation:
         revealed = torch.cat([train_nodes, validation_nodes])
@@ -63,9 +69,9 @@ def graph_parts(
     else:
         tested = Graph.of(x, edge_index, test_nodes, **known)
     return (
-        GraphBatches(Graph.of(x, edge_index, train_nodes, **known), labels[train_nodes], steps=steps),
-        GraphBatches(Graph.of(x, edge_index, validation_nodes, **known), labels[validation_nodes], steps=steps),
-        GraphBatches(tested, labels[test_nodes], steps=steps),
+        serve(Graph.of(x, edge_index, train_nodes, **known), labels[train_nodes]),
+        serve(Graph.of(x, edge_index, validation_nodes, **known), labels[validation_nodes]),
+        serve(tested, labels[test_nodes]),
     )
 
 
@@ -94,6 +100,6 @@ def refuse_graph_settings(training: TrainingConfig) -> None:
     Raises:
         UsageError: one of them is set.
     """
-    for name in ("split", "validate_every", "reveal_validation"):
+    for name in ("split", "validate_every", "graph_parts", "reveal_validation"):
         if getattr(training, name) != getattr(TrainingConfig, name):
             raise UsageError(f"{name} is a setting for graphs, and this data set is none; leave it out")

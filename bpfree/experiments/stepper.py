@@ -95,7 +95,7 @@ class Stepper:
         chunks = -(-self.steps_per_epoch // most)
         self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
         self._staged = train.stage(self.capacity, batch_size)
-        self.use_graph = graph and device.type == "cuda" and learner.capture_safe
+        self.use_graph = graph and device.type == "cuda" and learner.capture_safe and train.fixed_shapes
         self._groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
         for group in self._groups:
             # kept in the optimiser's state, as torch's own schedulers do it; a graph reads the rate from the device

@@ -56,6 +56,8 @@ class TrainingConfig:
         split: graphs: "public" is Planetoid's split, "folds" are ForwardGNN's five, fold seed modulo 5, "random" is
             60/20/20 by seed, "edges" asks for links between nodes, fold seed modulo 5; None takes the data set's own.
         validate_every: graphs: full-batch steps per epoch, that is between validations.
+        graph_parts: graphs: cut the nodes into this many random parts and take one at a time, in training and testing,
+            for graphs that do not fit the device; 1 serves the graph whole.
         reveal_validation: graphs: show labels of validation nodes to rules that use known labels when testing, as
             ForwardGNN's code does.
     """
@@ -76,10 +78,11 @@ class TrainingConfig:
     monitor: str = "loss"
     split: str | None = None
     validate_every: int = VALIDATE_EVERY
+    graph_parts: int = 1
     reveal_validation: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "patience", "validate_every"):
+        for name in ("batch_size", "epochs", "patience", "validate_every", "graph_parts"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.passes is not None and self.passes < 1:
@@ -295,6 +298,8 @@ class Trainer:
 
     def _run_stage(self, stage: Stage, stages: int) -> None:
         config, progress = self.config, self.progress
+        if stage.whole_graph and not self.train.fixed_shapes:
+            raise UsageError(f"{stage.name} keeps something for each node of the graph; leave out graph_parts")
         keep_prefix = self.train.augmentation == "none"
         with self.meter.phase(TRAIN):
             train, flops = self._prefixed(stage.step_prefix, self.train) if keep_prefix else (self.train, 0)

@@ -150,11 +150,11 @@ def test_other_rules_train_graphs(cora: data.GraphDataset, tmp_path: Path, rule:
     assert runs.run(run, tmp_path, dataset=cora)["test_accuracy"] > 50
 
 
-@pytest.mark.parametrize("variant", ["sf", "sf-t2i"])
-def test_an_interrupted_run_goes_on_bit_for_bit(variant: str, cora: data.GraphDataset) -> None:
+@pytest.mark.parametrize(("variant", "parts"), [("sf", 1), ("sf-t2i", 1), ("sf", 3)])
+def test_an_interrupted_run_goes_on_bit_for_bit(variant: str, parts: int, cora: data.GraphDataset) -> None:
     from bpfree.experiments import InterruptedRunError, Trainer
 
-    run = config(parameters={"variant": variant})
+    run = config(parameters={"variant": variant}, training={"graph_parts": parts})
     train, validation, _ = graph_parts(cora, run.training, 0, CPU)
     saved: dict[str, Any] = {}
     questions = iter(range(1, 100))
@@ -173,6 +173,26 @@ def test_an_interrupted_run_goes_on_bit_for_bit(variant: str, cora: data.GraphDa
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("rule", "parameters"), [("fgnn", {}), ("bp", {}), ("mf", {"schedule": "sequential"})])
+def test_a_graph_is_learned_in_parts(rule: str, parameters: dict[str, Any], cora: data.GraphDataset) -> None:
+    """Three quarters of Cora's test nodes, of seven classes, with a third of the edges at hand."""
+    from bpfree.experiments import Trainer
+    from bpfree.experiments.train import evaluate
+
+    training = {"graph_parts": 3, "epochs": 20}
+    run = config(algorithm_name=rule, parameters={**parameters, "lr": 1e-2}, training=training)
+    parts = graph_parts(cora, run.training, 0, CPU)
+    learner = runs.build_learner(run, cora, CPU)
+    Trainer(learner, *parts[:2], run.training).run()
+    assert evaluate(learner, parts[2], "fp32")["accuracy"] > 70
+
+
+def test_rules_that_keep_states_of_nodes_want_the_whole_graph(tmp_path: Path) -> None:
+    run = config(parameters={"variant": "sf-t2i"}, training={"graph_parts": 3})
+    with pytest.raises(UsageError, match="leave out graph_parts"):
+        runs.run(run, tmp_path)
+
+
 def test_a_run_of_a_graph_repeats_by_its_command() -> None:
     run = config(training={"monitor": "metric", "validate_every": 3, "reveal_validation": True, "graph": False})
     words = shlex.split(command(run))
@@ -188,6 +208,8 @@ def test_a_run_of_a_graph_repeats_by_its_command() -> None:
         ("cora", {"validation": 64}, "leave out validation"),
         ("cora", {"augmentation": "crop-flip"}, "leave out augmentation"),
         ("digits", {"split": "folds"}, "split is a setting for graphs"),
+        ("digits", {"graph_parts": 2}, "graph_parts is a setting for graphs"),
+        ("cora", {"graph_parts": 2, "split": "edges"}, "pairs of nodes"),
         ("digits", {"reveal_validation": True}, "reveal_validation is a setting for graphs"),
     ],
 )
