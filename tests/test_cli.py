@@ -208,7 +208,8 @@ def test_list_shows_what_there_is() -> None:
 
 def test_every_command_explains_itself() -> None:
     for command in (
-        (), ("run",), ("list",), ("table",), ("data",), ("data", "fetch"), ("data", "verify"), ("data", "path"),
+        (), ("run",), ("compare",), ("list",), ("table",), ("plot",), ("report",),
+        ("data",), ("data", "fetch"), ("data", "verify"), ("data", "path"),
     ):  # fmt: skip
         result = bpfree(*command, "--help")
         assert result.exit_code == 0

@@ -297,15 +297,28 @@ def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, 
             value of another kind than the parameter's.
     """
     rule = algorithm(algorithm_name)
-    known = rule.parameters()
+    return _parse(settings, rule.parameters(), f"parameter of {rule.name}")
+
+
+def parse_mixed_settings(settings: tuple[str, ...], algorithm_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`("lr=1e-3", "patience=4")` as learner parameters and training settings; errors as in `parse_settings`."""
+    rule = algorithm(algorithm_name)
+    training = {f.name: f.default for f in fields(TrainingConfig)}
+    parsed = _parse(settings, {**training, **rule.parameters()}, f"setting of {rule.name}")
+    own = {name: value for name, value in parsed.items() if name in rule.parameters()}
+    return own, {name: value for name, value in parsed.items() if name not in own}
+
+
+def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Values by name, of the types of the defaults in `known`."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--set takes key=value, got {setting!r}")
+            raise UsageError(f"settings are key=value, got {setting!r}")
         if name not in known:
-            raise unknown_name(f"parameter of {rule.name}", name, known)
+            raise unknown_name(kind, name, known)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree import data
 from bpfree.algorithms import Learner, algorithm
-from bpfree.algorithms.learner import DrawsNoise
+from bpfree.algorithms.learner import DrawsNoise, evaluation_mode
 from bpfree.data import Dataset, GraphDataset, GraphInfo
 from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
@@ -29,6 +30,7 @@ from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, reveal
 from bpfree.experiments.pictures import draw_reconstructions, require_matplotlib
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
+from bpfree.experiments.stepper import step_precision
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
 from bpfree.networks import build_network, set_dropout
 
@@ -55,11 +57,13 @@ class Measuring:
             those of the device's calibration, if any.
         idle_after_s: measure the idle device again this long after the run, s; 0 for not at all.
         carbon: country (ISO 3166, three letters) for CO2 equivalents by CodeCarbon; None for none.
+        start_temperature_c: the temperature at which runs are meant to start, °C; others are flagged. None for any.
     """
 
     idle_w: tuple[float, ...] = ()
     idle_after_s: float = 0.0
     carbon: str | None = None
+    start_temperature_c: float | None = None
 
 
 class Reporter:
@@ -237,7 +241,14 @@ def _train(
     with told_of_memory(config, device), closing(choose_source(config.energy, device)) as source:
         train, validation, *held = load_batches(config, dataset, device, preferred_layout(learner, device), test=test)
         earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
-        meter = EnergyMeter(source, device=device, idle_w=measuring.idle_w, earlier=earlier, poll_hz=POLL_HZ)
+        meter = EnergyMeter(
+            source,
+            device=device,
+            idle_w=measuring.idle_w,
+            earlier=earlier,
+            poll_hz=POLL_HZ,
+            start_temperature_c=measuring.start_temperature_c,
+        )
 
         def save(progress: dict[str, Any]) -> None:
             spent = {name: result.as_dict() for name, result in meter.totals().items()}
@@ -295,6 +306,7 @@ def _train(
             **_summary(config, folder, learner, progress, measured),
             "metric": validation.metric,
             "criterion": validation.criterion,
+            "forward_flops": forward_flops(learner, validation, config.training.precision),
         }
         for part in held:
             summary.update(_tested(config, dataset, learner, part))
@@ -409,12 +421,26 @@ def _summary(
         **measured,
         "flops": progress.flops,
         "parameters": sum(parameter.numel() for parameter in learner.parameters()),
+        "blocks": len(learner.blocks()),
         "stages": progress.finished,
         "hardware": environment["hardware"],
         "date": environment["date"],
         "commit": environment["commit"],
         "command": command(config),
     }
+
+
+@torch.no_grad()
+def forward_flops(learner: Learner, batches: AnyBatches, precision: str) -> int:
+    """Floating-point operations of the scores of one sample, by PyTorch's counter; of a graph, of all its nodes."""
+    inputs, _ = next(iter(batches.in_order(1)))
+    with (
+        evaluation_mode(learner),
+        step_precision(precision, batches.device),
+        FlopCounterMode(display=False) as counter,
+    ):
+        learner.scores(inputs)
+    return int(counter.get_total_flops())
 
 
 def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:

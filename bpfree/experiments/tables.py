@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
 from collections import defaultdict
@@ -175,3 +177,37 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     lines += ["| " + " | ".join(row[title] for title in titles) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same as comma-separated values."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().rstrip("\n")
+
+
+LATEX: Final = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+}
+"""What LaTeX would take for something else."""
+
+
+def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same as a LaTeX tabular; it needs the package booktabs."""
+
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join("".join(LATEX.get(character, character) for character in cell) for cell in cells) + r" \\"
+
+    titles = list(rows[0])
+    body = [line(row[title] for title in titles) for row in rows]
+    begin = rf"\begin{{tabular}}{{{'l' * len(titles)}}}"
+    return "\n".join([begin, r"\toprule", line(titles), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
