@@ -182,7 +182,8 @@ def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
     """
     epochs = folder.read_metrics()
     updates = [0, *(epoch["steps"] for epoch in epochs)]
-    readings = [*(epoch["joules_at_start"] for epoch in epochs), folder.read_json(SUMMARY)["energy"]["gross_j"]]
+    summary = folder.read_json(SUMMARY if (folder.path / SUMMARY).is_file() else UNTESTED)
+    readings = [*(epoch["joules_at_start"] for epoch in epochs), summary["energy"]["gross_j"]]
     known = {done: joules for done, joules in zip(updates, readings, strict=True) if joules is not None}
     accuracies = [epoch["validation_accuracy"] for epoch in epochs]
     if readings[-1] is None:

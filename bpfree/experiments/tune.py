@@ -28,6 +28,7 @@ import torch
 from bpfree.algorithms import Learner, algorithm
 from bpfree.data import GraphDataset
 from bpfree.energy import EnergyMeter, choose_source
+from bpfree.energy.choose import choose_for_program
 from bpfree.energy.result import JOULES_PER_WH
 from bpfree.energy.sources import NullSource
 from bpfree.errors import BpfreeError, CheckpointError, DataError, TrainingError, UsageError, unknown_name
@@ -98,6 +99,7 @@ class TuneConfig:
             del values[name]
         for name in ("device", "energy", "preset"):
             del values["base"][name]
+        values["space"], _ = declare(self.base, self.shared, self.given)  # with what the rule declares by now
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
@@ -165,8 +167,10 @@ class Watch(Reporter):
         self.passes = 0
         self._trial, self._observer, self._stop = trial, observer, stop
         self._reports = REPORTS if judged else 0
-        known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values if judged else {}
-        self._reported = max(known, default=0)
+        # what a worker that died has reported already; the one report that it may not have asked about is the last
+        self._known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values if judged else {}
+        self._asked = max(self._known, default=0) - 1
+        self._reported = 0
 
     def started(self, config: RunConfig, folder: Path, learner: Learner, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -185,9 +189,10 @@ class Watch(Reporter):
     def _report(self, due: int, accuracy: float) -> None:
         """Report for every tenth that has passed, so that trials of any length can be compared."""
         for step in range(self._reported + 1, due + 1):
-            self._trial.report(accuracy, step)
+            if step not in self._known:
+                self._trial.report(accuracy, step)
         self._reported = due
-        if due < self._reports and self._trial.should_prune():
+        if self._asked < due < self._reports and self._trial.should_prune():
             raise PrunedTrialError(f"pruned when {due} of {self._reports} were done, at {accuracy:.2f} %")
 
     def finished(self) -> None:
@@ -397,7 +402,10 @@ def _checked(config: TuneConfig, dataset: AnyDataset, *, shared_device: bool) ->
             raise UsageError("joules as an objective need a device for each worker; use fewer workers")
         return replace(config, base=replace(config.base, energy="none"))
     if config.pareto:
-        with closing(choose_source(config.base.energy, runs.pick_device(config.base.device))) as source:
+        on_gpu = runs.pick_device(config.base.device).type == "cuda"
+        # without a CUDA context, which the meters of workers would take for a stranger
+        choose = choose_for_program if on_gpu else choose_source
+        with closing(choose(config.base.energy)) as source:
             if isinstance(source, NullSource):
                 raise UsageError(f"joules as an objective need to be measured, and cannot be: {source.reason}")
     return config

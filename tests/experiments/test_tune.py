@@ -309,10 +309,12 @@ def test_labels_of_test_nodes_change_nothing(tmp_path: Path) -> None:
 
 
 def test_trials_are_no_rows_of_a_table(tmp_path: Path) -> None:
-    tune(study(trials=1), tmp_path, dataset=own_data())
+    record = tune(study(trials=1), tmp_path, dataset=own_data())
     assert not list(records.find_runs(tmp_path))
     (trial,) = (tmp_path / "study" / "trials").iterdir()
-    assert (trial / records.UNTESTED).is_file()
+    curve = records.energy_curve(records.RunFolder.open(trial))
+    assert len(curve) == record["best"]["passes"]
+    assert curve[-1][0] == record["best"]["gross_j"]
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------
