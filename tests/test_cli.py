@@ -75,7 +75,7 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("run", "--algo", "mono"), 2, "unknown algorithm 'mono'; did you mean mono-forward"),
+        (("run", "--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         (("run", "--dataset", "digit"), 2, "unknown data set 'digit'; did you mean digits"),
         (("run", "--network", "mpl:2x10"), 2, "unknown network 'mpl'; did you mean mlp"),
         (

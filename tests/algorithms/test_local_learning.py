@@ -60,10 +60,12 @@ def images(size: int = 8) -> tuple[Tensor, Tensor]:
     return torch.rand(size, *IMAGE), torch.arange(size) % CLASSES
 
 
-def residual(k: int = 4, host: str = "dgl", depth: int = 20, **options: object) -> LocalLearning:
+def residual(
+    k: int = 4, host: str = "dgl", depth: int = 20, image: tuple[int, ...] = IMAGE, **options: object
+) -> LocalLearning:
     """ResNet-20 on small images: a stem and nine units."""
-    network = build_network(f"resnet:{depth}", IMAGE)
-    return LocalLearning(network, CLASSES, k=k, host=host, input_shape=IMAGE, **options)  # type: ignore[arg-type]
+    network = build_network(f"resnet:{depth}", image)
+    return LocalLearning(network, CLASSES, k=k, host=host, input_shape=image, **options)  # type: ignore[arg-type]
 
 
 def copies(parameters: object) -> list[Tensor]:
@@ -354,15 +356,20 @@ def test_stand_ins_have_the_shape_of_the_next_blocks_first_unit() -> None:
             assert auxiliary(signal).shape == learner.network[index + 1](signal).shape
 
 
-@pytest.mark.parametrize("depth", [50, 101, 152])
-def test_large_networks_can_be_built_and_take_a_step(depth: int) -> None:
-    shape = (3, 32, 32)
-    learner = LocalLearning(
-        build_network(f"resnet:{depth}", shape), 10, k=2, host="infopro", head="bottleneck", input_shape=shape, **MAN
-    )
-    if depth == 50:
-        metrics = learner.step((torch.rand(2, *shape), torch.tensor([1, 7])))
-        assert all(value.isfinite() for value in metrics.values())
+@pytest.mark.parametrize(("depth", "k", "host"), [(50, 4, "dgl"), (101, 2, "infopro"), (152, 4, "infopro")])
+def test_large_networks_can_be_built(depth: int, k: int, host: str) -> None:
+    shape, head = (3, 224, 224), "bottleneck" if host.startswith("infopro") else ""
+    with torch.device("meta"):
+        network = build_network(f"resnet:{depth}", shape)
+        learner = LocalLearning(network, 1000, k=k, host=host, head=head, optimizer=sgd, input_shape=shape, **MAN)
+    assert len(learner.blocks()) == k
+    assert learner.readout.weight.shape == (1000, 2048)
+
+
+def test_bottlenecks_learn() -> None:
+    learner = residual(2, "infopro", depth=50, image=(3, 32, 32), head="bottleneck", **MAN)
+    metrics = learner.step((torch.rand(2, 3, 32, 32), torch.tensor([1, 3])))
+    assert all(value.isfinite() for value in metrics.values())
 
 
 # 10. memory: a block's graph is gone before the next block begins

@@ -95,7 +95,7 @@ def test_the_papers_cuts_of_large_networks(name: str, k: int, ends: list[int]) -
 
 def test_blocks_are_the_units_once_each_in_their_order() -> None:
     network = build_network("resnet:32", IMAGE).eval()
-    for k in (1, 2, 3, 4, 5, 8, 16):
+    for k in (1, 3, 8, 16):
         blocks = partition(network, k, input_shape=IMAGE).eval()
         units = [unit for block in blocks for unit in (block if isinstance(block, Units) else [block])]
         assert [id(unit) for unit in units] == [id(unit) for unit in network]
