@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from bpfree.algorithms import ALGORITHMS
 from bpfree.errors import CheckpointError, DataError, UsageError
 from bpfree.experiments.collect import Entry
 from bpfree.experiments.records import RunFolder
@@ -43,8 +43,14 @@ COLORS: Final = {
     "man": "#e377c2",
     "fgnn": "#98df8a",
     "dfa": "#ad494a",
+    "greedy": "#393b79",
+    "dgl": "#637939",
+    "predsim": "#8c6d31",
+    "infopro": "#7b4173",
 }
-SPARE: Final = ("#393b79", "#637939", "#8c6d31", "#843c39", "#7b4173", "#3182bd", "#e6550d", "#31a354")
+SPARE: Final = ("#3182bd", "#e6550d", "#31a354", "#756bb1", "#843c39", "#636363")
+"""For rules that have no colour here yet."""
+
 DASHES: Final = ("-", "--", ":", "-.")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 GRID: Final = 200
@@ -57,8 +63,11 @@ DPI: Final = 150
 
 
 def color(rule: str) -> str:
-    """The colour of a rule, by its short name; a rule that is new here always gets the same one too."""
-    return COLORS.get(rule) or SPARE[zlib.crc32(rule.encode()) % len(SPARE)]
+    """The colour of a rule, by its short name; rules without one here take spare ones, in the order of the registry."""
+    if rule in COLORS:
+        return COLORS[rule]
+    new = [entry.alias for entry in ALGORITHMS if entry.alias not in COLORS]
+    return SPARE[new.index(rule) % len(SPARE)]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_arms_take_presets_files_and_settings(tmp_path: Path) -> None:
     [
         (["mf", "bb"], "unknown algorithm 'bb'"),
         (["mf@nothing"], "unknown preset"),
-        (["mf@nothing.toml"], "does not hold a preset"),
+        (["mf@nothing.toml"], "cannot read the preset"),
         (["mf@backprop-cifar10"], "is for bp, not for mf"),
         (["mf:rate=1"], "unknown setting of mono_forward 'rate'"),
         (["mf:patience"], "key=value"),

@@ -23,6 +23,7 @@ from PIL import Image
 from bpfree.algorithms import ALGORITHMS
 from bpfree.cli import cli
 from bpfree.errors import CheckpointError, DataError
+from bpfree.experiments import plots as plotting
 from bpfree.experiments.collect import collect
 from bpfree.experiments.plots import Plot, color, make_plots, save
 from tests.experiments.synthetic import make_run
@@ -67,7 +68,12 @@ def shows(image: bytes, name: str) -> bool:
 def test_every_rule_has_a_colour_of_its_own() -> None:
     colors = [color(entry.alias) for entry in ALGORITHMS]
     assert len(set(colors)) == len(colors)
-    assert color("a-rule-of-tomorrow") == color("a-rule-of-tomorrow")
+
+
+def test_rules_that_are_new_get_spare_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: value for name, value in plotting.COLORS.items() if name not in {"bp", "mf"}}
+    monkeypatch.setattr(plotting, "COLORS", known)
+    assert [color("bp"), color("mf")] == list(plotting.SPARE[:2])
 
 
 def test_a_rule_has_one_colour_in_every_figure(plots: list[Plot]) -> None:
