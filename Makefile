@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,carbon,graph,tune]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,carbon,graph,plot,tune]'
 	touch $@
 
 run: $(VENV)/.installed

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import sys
 import time
 from dataclasses import replace
@@ -23,8 +22,9 @@ from typing import Any
 from bpfree import data
 from bpfree.errors import BpfreeError
 from bpfree.experiments import run as runs
+from bpfree.experiments.arms import interleaved
+from bpfree.experiments.compare import config_key, is_finished, recorded
 from bpfree.experiments.config import RunConfig, parse_settings, resolve
-from bpfree.experiments.records import CONFIG, RunFolder, find_runs
 from bpfree.experiments.tables import readable, result_rows, text_table
 from bpfree.experiments.train import InterruptedRunError
 
@@ -58,13 +58,13 @@ def main() -> None:
     training = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.training)}
     configs = arms(options.presets, options.vary, training)
     load = cache(data.load)
-    done = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(options.out)] if options.out.exists() else []
+    done = {key for key, path in recorded(options.out).items() if is_finished(path)}
     started, failures = time.monotonic(), 0
     idle_w: tuple[float, ...] = ()
     for seed in options.seeds:
-        for config in random.Random(seed).sample(configs, len(configs)):
+        for config in interleaved(configs, seed):
             config = replace(config, seed=seed)
-            if config.to_dict() in done or time.monotonic() - started > options.budget:
+            if config_key(config) in done or time.monotonic() - started > options.budget:
                 continue
             try:
                 if options.idle and not idle_w:

@@ -35,7 +35,7 @@ from bpfree.algorithms._noprop_processes import DiscreteDiffusion
 from bpfree.energy import EnergyMeter, Flag, choose_source
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig
-from bpfree.experiments.records import CONFIG, MODEL, SUMMARY, RunFolder, environment, find_runs
+from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, environment, find_runs
 from bpfree.experiments.stepper import numerics
 from bpfree.experiments.tables import markdown_table
 from bpfree.experiments.train import rate
@@ -106,14 +106,9 @@ def accuracy_table(root: Path) -> str:
 
 def trained(path: Path, device: torch.device) -> tuple[RunConfig, NoProp, Any]:
     """Configuration, learner and test data of a finished run."""
-    folder = RunFolder.open(path)
-    config = RunConfig.read(path / CONFIG)
-    dataset = runs.load_dataset(config.dataset)
-    learner = runs.build_learner(config, dataset, device)
+    config, learner, test = runs.trained(path, device)
     assert isinstance(learner, NoProp), f"{path} holds no NoProp run"
-    learner.load_state_dict(folder.load(MODEL, device))
-    layout = runs.preferred_layout(learner, device)
-    return config, learner, runs.load_batches(config, dataset, device, layout)[2]
+    return config, learner, test
 
 
 def measure_inference(path: Path, window: float, device: torch.device) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Console(Reporter):
 
     def started(self, config: RunConfig, folder: Path, learner: Learner, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._metric = trainer.validation.metric
         self._stages = [stage.name for stage in learner.stages()]
         self._stage = ""
         preset = f" (preset {config.preset})" if config.preset else ""
@@ -74,11 +75,14 @@ class Console(Reporter):
     def epoch(self, record: dict[str, Any]) -> None:
         loss, accuracy = record["validation_loss"], record["validation_accuracy"]
         if self._bar is not None:
-            self._bar.set_postfix_str(f"epoch {record['epoch']}, validation loss {loss:.4f}, accuracy {accuracy:.2f} %")
+            self._bar.set_postfix_str(
+                f"epoch {record['epoch']}, validation loss {loss:.4f}, {self._metric} {accuracy:.2f} %"
+            )
         elif not sys.stderr.isatty() and time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             self._say(
-                f"{record['stage']}, epoch {record['epoch']}: validation loss {loss:.4f}, accuracy {accuracy:.2f} %"
+                f"{record['stage']}, epoch {record['epoch']}: validation loss {loss:.4f}, "
+                f"{self._metric} {accuracy:.2f} %"
             )
 
     def finished(self) -> None:

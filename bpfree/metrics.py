@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,3 +28,20 @@ def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
     positives = positive.sum()
     negatives = len(targets) - positives
     return ((ranks * positive).sum() - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def linear_cka(a: Tensor, b: Tensor) -> Tensor:
+    """Linear centred kernel alignment of two representations of the same samples.
+
+    Kornblith, Norouzi, Lee, Hinton, "Similarity of Neural Network Representations Revisited", ICML 2019,
+    arXiv 1905.00414, equation 4 with linear kernels: tr(K H L H) over the product of |H K H| and |H L H|.
+
+    Args:
+        a: (n, d) floating point.
+        b: (n, e) floating point.
+
+    Returns:
+        0-d in [0, 1], 1 for representations that differ by a rotation and a factor; NaN if one is constant.
+    """
+    a, b = a - a.mean(0), b - b.mean(0)
+    return F.cosine_similarity((a @ a.T).flatten(), (b @ b.T).flatten(), dim=0)

@@ -75,7 +75,7 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("run", "--algo", "mono"), 2, "unknown algorithm 'mono'; did you mean mono-forward"),
+        (("run", "--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         (("run", "--dataset", "digit"), 2, "unknown data set 'digit'; did you mean digits"),
         (("run", "--network", "mpl:2x10"), 2, "unknown network 'mpl'; did you mean mlp"),
         (
@@ -208,7 +208,8 @@ def test_list_shows_what_there_is() -> None:
 
 def test_every_command_explains_itself() -> None:
     for command in (
-        (), ("run",), ("list",), ("table",), ("data",), ("data", "fetch"), ("data", "verify"), ("data", "path"),
+        (), ("run",), ("compare",), ("list",), ("table",), ("plot",), ("report",),
+        ("data",), ("data", "fetch"), ("data", "verify"), ("data", "path"),
     ):  # fmt: skip
         result = bpfree(*command, "--help")
         assert result.exit_code == 0

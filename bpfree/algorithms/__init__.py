@@ -4,10 +4,12 @@ from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
 from bpfree.algorithms.backprop import Backprop
 from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CompetitiveForward
+from bpfree.algorithms.counter_current import CounterCurrent
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
+from bpfree.algorithms.local_learning import LocalLearning
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
 from bpfree.algorithms.noprop_backprop import NoPropBackprop
@@ -19,10 +21,12 @@ __all__ = [
     "Batch",
     "CaFo",
     "CompetitiveForward",
+    "CounterCurrent",
     "DirectFeedback",
     "ForwardForward",
     "ForwardGNN",
     "Learner",
+    "LocalLearning",
     "MonoForward",
     "NoProp",
     "NoPropBackprop",

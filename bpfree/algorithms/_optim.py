@@ -17,7 +17,12 @@ SGD_MOMENTUM: Final = 0.9
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], optimizer: str | OptimizerFactory, *, lr: float, weight_decay: float = 0.0
+    parameters: Iterable[nn.Parameter],
+    optimizer: str | OptimizerFactory,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float | None = None,
 ) -> Optimizer:
     """One optimiser over `parameters`.
 
@@ -28,11 +33,14 @@ def make_optimizer(
             `weight_decay`.
         lr: learning rate.
         weight_decay: coupled (L2), but decoupled for "adamw".
+        momentum: instead of 0.9, for "sgd" and "momentum".
 
     Raises:
-        UsageError: unknown name, or a rate that is not a positive number.
+        UsageError: unknown name, a rate that is not a positive number, or momentum of an optimiser without.
     """
     trained = list(parameters)
+    if momentum is not None and not (optimizer in ("sgd", "momentum") and 0 <= momentum < 1):
+        raise UsageError(f"momentum is a number from 0 to 1 for optimizer=sgd or momentum, got {momentum}")
     if callable(optimizer):
         return optimizer(trained)
     if not lr > 0 or not weight_decay >= 0:
@@ -43,7 +51,8 @@ def make_optimizer(
         return AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
     if optimizer in {"sgd", "momentum"}:
         nesterov = optimizer == "sgd"
-        return SGD(trained, lr=lr, weight_decay=weight_decay, momentum=SGD_MOMENTUM, nesterov=nesterov, fused=True)
+        kept = SGD_MOMENTUM if momentum is None else momentum
+        return SGD(trained, lr=lr, weight_decay=weight_decay, momentum=kept, nesterov=nesterov, fused=True)
     if optimizer == "gd":
         return SGD(trained, lr=lr, weight_decay=weight_decay, fused=True)
     raise unknown_name("optimizer", optimizer, OPTIMIZERS)
@@ -53,6 +62,16 @@ def set_gradients(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor
     """Hand each parameter its gradient, in the parameter's precision."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.to(parameter.dtype)
+
+
+def centralize_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Take the mean over inputs off each output unit's gradient; vectors (biases) are left as they are.
+
+    Yong, Huang, Hua, Zhang, "Gradient Centralization", ECCV 2020, arXiv 2004.01461, equation 1.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.ndim > 1:
+            parameter.grad.sub_(parameter.grad.mean(tuple(range(1, parameter.ndim)), keepdim=True))
 
 
 def materialize_state(optimizer: Optimizer) -> None:

@@ -12,10 +12,12 @@ from torch import nn
 from bpfree.algorithms.backprop import DEEP_SUPERVISION, LADDER, Backprop
 from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CWCOMP, DEEPER_FORWARD, SCALABLE, CompetitiveForward
+from bpfree.algorithms.counter_current import CounterCurrent
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
 from bpfree.algorithms.learner import Learner, Paper
+from bpfree.algorithms.local_learning import DGL, GREEDY, INFOPRO, PREDSIM, LocalLearning
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
 from bpfree.algorithms.noprop_backprop import NoPropBackprop
@@ -53,7 +55,7 @@ class Algorithm:
         }
 
     def build(self, network: nn.Sequential, classes: int, input_shape: Shape, **parameters: Any) -> Learner:
-        """A learner for `network`.
+        """A learner for `network`; 0 classes are the task "autoencode".
 
         Raises:
             UsageError: a parameter that the rule does not have (with the nearest one it has), a bad value, or a
@@ -140,6 +142,45 @@ ALGORITHMS: Final = (
         CaFo.paper,
     ),
     Algorithm(
+        "greedy_local_learning",
+        "greedy",
+        LocalLearning,
+        "greedy local learning: each block learns from a small classifier, all at once",
+        GREEDY,
+        {"host": "greedy"},
+    ),
+    Algorithm(
+        "decoupled_greedy_learning",
+        "dgl",
+        LocalLearning,
+        "DGL: each block learns from a classifier that shrinks its maps first and costs little",
+        DGL,
+    ),
+    Algorithm(
+        "predsim",
+        "predsim",
+        LocalLearning,
+        "PredSim: each block makes samples of one class alike, and learns a little from a linear classifier",
+        PREDSIM,
+        {"host": "predsim"},
+    ),
+    Algorithm(
+        "infopro",
+        "infopro",
+        LocalLearning,
+        "InfoPro: each block keeps what reconstructs the image and what tells its class",
+        INFOPRO,
+        {"host": "infopro"},
+    ),
+    Algorithm(
+        "momentum_auxiliary_network",
+        "man",
+        LocalLearning,
+        "MAN: DGL (or another host) behind a momentum copy of the next block's first unit and a trainable one",
+        LocalLearning.paper,
+        {"ema": True, "bias": "twin"},
+    ),
+    Algorithm(
         "forward_gnn",
         "fgnn",
         ForwardGNN,
@@ -159,6 +200,13 @@ ALGORITHMS: Final = (
         NoPropBackprop,
         "control: NoProp's blocks in a gated chain, back-propagation through all of them",
         NoPropBackprop.paper,
+    ),
+    Algorithm(
+        "counter_current",
+        "ccl",
+        CounterCurrent,
+        "counter-current learning: a second network from labels to inputs; each pair of layers learns to agree",
+        CounterCurrent.paper,
     ),
     Algorithm(
         "direct_feedback",

@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
+from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer
+from bpfree.algorithms._recompute import recomputed, refuse_noise
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
+from bpfree.networks.autoencoder import check_reconstructs
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
@@ -58,14 +60,20 @@ class Backprop(Learner):
 
     Args:
         network: hidden blocks in forward order.
-        classes: number of classes C.
+        classes: number of classes C; 0 for the task "autoencode", in which the network returns what has the shape of
+            its inputs, there is no read-out, and the loss is the mean squared error.
         lr: learning rate.
-        optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser.
+        optimizer: "adamw", "adam", "sgd", "momentum", "gd", or a function from parameters to an optimiser.
+        momentum: of optimizer=sgd and momentum, 0.9 if left out.
         weight_decay: decay of all weights.
+        clip: longest gradient of the whole network allowed, 2-norm; 0 for any.
+        centralize: take the mean over inputs off each unit's gradient.
         readout: "linear" is W with bias; "goodness" is Mono-Forward's bias-free M_L. On graphs also "conv", a
             convolution to the class scores, and for pairs of nodes "dot", z_u . z_v of a convolution as wide as a_L.
         auxiliary_weight: weight w of the local heads' losses; 0 has no local heads.
         head_pool: how feature maps reach a linear map: "flatten", "gap" or "adaptive".
+        recompute: keep only the blocks' inputs for the backward pass and compute the rest again (gradient
+            checkpointing): less memory, one more forward pass, the same bits.
         dropout: probability with which each input of a block or of the read-out is set to zero while training.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
@@ -87,6 +95,7 @@ class Backprop(Learner):
         follows="reverse-mode gradient of the cross-entropy through the whole network",
     )
     locality = "network"
+    tasks = ("classify", "autoencode")
 
     def __init__(
         self,
@@ -95,10 +104,14 @@ class Backprop(Learner):
         *,
         lr: float = 1e-3,
         optimizer: str | OptimizerFactory = "adamw",
+        momentum: float | None = None,
         weight_decay: float = 0.0,
+        clip: float = 0.0,
+        centralize: bool = False,
         readout: Readout = "linear",
         auxiliary_weight: float = 0.0,
         head_pool: str = "flatten",
+        recompute: bool = False,
         dropout: float = 0.0,
         input_shape: Shape | None = None,
     ) -> None:
@@ -107,20 +120,29 @@ class Backprop(Learner):
             raise UsageError(f"dropout must lie in [0, 1), got {dropout}")
         if readout not in READOUTS:
             raise unknown_name("readout", readout, READOUTS)
-        if not auxiliary_weight >= 0:
-            raise UsageError(f"auxiliary_weight must not be negative, got {auxiliary_weight}")
+        if not (auxiliary_weight >= 0 and clip >= 0):
+            raise UsageError(f"auxiliary_weight and clip must not be negative, got {auxiliary_weight} and {clip}")
         shapes = block_output_shapes(self.network, self.input_shape)
         self.auxiliary_weight = auxiliary_weight
-        self.dropout = dropout
+        self.dropout, self.clip, self.centralize, self.recompute = dropout, clip, centralize, recompute
+        if recompute:
+            refuse_noise(self.network)
         self.readout = self._readout(readout, shapes[-1], head_pool)
         supervised = shapes[:-1] if readout == "goodness" else shapes
         self.heads = nn.ModuleList(
             Head(shape, classes, pool=head_pool) for shape in (supervised if auxiliary_weight > 0 else [])
         )
-        self._optimizer = make_optimizer(self.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
+        self._optimizer = make_optimizer(
+            self.parameters(), optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum
+        )
 
     def _readout(self, kind: str, shape: Shape, head_pool: str) -> nn.Module:
         """Maps the last block's output to scores."""
+        if self.task == "autoencode":
+            if kind != "linear" or head_pool != "flatten" or self.auxiliary_weight:
+                raise UsageError("readout, head_pool and auxiliary_weight are for classes, not for task=autoencode")
+            check_reconstructs(shape, self.input_shape)
+            return nn.Identity()
         if kind in ("linear", "goodness"):
             return Head(shape, self.classes, pool=head_pool, bias=kind == "linear")
         last = self.network[-1]
@@ -137,7 +159,7 @@ class Backprop(Learner):
         return F.dropout(signal, self.dropout, self.training)
 
     def forward(self, inputs: Any) -> Tensor:
-        """(B, *input_shape) or a graph -> (B, C) scores of the read-out."""
+        """(B, *input_shape) or a graph -> (B, C) scores of the read-out, or reconstructions."""
         return self._outputs(inputs)[1]
 
     def stages(self) -> tuple[Stage, ...]:
@@ -157,27 +179,35 @@ class Backprop(Learner):
     @property
     def variant(self) -> str:
         """Empty for plain back-propagation."""
-        return f"auxiliary weight {self.auxiliary_weight:g}" if self.heads else ""
+        parts = [f"auxiliary weight {self.auxiliary_weight:g}"] * bool(self.heads) + ["recompute"] * self.recompute
+        return ", ".join(parts)
 
     def _outputs(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
         """Scores of the local heads (there may be none) and of the read-out."""
         local = []
         signal = inputs
         for index, block in enumerate(self.network):
-            signal = block(self._dropped(signal))
+            signal = self._block_outputs(block, self._dropped(signal))
             if index < len(self.heads):
                 local.append(self.heads[index](signal))
         return local, self.readout(self._dropped(signal))
+
+    def _block_outputs(self, block: nn.Module, signal: Any) -> Any:
+        return recomputed(block, signal) if self.recompute and torch.is_grad_enabled() else block(signal)
 
     @torch.enable_grad()
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
         local, scores = self._outputs(inputs)
         losses = [F.cross_entropy(goodness, targets) for goodness in local]
-        loss = F.cross_entropy(scores, targets)
+        loss = F.cross_entropy(scores, targets) if self.task == "classify" else F.mse_loss(scores, targets)
         total = torch.add(loss, torch.stack(losses).sum(), alpha=self.auxiliary_weight) if losses else loss
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
+        if self.centralize:
+            centralize_gradients(self.parameters())
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip, foreach=True)
         self._optimizer.step()
         metrics = {"loss": loss.detach()}
         metrics.update({f"block {index} loss": head_loss.detach() for index, head_loss in enumerate(losses)})

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, final, runtime_checkable
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from bpfree.networks.graph import Graph
 Batch = tuple[Any, Tensor]  # inputs, a tensor or a `Graph`, and targets
 Metrics = dict[str, Tensor]
 Locality = Literal["network", "block", "layer"]
+Task = Literal["classify", "autoencode"]
+TASKS: Final = ("classify", "autoencode")
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ class Stage:
         modules: what this stage trains; its best state is the state of these modules.
         optimizers: the optimisers that `step` drives.
         update: one update from one checked batch.
-        scores: (B, ...) stage inputs -> (B, C) logits that rate the stage on validation data.
+        scores: (B, ...) stage inputs -> (B, C) logits that rate the stage on validation data; reconstructions of the
+            inputs in the task "autoencode".
         input_shape: shape of one stage input.
-        classes: number of classes C.
+        classes: number of classes C; 0 in the task "autoencode".
         prefix: frozen map from network inputs to stage inputs, without gradient; None when they are the same.
             As long as nothing augments the inputs, its outputs may be computed once and kept.
         training_prefix: the same for the inputs of `update`, if training looks at them in another way than `scores`
@@ -109,7 +112,7 @@ class Stage:
 
         Args:
             batch: `(inputs, targets)`: (B, *input_shape) floating point or a `Graph` with (n, *input_shape) features,
-                and (B,) int64.
+                and (B,) int64; in the task "autoencode" the inputs again.
 
         Returns:
             0-d tensors on the batch's device (at least one; losses of a stage that learns by steps); reading them on
@@ -146,12 +149,19 @@ def check_inputs(inputs: Any, input_shape: Shape) -> None:
 def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
     inputs, targets = batch
     check_inputs(inputs, input_shape)
+    if len(inputs) == 0:
+        raise UsageError("the batch is empty")
+    if not classes:
+        if targets.shape != inputs.shape or not targets.is_floating_point():
+            raise UsageError(
+                f"the task autoencode wants targets like its inputs, {tuple(inputs.shape)} floating point, "
+                f"got {tuple(targets.shape)} of {targets.dtype}"
+            )
+        return
     if targets.ndim != 1 or len(targets) != len(inputs) or targets.dtype != torch.int64:
         raise UsageError(
             f"targets must be {len(inputs)} int64 class indices, got shape {tuple(targets.shape)} of {targets.dtype}"
         )
-    if len(targets) == 0:
-        raise UsageError("the batch is empty")
     if targets.device.type == "cpu" and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise UsageError(f"targets must lie in [0, {classes}), got {int(targets.min())} to {int(targets.max())}")
 
@@ -161,18 +171,23 @@ class Learner(nn.Module, ABC):
 
     Args:
         network: the blocks in forward order, without a read-out (see `as_blocks` for how a network is cut).
-        classes: number of classes C.
+        classes: number of classes C; 0 for the task "autoencode", in which targets are the inputs.
         input_shape: shape of one input sample; may be left out when the first layer is a `Linear`.
 
     Attributes:
         paper: where the rule comes from.
         locality: how far a gradient travels: through the "network", a "block" or a "layer".
         capture_safe: whether `step` can be captured in a CUDA graph.
+        tasks: what the rule can learn.
+
+    Raises:
+        UsageError: a task that the rule cannot learn, or a network that does not fit.
     """
 
     paper: ClassVar[Paper]
     locality: ClassVar[Locality]
     capture_safe: ClassVar[bool] = True
+    tasks: ClassVar[tuple[Task, ...]] = ("classify",)
 
     def __init__(
         self, network: nn.Sequential | Iterable[nn.Module], classes: int, input_shape: Shape | None = None
@@ -180,11 +195,16 @@ class Learner(nn.Module, ABC):
         super().__init__()
         self.network = as_blocks(network)
         self.classes = classes
+        if self.task not in self.tasks:
+            raise UsageError(f"{type(self).__name__} cannot {self.task}; it learns to {' and '.join(self.tasks)}")
         self.input_shape = tuple(input_shape) if input_shape is not None else infer_input_shape(self.blocks())
 
     @abstractmethod
     def forward(self, inputs: Any) -> Tensor:
-        """(B, *input_shape) inputs or a `Graph` -> (B, C) class scores, higher is likelier; no labels in reach."""
+        """(B, *input_shape) inputs or a `Graph` -> (B, C) class scores, higher is likelier; no labels in reach.
+
+        In the task "autoencode" (B, *input_shape) reconstructions.
+        """
 
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
@@ -211,6 +231,12 @@ class Learner(nn.Module, ABC):
 
         Those that every rule has (learning rate, weight decay, batch size, ...) are the tuner's.
         """
+
+    @property
+    @final
+    def task(self) -> Task:
+        """What is learned: classes, or to reconstruct the inputs."""
+        return "classify" if self.classes else "autoencode"
 
     @final
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -267,7 +293,7 @@ class Learner(nn.Module, ABC):
     @final
     @torch.no_grad()
     def scores(self, inputs: Any) -> Tensor:
-        """(B, *input_shape) inputs or a `Graph` -> (B, C) class scores, in evaluation mode and without gradient."""
+        """What `forward` makes of inputs or a `Graph`, in evaluation mode and without gradient."""
         with evaluation_mode(self):
             scores: Tensor = self(inputs)
         return scores

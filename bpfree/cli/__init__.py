@@ -9,8 +9,10 @@ import click
 
 from bpfree import __version__
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Group
+from bpfree.cli.compare import compare
 from bpfree.cli.data import data_group
 from bpfree.cli.energy import energy_group
+from bpfree.cli.figures import plot, report
 from bpfree.cli.run import run
 from bpfree.cli.show import list_things, table
 from bpfree.cli.tune import tune_rule
@@ -30,15 +32,17 @@ def cli(context: click.Context) -> None:
     bpfree run                                  Mono-Forward on the packaged digits
     bpfree run --algo bp --dataset mnist        the baseline, with the preset's hyperparameters
     bpfree tune --algo mf --trials 50           hyperparameters, by the same search for every rule
+    bpfree compare --algos mf,bp --seeds 5      rules against the baseline over paired seeds
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
+    bpfree report results                       tables and figures of comparisons as one page
     bpfree energy measure -- python train.py    joules, seconds and watts of any program
     """
     if os.environ.get("NO_COLOR"):  # https://no-color.org; click itself only looks for a terminal
         context.color = False
 
 
-for command in (run, tune_rule, list_things, table, data_group, energy_group):
+for command in (run, tune_rule, compare, list_things, table, plot, report, data_group, energy_group):
     cli.add_command(command)
 
 

@@ -74,6 +74,16 @@ def data_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of everything that pairs arms."""
+    for option in (
+        click.option("--mixed-hardware", is_flag=True, help="Allow runs of several kinds of hardware, and label them."),
+        click.option("--baseline", metavar="ARM", help="The arm to pair with.  [default: what the comparison fixed]"),
+    ):
+        function = option(function)
+    return function
+
+
 def is_default(parameter: str) -> bool:
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.DEFAULT
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bpfree.algorithms.learner import TASKS, Task
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default, refuse_others
 from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
@@ -25,6 +26,11 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
 @click.option("--algo", "-a", "algorithm_name", help="Learning rule, by its short or long name.  [default: mf]")
 @click.option("--dataset", "-d", help="Data set.  [default: digits, which is packaged]")
 @click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]")
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    help="Tell classes apart (or links of graphs), or reconstruct images.  [default: classify]",
+)
 @click.option(
     "--preset",
     help="Start from this preset, by name or as a .toml file; 'none' for the rule's defaults.  "
@@ -75,6 +81,7 @@ def run(
     algorithm_name: str | None,
     dataset: str | None,
     network: str | None,
+    task: Task | None,
     preset: str | None,
     settings: tuple[str, ...],
     seeds: tuple[int, ...],
@@ -98,6 +105,7 @@ def run(
     \b
     bpfree run --algo mf --dataset cifar10
     bpfree run --algo mf --dataset mnist --network mlp:2x1000 --epochs 10 --set lr=5e-4
+    bpfree run --algo ccl --task autoencode --dataset cifar10
     bpfree run --preset mono_forward-cifar10 --seed 1 --seed 2 --seed 3
     bpfree run --resume results/runs/cifar10-mf-...
 
@@ -122,7 +130,7 @@ def run(
     else:
         given = {name: value for name, value in training.items() if value is not None}
         if config_file is not None:
-            refuse_others("--config", refused={"algorithm_name", "dataset", "network", "preset"})
+            refuse_others("--config", refused={"algorithm_name", "dataset", "network", "task", "preset"})
             start = RunConfig.read(config_file)
             config = replace(
                 start,
@@ -144,6 +152,7 @@ def run(
                 training=given,
                 device=device,
                 energy=energy,
+                task=task,
             )
         loaded = runs.load_dataset(config.dataset, data_root, download=download)
         idle_w = runs.measure_idle(config, idle_seconds) if idle_seconds else ()
@@ -173,12 +182,18 @@ def _print_summary(summary: Mapping[str, Any], form: str) -> None:
     rule = summary["algorithm"] + (f" ({summary['variant']})" if summary["variant"] else "")
     click.echo(
         f"{summary['dataset']} {summary['network']} {rule} seed {summary['seed']}: "
-        f"test {summary['metric']} {summary['test_accuracy']:.2f} %{_inference_words(summary['test_diagnostics'])}, "
+        f"test {_error_words(summary)}{summary['metric']} {summary['test_accuracy']:.2f} %"
+        f"{_inference_words(summary['test_diagnostics'])}, "
         f"{summary['passes']} passes, "
         f"{summary['seconds']:.1f} s, "
         f"{energy_words(summary['energy'])}{_carbon_words(summary.get('carbon'))}, "
         f"peak memory {summary['peak_memory_mib']:.0f} MiB -> {summary['run_dir']}"
     )
+
+
+def _error_words(summary: Mapping[str, Any]) -> str:
+    """The error of reconstructions, which is what one wants to know of them."""
+    return f"{summary['criterion']} {summary['test_loss']:.5f}, " if summary.get("task") == "autoencode" else ""
 
 
 def _inference_words(diagnostics: Mapping[str, float]) -> str:

@@ -10,9 +10,19 @@ import click
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS
-from bpfree.cli.base import Command, format_option
+from bpfree.cli.base import Command, format_option, study_options
+from bpfree.energy.carbon import carbon_intensity
+from bpfree.errors import UsageError
 from bpfree.experiments.config import presets
-from bpfree.experiments.tables import COLUMNS, markdown_table, readable, result_rows, text_table
+from bpfree.experiments.tables import (
+    COLUMNS,
+    csv_table,
+    latex_table,
+    markdown_table,
+    readable,
+    result_rows,
+    text_table,
+)
 from bpfree.networks import describe_networks
 
 KINDS_OF_THINGS = ("algorithms", "datasets", "networks", "presets")
@@ -75,13 +85,74 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
 
 @click.command(cls=Command)
 @click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("results"))
-@click.option("--columns", metavar="A,B,..", help="Columns to show, in this order (not for json).  [default: all]")
-@format_option("table", "markdown", "json")
-def table(root: Path, columns: str | None, form: str) -> None:
-    """Show the runs recorded under ROOT, one row per configuration, over its seeds."""
+@click.option(
+    "--table",
+    "-t",
+    "names",
+    multiple=True,
+    metavar="T1..T8",
+    help="A table of the energy study (repeatable), or 'all'.",
+)
+@click.option("--columns", metavar="A,B,..", help="Columns of the plain list, in this order (not for json).")
+@click.option("--with-reference", is_flag=True, help="Lay the published tables beside ours.")
+@study_options
+@click.option("--target", "targets", type=click.FloatRange(0, 100), multiple=True, help="T7: accuracies to reach, %.")
+@click.option("--carbon", metavar="COUNTRY", help="T2: CO2 equivalents of measured energy; ISO code such as POL.")
+@format_option("table", "markdown", "csv", "latex", "json")
+def table(
+    root: Path,
+    names: tuple[str, ...],
+    columns: str | None,
+    with_reference: bool,
+    baseline: str | None,
+    mixed_hardware: bool,
+    targets: tuple[float, ...],
+    carbon: str | None,
+    form: str,
+) -> None:
+    """Show the runs recorded under ROOT, one row per configuration, over its seeds.
+
+    \b
+    bpfree table results                                a list of everything
+    bpfree table results -t T3                          changes against back-propagation, with intervals
+    bpfree table results -t all --with-reference        everything beside the published numbers
+
+    T1 performance, T2 efficiency, T3 changes against the baseline, T4 matched passes, T5 own convergence, T6 ablation
+    ladder, T7 energy to accuracy, T8 tuning bill.
+    """
+    if not names:
+        _list_runs(root, columns, form)
+        return
+    from bpfree.experiments.collect import collect, tuning_records
+    from bpfree.experiments.study_tables import TITLES, make_tables
+
+    if columns is not None:
+        raise UsageError("--columns is for the plain list; tables T1 to T8 have theirs")
+    chosen = list(TITLES) if "all" in names else [name.upper() for name in names]
+    tuning = tuning_records(root)
+    only_bill = chosen == ["T8"]
+    entries = [] if only_bill else collect(root, baseline=baseline, mixed_hardware=mixed_hardware)
+    made = make_tables(
+        chosen,
+        entries,
+        tuning=tuning,
+        with_reference=with_reference,
+        targets=targets,
+        intensity=None if carbon is None else carbon_intensity(carbon),
+    )
+    if "all" in names:
+        made = [one for one in made if one.rows]
+    if form == "json":
+        click.echo(json.dumps([one.as_dict() for one in made], indent=1, ensure_ascii=False))
+        return
+    click.echo("\n\n".join(one.render(form) for one in made))
+
+
+def _list_runs(root: Path, columns: str | None, form: str) -> None:
     rows = result_rows(root)
     if form == "json":
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
     shown = readable(rows, columns.split(",") if columns else tuple(COLUMNS))
-    click.echo(text_table(shown) if form == "table" else markdown_table(shown))
+    forms = {"table": text_table, "markdown": markdown_table, "csv": csv_table, "latex": latex_table}
+    click.echo(forms[form](shown))

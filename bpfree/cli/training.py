@@ -44,6 +44,11 @@ SETTINGS: Final[tuple[Decorator, ...]] = (
         "[default: standardize]",
     ),
     click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]"),
+    click.option(
+        "--diagnose/--no-diagnose",
+        default=None,
+        help="Note the rule's own diagnostics of validation data after every epoch.  [default: no-diagnose]",
+    ),
     click.option("--monitor", type=click.Choice(MONITORS), help="What validation wants better.  [default: loss]"),
     click.option("--split", type=click.Choice(SPLITS), help="Graphs: which split.  [default: the graph's own]"),
     click.option(

@@ -11,6 +11,7 @@ from bpfree.data.batches import Batches
 from bpfree.data.catalog import DatasetInfo, GraphInfo
 from bpfree.data.dataset import SPLIT_SEED, Dataset, Part
 from bpfree.data.graphs import EdgePart, EdgeSplit, GraphDataset, NodeSplit, load_graph
+from bpfree.data.image_folders import load_image_folder
 from bpfree.data.registry import data_root, fetch, info, load, names, path, verify
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "info",
     "load",
     "load_graph",
+    "load_image_folder",
     "names",
     "path",
     "verify",

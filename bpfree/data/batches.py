@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from bpfree.errors import DataError, unknown_name
 AUGMENTATIONS: Final = ("none", "crop-flip", "shift")
 CROP_PADDING: Final = 4  # pixels of reflected border, as in the studies that bpfree compares with
 SHIFT: Final = 2  # pixels, as in Hinton, arXiv 2212.13345
+MOMENTS_BATCH: Final = 2000
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Batches:
 
     Args:
         inputs: (N, ...) uint8 images (N, C, H, W), or floating point features.
-        targets: (N,) int64.
+        targets: (N,) int64, classes.
         device: where the samples live and are transformed.
         dtype: floating point type of the samples served.
         mean: per channel, subtracted after images are scaled to [0, 1]; empty for none.
@@ -45,6 +47,7 @@ class Batches:
         augmentation: "none", or "crop-flip": a random crop after reflecting 4 pixels around the image, and a
             horizontal flip of every other image; or "shift": by up to 2 pixels along both axes, zeros coming in.
         layout: memory format of the images served, `torch.channels_last` or the default.
+        reconstruct: serve every sample, as it is served, as its own target.
 
     Raises:
         DataError: augmentation of something that is not an image, or channels that do not match `mean`.
@@ -64,6 +67,7 @@ class Batches:
         std: Sequence[float] = (),
         augmentation: str = "none",
         layout: torch.memory_format = torch.contiguous_format,
+        reconstruct: bool = False,
     ) -> None:
         if augmentation not in AUGMENTATIONS:
             raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
@@ -79,6 +83,7 @@ class Batches:
         self.targets = targets.to(device)
         self.dtype = dtype
         self.augmentation = augmentation
+        self.reconstruct = reconstruct
         self.layout = layout if inputs.ndim == 4 else torch.contiguous_format
         # (x * unit - mean) / std as one multiplication and one addition
         unit = 1 / 255 if inputs.dtype == torch.uint8 else 1.0
@@ -109,12 +114,37 @@ class Batches:
 
     @property
     def metric(self) -> str:
-        """What `hits` counts."""
-        return "accuracy"
+        """What `hits` counts: accuracy, or of reconstructions the share of the samples' variance, R squared."""
+        return "R2" if self.reconstruct else "accuracy"
+
+    @property
+    def criterion(self) -> str:
+        """What `losses` adds up."""
+        return "MSE" if self.reconstruct else "cross-entropy"
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Scores -> the sum over samples of `criterion`; the MSE of a sample is a mean over its values."""
+        if self.reconstruct:
+            return F.mse_loss(scores, targets.float(), reduction="sum") / targets[0].numel()
+        return F.cross_entropy(scores, targets, reduction="sum")
 
     def hits(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """(B, C) scores -> number of samples whose highest score is their class."""
+        """(B, C) scores -> number of samples whose highest score is their class.
+
+        (B, ...) reconstructions -> what adds up, over all samples, to R squared times their number.
+        """
+        if self.reconstruct:
+            return len(targets) - self.losses(scores, targets) / self._variance
         return (scores.argmax(1) == targets).sum()
+
+    @cached_property
+    def _variance(self) -> Tensor:
+        """Variance of the samples as they are served, each value about its own mean, averaged over values: 0-d."""
+        moments = torch.zeros(2, *self.sample_shape, dtype=torch.float64, device=self.device)
+        for samples, _ in self.in_order(MOMENTS_BATCH):
+            moments += torch.stack([samples.double().sum(0), samples.double().square().sum(0)])
+        mean, square = moments / len(self)
+        return (square - mean.square()).mean()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches of one epoch."""
@@ -137,7 +167,7 @@ class Batches:
     def stage(self, count: int, batch_size: int) -> Staged | Whole:
         """Ready-made batches for up to `count` consecutive steps."""
         if self._served_whole(batch_size):
-            return Whole(self.inputs, self.targets)
+            return Whole(*self.pair(self.inputs, self.targets))
         return Staged(self, count, batch_size)
 
     def staging(self, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +179,10 @@ class Batches:
     def _normalized(self, samples: Tensor, out: Tensor) -> Tensor:
         out.copy_(samples)
         return out if self._plain else torch.addcmul(self._shift, out, self._scale, out=out)
+
+    def pair(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs as served, and the targets that go with them."""
+        return (inputs, inputs) if self.reconstruct else (inputs, targets)
 
     def draw(self, *seed: int) -> Draw:
         """An epoch's order and augmentation: the same seed gives the same epoch, on every device."""
@@ -187,14 +221,14 @@ class Batches:
         """Every sample once, in stored order, transformed but not augmented; the last batch may be smaller."""
         for inputs, targets in zip(self.inputs.split(batch_size), self.targets.split(batch_size), strict=True):
             buffer = torch.empty_like(inputs, dtype=self.dtype, memory_format=self.layout)
-            yield self._normalized(inputs, out=buffer), targets
+            yield self.pair(self._normalized(inputs, out=buffer), targets)
 
     def epoch(self, draw: Draw, batch_size: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample of an epoch once, transformed, from batch `first_batch` on; the last batch may be smaller."""
         for first in range(first_batch * batch_size, len(self), batch_size):
             inputs, targets = (buffer[0] for buffer in self.staging(1, min(batch_size, len(self) - first)))
             self.fill(draw, first, inputs, targets)
-            yield inputs, targets
+            yield self.pair(inputs, targets)
 
     @torch.no_grad()
     def map(self, function: Callable[[Tensor], Tensor], batch_size: int) -> Batches:
@@ -230,7 +264,7 @@ class Staged:
         self._batches.fill(draw, first_step * self._batch_size, inputs, targets)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        return self._inputs[position], self._targets[position]
+        return self._batches.pair(self._inputs[position], self._targets[position])
 
 
 class Whole:

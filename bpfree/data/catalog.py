@@ -197,6 +197,14 @@ def _usps_layout(folder: str, files: tuple[File, ...]) -> Layout[Sets]:
     return Layout(folder, files, read)
 
 
+def _svhn_layout(folder: str) -> Layout[Sets]:
+    def read(folder: Path) -> Sets:
+        train, test = (readers.read_svhn(file.find(folder)) for file in _SVHN_FILES)
+        return train, test
+
+    return Layout(folder, _SVHN_FILES, read)
+
+
 def _planetoid_layout(name: str, files: tuple[tuple[str, str, int], ...]) -> Layout[RawGraph]:
     """Planetoid's raw folder, as torch_geometric's class lays it out; `files` are (suffix, sha256, size)."""
     hosted = tuple(
@@ -310,6 +318,37 @@ _USPS_FILES = (
         "sha256:8dacc3c6e136af6c3488de9e5113a7daf140c8c2f1f0b61c54ee02f03f1a962f",
         439_208,
         "sha256:6bde17b4f1cd68e0630cd2751d6495b5795d9165ab2dc4a0be8b7002b732f4cc",
+    ),
+)
+_SVHN_HOST = ("http://ufldl.stanford.edu/housenumbers/",)
+_SVHN_FILES = (
+    _hosted(_SVHN_HOST, "train_32x32.mat", "md5:e26dedcc434d2e4c54c9b2d4a06d8373", 182_040_794),
+    _hosted(_SVHN_HOST, "test_32x32.mat", "md5:eb5a983be6a315427106f1b164d9cef3", 64_275_384),
+)
+_STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
+# Sums of archive and members as torchvision records them.
+_STL10_LAYOUTS = (
+    Layout(
+        "stl10_binary",
+        (
+            File("train_X.bin", "md5:918c2871b30a85fa023e0c44e0bee87f", size=138_240_000),
+            File("train_y.bin", "md5:5a34089d4802c674881badbb80307741", size=5_000),
+            File("test_X.bin", "md5:7f263ba9f9e0b06b93213547f721ac82", size=221_184_000),
+            File("test_y.bin", "md5:36f9794fa4beb8a2c72628de14fa638e", size=8_000),
+        ),
+        readers.read_stl10,
+    ),
+    Layout(
+        "",
+        (
+            _hosted(
+                ("http://ai.stanford.edu/~acoates/stl10/",),
+                "stl10_binary.tar.gz",
+                "md5:91f7769df0f17e558f3565bffb0c7dfb",
+                2_640_397_119,
+            ),
+        ),
+        readers.read_stl10,
     ),
 )
 # The members' sums are those of the published archives; CIFAR-100's binary members are not named by the
@@ -593,6 +632,38 @@ DATASETS: dict[str, DatasetInfo | GraphInfo] = {
             class_names=tuple("0123456789"),
             validation=729,
             layouts=(_usps_layout("usps", _USPS_FILES),),
+        ),
+        DatasetInfo(
+            name="svhn",
+            title="SVHN",
+            description="32x32 colour photographs of house numbers, cropped to one digit",
+            licence="for non-commercial use",
+            citation="Y. Netzer and others: Reading Digits in Natural Images with Unsupervised Feature Learning. 2011",
+            homepage="http://ufldl.stanford.edu/housenumbers",
+            input_shape=(3, 32, 32),
+            samples=(73_257, 26_032),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            class_names=tuple("0123456789"),
+            validation=7_325,
+            layouts=(_svhn_layout("svhn"), _svhn_layout("SVHN")),
+            augmentation="shift",
+        ),
+        DatasetInfo(
+            name="stl10",
+            title="STL-10",
+            description="96x96 colour photographs of ten kinds of things; the labelled ones",
+            licence="none stated",
+            citation="A. Coates, H. Lee, A. Ng: An Analysis of Single-Layer Networks. AISTATS 2011",
+            homepage="https://cs.stanford.edu/~acoates/stl10",
+            input_shape=(3, 96, 96),
+            samples=(5_000, 8_000),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            class_names=tuple(_STL10_CLASSES.split()),
+            validation=500,
+            layouts=_STL10_LAYOUTS,
+            augmentation="crop-flip",
         ),
         GraphInfo(
             name="citeseer",

@@ -199,7 +199,7 @@ class Dataset:
         if (mean is None) != (std is None):
             raise DataError(f"data set {name!r}: give both mean and std, or neither")
         if mean is None or std is None:
-            mean, std = _statistics(parts["training"].inputs)
+            mean, std = channel_statistics(parts["training"].inputs)
         if classes is None:
             classes = int(parts["training"].targets.max()) + 1
         return cls(
@@ -274,7 +274,7 @@ def _class_indices(targets: Tensor) -> Tensor:
     return targets.to(torch.int64) if is_integer else targets
 
 
-def _statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation of each channel, or feature, in float64.
 
     A constant channel gets the standard deviation 1, so that normalising it gives 0 and not NaN.

@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bpfree.data.batches import Batches, Draw, Whole
@@ -60,6 +61,15 @@ class GraphBatches:
     def metric(self) -> str:
         """What `hits` counts: accuracy of nodes, or the area under the ROC curve of pairs."""
         return "accuracy" if self.graph.nodes.ndim == 1 else "ROC-AUC"
+
+    @property
+    def criterion(self) -> str:
+        """What `losses` adds up."""
+        return "cross-entropy"
+
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(M, C) scores -> the sum of the cross-entropies."""
+        return F.cross_entropy(scores, targets, reduction="sum")
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Steps of one epoch; the batch size does not matter."""

@@ -42,6 +42,8 @@ CIFAR_BATCHES = {
 _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_PIXELS = math.prod(_CIFAR_SHAPE)
 _CIFAR_COARSE_CLASSES = 20
+_STL10_SHAPE = (3, 96, 96)
+_SVHN_SHAPE = (32, 32, 3)
 _USPS_PIXELS = 256
 _USPS_MAX_BYTES = 1 << 26  # the larger part is 14 MiB of text
 
@@ -146,6 +148,74 @@ def read_usps(path: str | Path) -> tuple[npt.NDArray[np.float32], Labels]:
         if not (np.abs(pixels) <= 1).all():  # written so that NaN fails too
             raise ValueError("grey values outside [-1, 1]")
         return pixels.reshape(-1, 1, 16, 16).copy(), labels.astype(np.int64)
+
+
+def read_svhn(path: str | Path) -> tuple[Images, Labels]:
+    """One part of SVHN's cropped digits, `train_32x32.mat` or `test_32x32.mat`: a MATLAB file of version 5.
+
+    Format: http://ufldl.stanford.edu/housenumbers (X, 32 x 32 x 3 x N bytes; y, labels 1..10, 10 being the digit 0).
+
+    Returns:
+        uint8 images (N, 3, 32, 32) and labels (N,) in 0..9, which are the digits.
+
+    Raises:
+        DataError: not such a file, arrays of another shape or kind, or labels out of range.
+    """
+    from scipy.io import loadmat, whosmat
+
+    path = Path(path)
+    with _reading(path), path.open("rb") as stream:
+        shapes = {name: shape for name, shape, _ in whosmat(stream)}
+        missing = [name for name in ("X", "y") if name not in shapes]
+        if missing:
+            raise ValueError(f"no variable {missing[0]}")
+        shape, count = tuple(shapes["X"]), math.prod(shapes["y"])
+        if len(shape) == 3:  # MATLAB leaves out a last axis of one sample
+            shape = (*shape, 1)
+        if shape[:-1] != _SVHN_SHAPE or shape[-1] != count:
+            raise ValueError(f"images of shape {shape} for {count} labels instead of (32, 32, 3, N) for N")
+        if math.prod(shape) > MAX_BYTES:
+            raise ValueError(f"declares {math.prod(shape)} bytes, more than the {MAX_BYTES} allowed")
+        stream.seek(0)
+        variables = loadmat(stream, variable_names=("X", "y"))
+        images, digits = variables["X"], variables["y"].ravel()
+        if images.dtype != np.uint8:
+            raise ValueError(f"images of {images.dtype} instead of bytes")
+        if not np.isin(digits, np.arange(1, 11)).all():
+            raise ValueError("labels that are not one of 1..10")
+        return images.reshape(shape).transpose(3, 2, 0, 1).copy(), digits.astype(np.int64) % 10
+
+
+def read_stl10(path: str | Path) -> Sets:
+    """STL-10's labelled images, binary version: the unpacked folder `stl10_binary`, or the `.tar.gz` as downloaded.
+
+    Format: https://cs.stanford.edu/~acoates/stl10 (images one after another, in them the red, the green and the blue
+    plane, each column by column; labels 1..10).
+
+    Args:
+        path: folder or archive; the archive is read without unpacking it to disk.
+
+    Returns:
+        Training and test part; images are uint8 (N, 3, 96, 96).
+
+    Raises:
+        DataError: a file is missing or not a whole number of images, counts differ, or a label is out of range.
+    """
+    path = Path(path)
+    files = _read_files(path, [f"{which}_{what}.bin" for which in ("train", "test") for what in ("X", "y")])
+    parts = []
+    for which in ("train", "test"):
+        with _reading(path / f"{which}_X.bin"):
+            pixels = files[f"{which}_X.bin"]
+            if not pixels or len(pixels) % math.prod(_STL10_SHAPE):
+                raise ValueError(f"{len(pixels)} bytes are not a whole number of images of {math.prod(_STL10_SHAPE)}")
+            images = np.frombuffer(pixels, np.uint8).reshape(-1, *_STL10_SHAPE).transpose(0, 1, 3, 2).copy()
+            labels = np.frombuffer(files[f"{which}_y.bin"], np.uint8).astype(np.int64) - 1
+            if len(labels) != len(images):
+                raise ValueError(f"{len(images)} images but {len(labels)} labels")
+            _check_labels(labels, 10)
+        parts.append((images, labels))
+    return parts[0], parts[1]
 
 
 def read_npz(path: str | Path) -> Sets:

@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from bpfree import data
 from bpfree.algorithms import Algorithm, algorithm
+from bpfree.algorithms.learner import TASKS, Task
 from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.train import TrainingConfig
+from bpfree.networks.registry import canonical_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +27,7 @@ else:
 
 DEFAULT_NETWORK: Final = "mlp:2x1000"
 DEFAULT_GRAPH_NETWORK: Final = "gcn:2x128"
+DEFAULT_AUTOENCODER: Final = "autoencoder"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class RunConfig:
         preset: the preset that this started from, if any.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
         energy: where joules come from: "auto", "nvml", "rapl", "simulated" or "none".
+        task: "classify" (on graphs also links), or "autoencode" for the reconstruction of images in [0, 1].
     """
 
     algorithm: str
@@ -52,6 +56,11 @@ class RunConfig:
     preset: str | None = None
     device: str = "auto"
     energy: str = "auto"
+    task: Task = "classify"
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to a run folder's config.json."""
@@ -108,6 +117,7 @@ class Preset:
     network: str
     parameters: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    task: Task = "classify"
 
 
 @cache
@@ -159,12 +169,12 @@ def _toml_lines(table: Mapping[str, Any]) -> str:
     return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in table.items() if v is not None)
 
 
-def find_preset(rule: Algorithm, dataset: str, network: str | None) -> Preset | None:
-    """The preset for a rule on a data set: that of `network`, or the one named after rule and data set alone."""
+def find_preset(rule: Algorithm, dataset: str, network: str | None, task: Task = "classify") -> Preset | None:
+    """The preset for a rule on a data set: that of `network`, or the one named after rule, data set and task alone."""
     if network is None:
-        return presets().get(f"{rule.name}-{dataset}")
-    wanted = (rule.alias, dataset, network)
-    return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network) == wanted), None)
+        return presets().get(f"{rule.name}-{dataset}" + ("" if task == "classify" else f"-{task}"))
+    wanted = (rule.alias, dataset, network, task)
+    return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network, p.task) == wanted), None)
 
 
 def named_preset(name: str) -> Preset:
@@ -191,13 +201,15 @@ def resolve(
     training: Mapping[str, Any] | None = None,
     device: str = "auto",
     energy: str = "auto",
+    task: Task | None = None,
 ) -> RunConfig:
     """A run's configuration: the fitting preset, or the defaults, with everything given on top.
 
     Args:
         algorithm_name: short or long name of a rule; may be left to `preset`.
         dataset: name of a data set; may be left to `preset`.
-        network: name of a network; the preset's, or `mlp:2x1000` (on graphs `gcn:2x128`) if left out.
+        network: name of a network; the preset's, or `mlp:2x1000` (on graphs `gcn:2x128`, for the task "autoencode"
+            `autoencoder`) if left out.
         preset: name of a preset, or path of a file that ends in .toml; "none" for the rule's defaults. Left out, the
             preset for this rule, data set and network is taken if there is one.
         seed: see `RunConfig`.
@@ -205,6 +217,8 @@ def resolve(
         training: training settings that override the preset's.
         device: see `RunConfig`.
         energy: see `RunConfig`.
+        task: see `RunConfig`; may be left to `preset`. Images to be reconstructed are in [0, 1] if `training` does not
+            say that they are to be standardised.
 
     Raises:
         UsageError: an unknown name, or neither a rule nor a preset given.
@@ -217,9 +231,17 @@ def resolve(
     rule = algorithm(algorithm_name or (start.algorithm if start else ""))
     entry = data.info(dataset or (start.dataset if start else "digits"))
     chosen = entry.name
+    asked: Task = task or (start.task if start else "classify")
+    network = None if network is None else canonical_name(network)
     if preset is None:
-        start = find_preset(rule, chosen, network)
+        start = find_preset(rule, chosen, network, asked)
+    elif start is not None and start.task != asked:
+        raise UsageError(f"preset {start.name} is for the task {start.task}, not for {asked}")
     usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
+    settings = {**(start.training if start else {}), **(training or {})}
+    if asked == "autoencode":
+        usual = DEFAULT_AUTOENCODER
+        settings.setdefault("standardize", False)
     overrides = dict(parameters or {})
     for name in overrides:
         if name not in rule.parameters():
@@ -230,10 +252,11 @@ def resolve(
         network=network or (start.network if start else usual),
         seed=seed,
         parameters={**(start.parameters if start else {}), **overrides},
-        training=training_config({**(start.training if start else {}), **(training or {})}),
+        training=training_config(settings),
         preset=start.name if start else None,
         device=device,
         energy=energy,
+        task=asked,
     )
 
 
@@ -241,9 +264,14 @@ def command(config: RunConfig) -> str:
     """The shell command that makes a run again, with every setting spelt out, so that no later preset changes it."""
     words = ["bpfree", "run", "--algo", config.algorithm, "--dataset", config.dataset, "--network", config.network]
     words += ["--preset", "none", "--seed", str(config.seed)]
+    if config.task != RunConfig.task:
+        words += ["--task", config.task]
     for name, value in config.parameters.items():
         words += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
-    for name, value in differing(config.training).items():
+    settings = differing(config.training)
+    if config.task == "autoencode":  # whose default is not that of `TrainingConfig`
+        settings["standardize"] = config.training.standardize
+    for name, value in settings.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
@@ -269,15 +297,28 @@ def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, 
             value of another kind than the parameter's.
     """
     rule = algorithm(algorithm_name)
-    known = rule.parameters()
+    return _parse(settings, rule.parameters(), f"parameter of {rule.name}")
+
+
+def parse_mixed_settings(settings: tuple[str, ...], algorithm_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`("lr=1e-3", "patience=4")` as learner parameters and training settings; errors as in `parse_settings`."""
+    rule = algorithm(algorithm_name)
+    training = {f.name: f.default for f in fields(TrainingConfig)}
+    parsed = _parse(settings, {**training, **rule.parameters()}, f"setting of {rule.name}")
+    own = {name: value for name, value in parsed.items() if name in rule.parameters()}
+    return own, {name: value for name, value in parsed.items() if name not in own}
+
+
+def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Values by name, of the types of the defaults in `known`."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--set takes key=value, got {setting!r}")
+            raise UsageError(f"settings are key=value, got {setting!r}")
         if name not in known:
-            raise unknown_name(f"parameter of {rule.name}", name, known)
+            raise unknown_name(kind, name, known)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

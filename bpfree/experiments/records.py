@@ -25,6 +25,7 @@ SUMMARY: Final = "summary.json"
 UNTESTED: Final = "untested.json"  # in its place if a run was not tested
 CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
+PICTURE: Final = "reconstructions.png"
 
 
 class RunFolder:

@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree import data
 from bpfree.algorithms import Learner, algorithm
-from bpfree.algorithms.learner import DrawsNoise
+from bpfree.algorithms.learner import DrawsNoise, evaluation_mode
 from bpfree.data import Dataset, GraphDataset, GraphInfo
 from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
@@ -26,8 +27,10 @@ from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
+from bpfree.experiments.pictures import draw_reconstructions, require_matplotlib
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
+from bpfree.experiments.stepper import step_precision
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
 from bpfree.networks import build_network, set_dropout
 
@@ -36,6 +39,9 @@ AnyDataset = Dataset | GraphDataset
 
 TEST_DRAWS: Final = 5
 """Draws of the noise from which rules that need noise to answer are tested, as in NoProp's paper."""
+
+PICTURED: Final = 10
+"""Test images whose reconstructions are drawn."""
 
 POLL_HZ: Final = 5.0
 """Rate at which runs sample power and counter, 1/s: half that of the sensors, since reading the counter takes 3 ms
@@ -51,11 +57,13 @@ class Measuring:
             those of the device's calibration, if any.
         idle_after_s: measure the idle device again this long after the run, s; 0 for not at all.
         carbon: country (ISO 3166, three letters) for CO2 equivalents by CodeCarbon; None for none.
+        start_temperature_c: the temperature at which runs are meant to start, °C; others are flagged. None for any.
     """
 
     idle_w: tuple[float, ...] = ()
     idle_after_s: float = 0.0
     carbon: str | None = None
+    start_temperature_c: float | None = None
 
 
 class Reporter:
@@ -104,10 +112,13 @@ def build_learner(config: RunConfig, dataset: AnyDataset, device: torch.device) 
     """The learner of a run: the seed fixes the network first, so that every rule starts from the same one."""
     torch.manual_seed(config.seed)
     if isinstance(dataset, GraphDataset):
+        if config.task == "autoencode":
+            raise UsageError(f"the task autoencode is for images, and {dataset.name} is a graph")
         input_shape: tuple[int, ...] = (dataset.features.shape[1],)
         classes = task_classes(dataset, config.training)
     else:
-        input_shape, classes = dataset.input_shape, dataset.classes
+        input_shape = dataset.input_shape
+        classes = 0 if config.task == "autoencode" else dataset.classes
     network = build_network(config.network, input_shape)
     if config.training.dropout is not None:
         set_dropout(network, config.training.dropout)
@@ -161,6 +172,8 @@ def run(
     if dataset is None:
         dataset = load_dataset(config.dataset, data_root)
     config = replace(config, dataset=dataset.name)  # the record names what was trained on
+    if config.task == "autoencode":
+        require_matplotlib()  # before hours of training, not behind them
     device = pick_device(config.device)
     learner = build_learner(config, dataset, device)
     folder = RunFolder.create(
@@ -196,6 +209,8 @@ def resume(
     if (path / summary_name(test)).is_file():
         return {**folder.read_json(summary_name(test)), "run_dir": str(path)}
     config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    if config.task == "autoencode":
+        require_matplotlib()
     if dataset is None:
         dataset = load_dataset(config.dataset, data_root)
     learner = build_learner(config, dataset, pick_device(config.device))
@@ -226,7 +241,14 @@ def _train(
     with told_of_memory(config, device), closing(choose_source(config.energy, device)) as source:
         train, validation, *held = load_batches(config, dataset, device, preferred_layout(learner, device), test=test)
         earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
-        meter = EnergyMeter(source, device=device, idle_w=measuring.idle_w, earlier=earlier, poll_hz=POLL_HZ)
+        meter = EnergyMeter(
+            source,
+            device=device,
+            idle_w=measuring.idle_w,
+            earlier=earlier,
+            poll_hz=POLL_HZ,
+            start_temperature_c=measuring.start_temperature_c,
+        )
 
         def save(progress: dict[str, Any]) -> None:
             spent = {name: result.as_dict() for name, result in meter.totals().items()}
@@ -280,14 +302,38 @@ def _train(
         }
         if tracker is not None:
             measured["carbon"] = tracker.report(meter.totals()["total"])
-        summary = {**_summary(config, folder, learner, progress, measured), "metric": validation.metric}
+        summary = {
+            **_summary(config, folder, learner, progress, measured),
+            "metric": validation.metric,
+            "criterion": validation.criterion,
+            "forward_flops": forward_flops(learner, validation, config.training.precision),
+        }
         for part in held:
             summary.update(_tested(config, dataset, learner, part))
+            if isinstance(part, Batches) and part.reconstruct:
+                images, _ = next(iter(part.in_order(PICTURED)))
+                draw_reconstructions(folder.path / records.PICTURE, images, learner.scores(images))
     if keep_model:
         folder.save(records.MODEL, learner.state_dict())
     folder.write_json(summary_name(test), summary)
     folder.remove(records.CHECKPOINT)
     return {**summary, "run_dir": str(folder.path)}
+
+
+def trained(
+    path: Path, device: torch.device, *, data_root: Path | None = None
+) -> tuple[RunConfig, Learner, AnyBatches]:
+    """Configuration, learner and test data of a finished run that has kept its model.
+
+    Raises:
+        CheckpointError: `path` is not a run folder, or has no model.
+    """
+    folder = RunFolder.open(path)
+    config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    dataset = load_dataset(config.dataset, data_root)
+    learner = build_learner(config, dataset, device)
+    learner.load_state_dict(folder.load(records.MODEL, device))
+    return config, learner, load_batches(config, dataset, device, preferred_layout(learner, device))[2]
 
 
 def _tested(config: RunConfig, dataset: AnyDataset, learner: Learner, test: AnyBatches) -> dict[str, Any]:
@@ -317,7 +363,7 @@ def load_batches(
         return graph_parts(dataset, config.training, config.seed, device)[: 3 if test else 2]
     refuse_graph_settings(config.training)
     train, validation, held = dataset.split(config.training.validation)
-    shared: dict[str, Any] = {"device": device, "layout": layout}
+    shared: dict[str, Any] = {"device": device, "layout": layout, "reconstruct": config.task == "autoencode"}
     if config.training.standardize:
         shared.update(mean=dataset.mean, std=dataset.std)
     augmentation = config.training.augmentation or dataset.augmentation
@@ -360,6 +406,7 @@ def _summary(
     kept = progress.finished[-1]
     return {
         "algorithm": config.algorithm,
+        "task": config.task,
         "dataset": config.dataset,
         "network": config.network,
         "variant": learner.variant,
@@ -374,12 +421,26 @@ def _summary(
         **measured,
         "flops": progress.flops,
         "parameters": sum(parameter.numel() for parameter in learner.parameters()),
+        "blocks": len(learner.blocks()),
         "stages": progress.finished,
         "hardware": environment["hardware"],
         "date": environment["date"],
         "commit": environment["commit"],
         "command": command(config),
     }
+
+
+@torch.no_grad()
+def forward_flops(learner: Learner, batches: AnyBatches, precision: str) -> int:
+    """Floating-point operations of the scores of one sample, by PyTorch's counter; of a graph, of all its nodes."""
+    inputs, _ = next(iter(batches.in_order(1)))
+    with (
+        evaluation_mode(learner),
+        step_precision(precision, batches.device),
+        FlopCounterMode(display=False) as counter,
+    ):
+        learner.scores(inputs)
+    return int(counter.get_total_flops())
 
 
 def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:

@@ -8,9 +8,10 @@ from typing import Final
 
 from bpfree.errors import unknown_name
 
-SCHEDULES: Final = ("constant", "cosine", "step", "cooldown")
+SCHEDULES: Final = ("constant", "cosine", "cosine-epochs", "step", "cooldown")
 STEP_MILESTONES: Final = (0.5, 0.75)  # fractions of the epochs at which "step" divides the rate
 STEP_FACTOR: Final = 0.1
+WARMUP_START: Final = 0.01 / 0.8  # where the warm-up of "cosine-epochs" begins: the rate 0.01 of a base rate of 0.8
 
 
 def learning_rate_factor(schedule: str, epoch: float, epochs: int, warmup_epochs: float = 0.0) -> float:
@@ -20,8 +21,12 @@ def learning_rate_factor(schedule: str, epoch: float, epochs: int, warmup_epochs
     of `epochs`, "step" is divided by 10 after 1/2 and after 3/4 of `epochs`, and "cooldown" falls linearly from 1 at
     1/2 of `epochs` to 0 at their end.
 
+    "cosine-epochs" is the schedule of InfoPro and MAN, constant within an epoch e = 1, .., E and with a warm-up of its
+    own: c(e) = (1 + cos(pi e / E)) / 2, but c(e) (e - 1) / W + s (W + 1 - e) / W in the first W epochs, s = 1/80. In
+    the last epoch it is 0.
+
     Args:
-        schedule: "constant", "cosine", "step" or "cooldown".
+        schedule: "constant", "cosine", "cosine-epochs", "step" or "cooldown".
         epoch: epochs done so far, with the fraction of the current one.
         epochs: the cap on epochs.
         warmup_epochs: length of the warm-up.
@@ -31,6 +36,12 @@ def learning_rate_factor(schedule: str, epoch: float, epochs: int, warmup_epochs
     """
     if schedule not in SCHEDULES:
         raise unknown_name("learning-rate schedule", schedule, SCHEDULES)
+    if schedule == "cosine-epochs":
+        number = math.floor(epoch) + 1
+        cosine = 0.5 * (1 + math.cos(math.pi * min(number / epochs, 1.0)))
+        if number > warmup_epochs:
+            return cosine
+        return (cosine * (number - 1) + WARMUP_START * (warmup_epochs + 1 - number)) / warmup_epochs
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     if schedule == "cosine":

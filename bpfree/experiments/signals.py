@@ -9,8 +9,9 @@ from typing import Any
 
 
 class StopRequest:
-    """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once. Requests may be nested.
+    """Within it, the first SIGINT or SIGTERM asks to save and stop; a second one stops at once.
 
+    They can be nested: the outer one hears what the inner one hears, even where that came too late to stop anything.
     Only the main thread can hear signals; elsewhere this does nothing.
     """
 

@@ -95,6 +95,19 @@ def paired_difference(
     return _bootstrap(_differences(ours, baseline, relative=False), resamples, level, seed)
 
 
+def difference_p(ours: Sequence[float], baseline: Sequence[float], *, relative: bool = False) -> float | None:
+    """Two-sided p value of the paired t test that the mean difference is 0; if `relative`, the mean log ratio.
+
+    None where `equivalent` does not test either. Errors as there.
+    """
+    differences = _differences(ours, baseline, relative=relative)
+    if len(differences) < MIN_PAIRS or np.ptp(differences) == 0:
+        return None
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
 def equivalent(
     ours: Sequence[float], baseline: Sequence[float], *, margin: float, level: float = 0.05, relative: bool = False
 ) -> Equivalence:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
 from collections import defaultdict
@@ -24,6 +26,7 @@ COLUMNS: Final = {
     "settings": "settings",
     "seeds": "seeds",
     "accuracy": "test accuracy, %",
+    "loss": "test loss",
     "passes": "passes",
     "time": "time, s",
     "energy": "energy, J",
@@ -54,8 +57,9 @@ def result_rows(root: Path) -> list[dict[str, Any]]:
         folder = RunFolder.open(path)
         summary, config = folder.read_json(SUMMARY), folder.read_json(CONFIG)
         config.pop("seed")
-        key = json.dumps([config, summary["variant"], summary["hardware"]], sort_keys=True)
-        configs[key] = RunConfig.from_dict(config)
+        resolved = RunConfig.from_dict(config)  # with what older records do not name
+        key = json.dumps([resolved.to_dict(), summary["variant"], summary["hardware"]], sort_keys=True)
+        configs[key] = resolved
         groups[key].append({**summary, "run_dir": path.relative_to(root).as_posix()})
     if not groups:
         raise DataError(f"no finished run under {root}; make some with `bpfree run`")
@@ -83,7 +87,7 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         known = all(number is not None for repeats in numbers for number in repeats)
         return [statistics.fmean(repeats) for repeats in numbers] if known else []
 
-    accuracies = per_seed("test_accuracy")
+    accuracies, losses = per_seed("test_accuracy"), per_seed("test_loss")
     return {
         "dataset": first["dataset"],
         "network": first["network"],
@@ -96,6 +100,8 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         "seeds": sorted(by_seed),
         "test_accuracy_mean": statistics.fmean(accuracies),
         "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "test_loss_mean": statistics.fmean(losses),
+        "test_loss_sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "validation_accuracy_mean": _mean(per_seed("validation_accuracy")),
         "passes_mean": _mean(per_seed("passes")),
         "seconds_mean": _mean(per_seed("seconds")),
@@ -139,7 +145,10 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "preset": row["preset"] or "",
         "settings": row["settings"],
         "seeds": f"{', '.join(map(str, row['seeds']))} (n = {row['n']})",
-        "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}" + (" ROC-AUC" if row["metric"] == "ROC-AUC" else ""),
+        "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}"
+        + ("" if row["metric"] == "accuracy" else f" {row['metric']}"),
+        "loss": f"{row['test_loss_mean']:.5g}"
+        + ("" if row["test_loss_sd"] is None else f" ± {row['test_loss_sd']:.2g}"),
         "passes": f"{row['passes_mean']:.1f}",
         "time": f"{row['seconds_mean']:.1f}",
         "energy": "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f}",
@@ -168,3 +177,37 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     lines += ["| " + " | ".join(row[title] for title in titles) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same as comma-separated values."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().rstrip("\n")
+
+
+LATEX: Final = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+}
+"""What LaTeX would take for something else."""
+
+
+def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same as a LaTeX tabular; it needs the package booktabs."""
+
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join("".join(LATEX.get(character, character) for character in cell) for cell in cells) + r" \\"
+
+    titles = list(rows[0])
+    body = [line(row[title] for title in titles) for row in rows]
+    begin = rf"\begin{{tabular}}{{{'l' * len(titles)}}}"
+    return "\n".join([begin, r"\toprule", line(titles), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +42,7 @@ class TrainingConfig:
         min_delta: how much lower than the best a validation loss must be to count as better.
         passes: train for exactly this many data passes instead, shared equally by the stages, without early
             stopping (the best state is still restored).
-        lr_schedule: "constant", "cosine", "step" or "cooldown", over the cap of each stage.
+        lr_schedule: "constant", "cosine", "cosine-epochs", "step" or "cooldown", over the cap of each stage.
         warmup_epochs: linear warm-up at the start of each stage.
         precision: "fp32", "tf32" or "bf16".
         augmentation: "none", "crop-flip" or "shift"; None takes the data set's own.
@@ -51,8 +50,9 @@ class TrainingConfig:
         validation: number of validation samples; None takes the data set's own.
         graph: replay training steps as CUDA graphs where that is possible.
         checkpoint_every: seconds between checkpoints.
-        monitor: what "better" means on validation data: a lower "loss", or a higher "metric" (accuracy; ROC-AUC for
-            pairs of nodes).
+        diagnose: note the rule's own diagnostics of validation data after every epoch, beside those of the test.
+        monitor: what "better" means on validation data: a lower "loss" (MSE of reconstructions), or a higher "metric"
+            (accuracy; ROC-AUC for pairs of nodes; R squared of reconstructions).
         split: graphs: "public" is Planetoid's split, "folds" are ForwardGNN's five, fold seed modulo 5, "random" is
             60/20/20 by seed, "edges" asks for links between nodes, fold seed modulo 5; None takes the data set's own.
         validate_every: graphs: full-batch steps per epoch, that is between validations.
@@ -76,6 +76,7 @@ class TrainingConfig:
     validation: int | None = None
     graph: bool = True
     checkpoint_every: float = 60.0
+    diagnose: bool = False
     monitor: str = "loss"
     split: str | None = None
     validate_every: int = VALIDATE_EVERY
@@ -347,6 +348,8 @@ class Trainer:
                 self._run_epoch(stage, stepper, train, epochs)
             with self.meter.phase(VALIDATION):
                 record = self._close_epoch(stage, stepper, validation, epochs)
+                if config.diagnose:
+                    record.update(diagnose(self.learner, self.validation, config.precision))
             record["best"] = stopping.update(progress.epoch, self._rating(record))
             if record["best"]:
                 self._keep_best(trained)
@@ -533,36 +536,43 @@ class Trainer:
 
 @torch.no_grad()
 def rate(scores: Callable[[Any], Tensor], batches: AnyBatches, precision: str, learner: Learner) -> Tensor:
-    """Mean cross-entropy and accuracy (for node pairs ROC-AUC) as a fraction: (2,) float64 on the device."""
+    """Mean of the batches' criterion and of their metric, as a fraction: (2,) float64 on the device.
+
+    That is cross-entropy and accuracy; for node pairs ROC-AUC; for reconstructions MSE and R squared.
+    """
     total = torch.zeros(2, dtype=torch.float64, device=batches.device)
     with evaluation_mode(learner):
         for inputs, targets in batches.in_order(EVALUATION_BATCH):
             with step_precision(precision, batches.device):
                 logits = scores(inputs).float()
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            total += torch.stack([loss, batches.hits(logits, targets)])
+            total += torch.stack([batches.losses(logits, targets), batches.hits(logits, targets)])
     return total / len(batches)
 
 
 @torch.no_grad()
 def evaluate(learner: Learner, batches: AnyBatches, precision: str) -> dict[str, float]:
-    """Accuracy and loss of the learner's scores, and the rule's own diagnostics, averaged over all samples.
+    """Loss and metric of the learner's scores, and the rule's own diagnostics, averaged over all samples.
 
     Returns:
-        "loss", "accuracy" (in %), and the learner's diagnostics by name (accuracies in %).
+        "loss", "accuracy" (the batches' metric, in %), and the learner's diagnostics by name (accuracies in %).
     """
     with numerics(precision):
         loss, fraction = rate(learner, batches, precision, learner).tolist()
-        sums: dict[str, Tensor] = {}
-        with evaluation_mode(learner):
-            for inputs, targets in batches.in_order(EVALUATION_BATCH):
-                with step_precision(precision, batches.device):
-                    report = learner.diagnostics((inputs, targets))
-                for name, value in report.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
+        return {"loss": loss, "accuracy": 100 * fraction, **diagnose(learner, batches, precision)}
+
+
+@torch.no_grad()
+def diagnose(learner: Learner, batches: AnyBatches, precision: str) -> dict[str, float]:
+    """The rule's own diagnostics by name, averaged over all samples; accuracies in %."""
+    sums: dict[str, Tensor] = {}
+    with evaluation_mode(learner):
+        for inputs, targets in batches.in_order(EVALUATION_BATCH):
+            with step_precision(precision, batches.device):
+                report = learner.diagnostics((inputs, targets))
+            for name, value in report.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(targets)
     percent = {name: 100 if name.endswith(("accuracy", "ROC-AUC")) else 1 for name in sums}
-    means = {name: percent[name] * (value / len(batches)).item() for name, value in sums.items()}
-    return {"loss": loss, "accuracy": 100 * fraction, **means}
+    return {name: percent[name] * (value / len(batches)).item() for name, value in sums.items()}
 
 
 def evaluate_draws(learner: DrawsNoise, batches: AnyBatches, precision: str, draws: int) -> list[float]:

@@ -11,11 +11,13 @@ from typing import Final, cast
 from torch import nn
 
 from bpfree.errors import UsageError, unknown_name
-from bpfree.networks.cnn import CAFO_CHANNELS, MF_CHANNELS, cnn
+from bpfree.networks.autoencoder import AUTOENCODER_CHANNELS, autoencoder
+from bpfree.networks.cnn import CAFO_CHANNELS, ELU_CHANNELS, MF_CHANNELS, cnn, elu_cnn
 from bpfree.networks.gnn import gnn
 from bpfree.networks.mlp import mlp
 from bpfree.networks.noprop import Kind, image_branch
-from bpfree.networks.residual import CWCOMP_CHANNELS, DEEPER_WIDTHS, cwcomp, deeper, deeper_tiny, mobilenet, resnet18
+from bpfree.networks.residual import CWCOMP_CHANNELS, DEEPER_WIDTHS, cwcomp, deeper, deeper_tiny, mobilenet
+from bpfree.networks.resnet import DEPTHS, resnet
 
 Shape = tuple[int, ...]
 MAX_DEPTH: Final = 32  # mlp:2x1000 is depth x width; mlp:300x100 can only be two widths
@@ -45,8 +47,8 @@ def _depth_and_width(sizes: str) -> tuple[int, ...]:
     return widths
 
 
-def _mlp(input_shape: Shape, sizes: str) -> nn.Sequential:
-    return mlp(input_shape, _depth_and_width(sizes or "2x1000"))
+def _mlp(elu: bool, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return mlp(input_shape, _depth_and_width(sizes or "2x1000"), elu=elu)
 
 
 def _gnn(kind: str, input_shape: Shape, sizes: str) -> nn.Sequential:
@@ -59,6 +61,14 @@ def _cnn(input_shape: Shape, sizes: str) -> nn.Sequential:
     if sizes == "cafo":
         return cnn(input_shape, CAFO_CHANNELS, pool="max", batch_norm=True)
     return cnn(input_shape, _widths(sizes))
+
+
+def _elu_cnn(strided: bool, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return elu_cnn(input_shape, _widths(sizes) if sizes else ELU_CHANNELS, strided=strided)
+
+
+def _autoencoder(input_shape: Shape, sizes: str) -> nn.Sequential:
+    return autoencoder(input_shape, _widths(sizes) if sizes else AUTOENCODER_CHANNELS)
 
 
 def _noprop(input_shape: Shape, kind: str) -> nn.Sequential:
@@ -75,6 +85,12 @@ def _cwcomp(input_shape: Shape, sizes: str) -> nn.Sequential:
     return cwcomp(input_shape, _widths(sizes) if sizes else CWCOMP_CHANNELS)
 
 
+def _resnet(input_shape: Shape, depth: str) -> nn.Sequential:
+    if depth and depth not in map(str, DEPTHS):
+        raise unknown_name("size of network", depth, map(str, DEPTHS))
+    return resnet(input_shape, int(depth or 18))
+
+
 def _only(build: Callable[[Shape], nn.Sequential], size: str, input_shape: Shape, sizes: str) -> nn.Sequential:
     if sizes not in {"", size}:
         raise unknown_name("size of network", sizes, [size])
@@ -85,13 +101,32 @@ FAMILIES: Final[dict[str, Family]] = {
     "mlp": Family(
         "mlp:DEPTHxWIDTH | mlp:WxWxW..",
         "hidden layers Linear-ReLU; mlp:2x1000 is two of 1000 units, mlp:500x300 or mlp:800x400x200 names each width",
-        _mlp,
+        partial(_mlp, False),
+    ),
+    "mlp-elu": Family(
+        "mlp-elu:DEPTHxWIDTH | mlp-elu:WxWxW..", "hidden layers Linear-ELU without biases", partial(_mlp, True)
     ),
     "cnn": Family(
         "cnn:mf | cnn:cafo | cnn:CxCxC..",
         "cnn:mf is Conv3x3-ReLU-AvgPool with 64-128-256-512 maps, cnn:cafo is Conv3x3-ReLU-MaxPool-BatchNorm with "
         "32-128-512; cnn:32x64 names the maps (average pooling)",
         _cnn,
+    ),
+    "cnn-elu": Family(
+        "cnn-elu | cnn-elu:CxCxC..",
+        "Conv3x3-ELU-MaxPool without biases; the default is counter-current learning's 128x128x256x256x512",
+        partial(_elu_cnn, False),
+    ),
+    "cnn-strided": Family(
+        "cnn-strided | cnn-strided:CxCxC..",
+        "Conv3x3 of stride 2, ELU, with the same default; for images of any size",
+        partial(_elu_cnn, True),
+    ),
+    "autoencoder": Family(
+        "autoencoder | autoencoder:CxCxC..",
+        "for --task autoencode: strided convolutions with batch normalisation and ReLU, and back by upsampling; the "
+        "default is counter-current learning's 128x256x1024x2048",
+        _autoencoder,
     ),
     "noprop": Family(
         "noprop:dt | noprop:ct",
@@ -111,7 +146,10 @@ FAMILIES: Final[dict[str, Family]] = {
         _cwcomp,
     ),
     "resnet": Family(
-        "resnet:18", "ResNet-18 for small images: a stem and eight blocks", partial(_only, resnet18, "18")
+        "resnet:18 | resnet:32 | resnet:110 | resnet:50 | ..",
+        "ResNet, a stem and a block per residual unit: 18, 20, 32, 44, 56 and 110 for small images, 50, 101 and 152 "
+        "for large ones",
+        _resnet,
     ),
     "mobilenet": Family(
         "mobilenet:small",
@@ -134,10 +172,16 @@ def build_network(name: str, input_shape: Shape) -> nn.Sequential:
     Raises:
         UsageError: unknown family, unreadable sizes, or a network that does not fit the inputs.
     """
-    family, _, sizes = name.partition(":")
+    family, _, sizes = canonical_name(name).partition(":")
     if family not in FAMILIES:
         raise unknown_name("network", family, FAMILIES)
     return FAMILIES[family].build(input_shape, sizes)
+
+
+def canonical_name(name: str) -> str:
+    """A network's name with the colon that is often left out: `resnet32` is `resnet:32`."""
+    family, size = re.fullmatch(r"([a-z]*)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{family}:{size}" if family in FAMILIES and size and size[0].isdigit() else name
 
 
 def describe_networks() -> list[dict[str, str]]:

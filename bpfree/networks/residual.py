@@ -1,7 +1,7 @@
-"""Networks with shortcuts: of layers that can learn one by one (DeeperForward), ResNet and MobileNet.
+"""Networks with shortcuts: of layers that can learn one by one (DeeperForward), and MobileNet; `resnet.py` has ResNet.
 
-A `ShortcutBlock` is a block whose layers a rule may also train apart; its shortcut has no parameters. In ResNet and
-MobileNet a block is what one shortcut spans, with batch normalisation, to be trained as a whole.
+A `ShortcutBlock` is a block whose layers a rule may also train apart; its shortcut has no parameters. In MobileNet (and
+ResNet) a block is what one shortcut spans, with batch normalisation, to be trained as a whole.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ TINY: Final = ((100, 5, True), (200, 5, True), (400, 3, False), (400, 3, False))
 CWCOMP_CHANNELS: Final = (20, 80, 240, 480)  # Papachristodoulou et al., arXiv 2312.12668
 CWCOMP_GROUPS: Final = 10  # classes of the data sets that it is made for
 CWCOMP_EPS: Final = 1e-4
-RESNET18: Final = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))  # channels, stride
-RESNET_STEM: Final = 64
 # MobileNetV3-Small (Howard et al., arXiv 1905.02244, table 2), for small images: the first two strides are 1.
 # kernel, expanded channels, output channels, squeeze-and-excitation, hard-swish, stride
 MOBILENET: Final = (
@@ -73,7 +71,8 @@ class ShortcutBlock(nn.Module):
         return self.join(signal, inputs)
 
 
-def _needs_images(input_shape: Shape, what: str, least: int) -> None:
+def needs_images(input_shape: Shape, what: str, least: int) -> None:
+    """Refuse inputs that are not images, or smaller than `least` x `least`, for the network called `what`."""
     if len(input_shape) != 3 or min(input_shape[1:]) < least:
         raise UsageError(
             f"{what} needs images (channels, height, width) of at least {least}x{least}, the data have shape "
@@ -81,7 +80,8 @@ def _needs_images(input_shape: Shape, what: str, least: int) -> None:
         )
 
 
-def _convolution(fan_in: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def convolution(fan_in: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A padded convolution without bias, weights drawn from N(0, 2 / (kernel^2 width))."""
     layer = nn.Conv2d(fan_in, width, kernel, stride, kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
@@ -100,12 +100,12 @@ def deeper(input_shape: Shape, widths: Sequence[int] = DEEPER_WIDTHS) -> nn.Sequ
     Raises:
         UsageError: inputs that are not images, or widths that do not double.
     """
-    _needs_images(input_shape, "deeper", 2 ** (len(widths) - 1))
+    needs_images(input_shape, "deeper", 2 ** (len(widths) - 1))
     if any(after != 2 * before for before, after in pairwise(widths)):
         raise UsageError(f"each width must be twice the one before, because shortcuts are concatenated; got {widths}")
 
     def layer(fan_in: int, width: int, stride: int = 1) -> nn.Sequential:
-        return nn.Sequential(_convolution(fan_in, width, 3, stride), nn.ReLU(), StreamDropout(DEEPER_DROPOUT))
+        return nn.Sequential(convolution(fan_in, width, 3, stride), nn.ReLU(), StreamDropout(DEEPER_DROPOUT))
 
     blocks: list[nn.Module] = [layer(input_shape[0], widths[0])]
     for index, width in enumerate(widths):
@@ -118,12 +118,13 @@ def deeper(input_shape: Shape, widths: Sequence[int] = DEEPER_WIDTHS) -> nn.Sequ
 
 def deeper_tiny(input_shape: Shape) -> nn.Sequential:
     """DeeperForward's TinyCNN: 5x5 convolutions to 100 and 200 maps, each averaged 2x2, then 3x3 to 400 and 400."""
-    _needs_images(input_shape, "deeper:tiny", 4)
+    needs_images(input_shape, "deeper:tiny", 4)
     blocks, fan_in = [], input_shape[0]
     for width, kernel, pooled in TINY:
         pool = [nn.AvgPool2d(2)] if pooled else []
-        convolution = _convolution(fan_in, width, kernel)
-        blocks.append(nn.Sequential(convolution, nn.ReLU(), StreamDropout(DEEPER_DROPOUT), *pool))
+        blocks.append(
+            nn.Sequential(convolution(fan_in, width, kernel), nn.ReLU(), StreamDropout(DEEPER_DROPOUT), *pool)
+        )
         fan_in = width
     return nn.Sequential(*blocks)
 
@@ -140,7 +141,7 @@ def cwcomp(input_shape: Shape, channels: Sequence[int] = CWCOMP_CHANNELS) -> nn.
     Raises:
         UsageError: inputs that are not images, or channels that ten groups cannot share.
     """
-    _needs_images(input_shape, "cwcomp", 2 ** (len(channels) // 2))
+    needs_images(input_shape, "cwcomp", 2 ** (len(channels) // 2))
     if any(width % CWCOMP_GROUPS for width in channels):
         raise UsageError(f"channels of cwcomp must be multiples of {CWCOMP_GROUPS}, got {tuple(channels)}")
     blocks, fan_in = [], input_shape[0]
@@ -149,43 +150,6 @@ def cwcomp(input_shape: Shape, channels: Sequence[int] = CWCOMP_CHANNELS) -> nn.
         convolution = nn.Conv2d(fan_in, width, 3, padding=1, groups=CWCOMP_GROUPS if second else 1)
         pool = [nn.MaxPool2d(2)] if second else []
         blocks.append(nn.Sequential(convolution, nn.ReLU(), *pool, nn.BatchNorm2d(width, eps=CWCOMP_EPS)))
-        fan_in = width
-    return nn.Sequential(*blocks)
-
-
-class ResidualBlock(nn.Module):
-    """ResNet's basic block: two 3x3 convolutions with batch normalisation, and a shortcut (1x1 where shapes differ).
-
-    Args:
-        fan_in: channels of the input.
-        width: channels of the output.
-        stride: of the first convolution.
-    """
-
-    def __init__(self, fan_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(_convolution(fan_in, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()),
-            *(_convolution(width, width, 3), nn.BatchNorm2d(width)),
-        )
-        same = fan_in == width and stride == 1
-        self.shortcut = (
-            nn.Identity() if same else nn.Sequential(_convolution(fan_in, width, 1, stride), nn.BatchNorm2d(width))
-        )
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, fan_in, height, width) -> (B, width, height / stride, width / stride)."""
-        return F.relu(self.body(inputs) + self.shortcut(inputs))
-
-
-def resnet18(input_shape: Shape) -> nn.Sequential:
-    """ResNet-18 for small images (He et al., arXiv 1512.03385; 3x3 stem without pooling): a stem and eight blocks."""
-    _needs_images(input_shape, "resnet", 8)
-    fan_in = RESNET_STEM
-    stem = nn.Sequential(_convolution(input_shape[0], fan_in, 3), nn.BatchNorm2d(fan_in), nn.ReLU())
-    blocks: list[nn.Module] = [stem]
-    for width, stride in RESNET18:
-        blocks.append(ResidualBlock(fan_in, width, stride))
         fan_in = width
     return nn.Sequential(*blocks)
 
@@ -230,10 +194,10 @@ class InvertedResidual(nn.Module):
         activation: type[nn.Module] = nn.Hardswish if swish else nn.ReLU
         depthwise = nn.Conv2d(expanded, expanded, kernel, stride, kernel // 2, groups=expanded, bias=False)
         self.body = nn.Sequential(
-            *(_convolution(fan_in, expanded, 1), nn.BatchNorm2d(expanded), activation()),
+            *(convolution(fan_in, expanded, 1), nn.BatchNorm2d(expanded), activation()),
             *(depthwise, nn.BatchNorm2d(expanded), activation()),
             *([SqueezeExcitation(expanded)] if squeeze else []),
-            *(_convolution(expanded, width, 1), nn.BatchNorm2d(width)),
+            *(convolution(expanded, width, 1), nn.BatchNorm2d(width)),
         )
         self.joined = fan_in == width and stride == 1
 
@@ -245,10 +209,8 @@ class InvertedResidual(nn.Module):
 
 def mobilenet(input_shape: Shape) -> nn.Sequential:
     """MobileNetV3-Small for small images: a stem and eleven inverted residuals; the widening last layer is left out."""
-    _needs_images(input_shape, "mobilenet", 8)
-    stem = nn.Sequential(
-        _convolution(input_shape[0], MOBILENET_STEM, 3), nn.BatchNorm2d(MOBILENET_STEM), nn.Hardswish()
-    )
+    needs_images(input_shape, "mobilenet", 8)
+    stem = nn.Sequential(convolution(input_shape[0], MOBILENET_STEM, 3), nn.BatchNorm2d(MOBILENET_STEM), nn.Hardswish())
     blocks: list[nn.Module] = [stem]
     fan_in = MOBILENET_STEM
     for kernel, expanded, width, squeeze, swish, stride in MOBILENET:

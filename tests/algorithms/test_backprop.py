@@ -9,6 +9,7 @@ from torch import nn
 
 from bpfree.algorithms import Backprop, algorithm
 from bpfree.errors import UsageError
+from bpfree.networks import build_network
 from tests.reference import backprop as reference
 
 LR = 0.1
@@ -89,3 +90,51 @@ def test_bad_values_are_refused() -> None:
         Backprop(blocks(), 3, readout="linaer")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="auxiliary_weight"):
         Backprop(blocks(), 3, auxiliary_weight=float("nan"))
+
+
+def test_gradients_are_centralised_then_clipped() -> None:
+    batch_of_both = batch()
+    torch.manual_seed(0)
+    plain = Backprop(blocks(), 3, lr=1e-12).double()
+    torch.manual_seed(0)
+    conditioned = Backprop(blocks(), 3, lr=1e-12, centralize=True, clip=0.1).double()
+    for learner in (plain, conditioned):
+        learner.step(batch_of_both)
+    wanted = [p.grad - p.grad.mean(1, keepdim=True) if p.ndim > 1 else p.grad for p in plain.parameters()]
+    length = torch.cat([gradient.flatten() for gradient in wanted]).norm()
+    assert length > 0.1
+    for gradient, parameter in zip(wanted, conditioned.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, 0.1 / length * gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_recomputing_keeps_less_and_ends_in_the_same_bits() -> None:
+    def build(recompute: bool) -> Backprop:
+        torch.manual_seed(5)
+        network = build_network("resnet:20", (3, 8, 8))
+        return Backprop(network, 3, head_pool="gap", recompute=recompute, input_shape=(3, 8, 8))
+
+    models, kept = [build(False), build(True)], []
+    for model in models:
+        packed: list[int] = []
+
+        def pack(tensor: torch.Tensor, packed: list[int] = packed) -> torch.Tensor:
+            packed.append(tensor.nbytes)
+            return tensor
+
+        torch.manual_seed(6)
+        for _ in range(3):
+            batch = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                model.step(batch)
+        kept.append(sum(packed))
+    assert kept[1] < kept[0] / 10  # nothing from inside a block
+    for weights in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(*weights)
+    for statistics in zip(*(model.buffers() for model in models), strict=True):
+        assert torch.equal(*statistics)
+    assert models[1].variant == "recompute"
+
+
+def test_recomputing_refuses_dropout() -> None:
+    with pytest.raises(UsageError, match="dropout"):
+        Backprop(build_network("deeper:4x8", (3, 8, 8)), 3, recompute=True, input_shape=(3, 8, 8))

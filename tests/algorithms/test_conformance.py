@@ -17,7 +17,7 @@ from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
-from bpfree.networks import Graph, cnn, gnn, mlp
+from bpfree.networks import Graph, build_network, cnn, gnn, mlp
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
@@ -32,6 +32,7 @@ BACKBONES: dict[str, Callable[[], nn.Sequential]] = {
     "gat": lambda: gnn("gat", FEATURES, (24,) * 3),
 }
 GRAPHS = ("gcn", "sage", "gat")
+AUXILIARY = {"optimizer": "adam", "head_pool": "flatten"}  # the mean over positions does not tell quadrants apart
 OPTIONS: dict[str, dict[str, object]] = {
     "mf": {},
     "mf-sequential": {"schedule": "sequential"},
@@ -61,6 +62,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "ff-collaboration": {"loss": "collaboration-preceding"},
     "ff-greedy": {"schedule": "greedy"},
     "ff-hybrid": {"negatives": "hybrid", "inference": "softmax"},
+    "ccl": {"optimizer": "adam"},
+    "ccl-dot": {"similarity": "dot", "optimizer": "adam", "centralize": True, "warmup_steps": 2},
+    "greedy": {**AUXILIARY},
+    "dgl": {**AUXILIARY},
+    "predsim": {**AUXILIARY},
+    "infopro": {**AUXILIARY},
+    "man": {**AUXILIARY},
+    "man-scale": {**AUXILIARY, "host": "infopro-contrast", "scale": True, "ema_update": "after"},
+    "man-learnable": {**AUXILIARY, "host": "predsim", "ema": False},
     "cwc-readout": {"loss": "cwg", "inference": "readout"},
     "fgnn": {},
     "fgnn-symba": {"variant": "ff-vn", "loss": "symba"},
@@ -71,6 +81,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 RESIZED = ("fgnn-ff-la", "fgnn-t2i", "ff-random-concat")  # their layers take labels or states from above as inputs
 FORWARD = (*(rule for rule in OPTIONS if rule.partition("-")[0] == "ff"), "dff", "cwc", "cwc-readout", "sff")
+HOSTED = tuple(rule for rule in OPTIONS if "head_pool" in OPTIONS[rule])
 GOODNESS = ("fgnn-symba", "fgnn-ff-la", "fgnn-ff-vn")
 TOP_DOWN = ("fgnn-t2i", "fgnn-t2l")  # declared channels: layers hear the states of the layers above
 COPIED = (
@@ -170,9 +181,10 @@ def test_learns_a_separable_set(rule: str, backbone: str) -> None:
     steps, asked, least = (120, 16, 0.85) if rule in GOODNESS else (60, 200, 0.95)
     if rule.startswith("noprop-ct"):  # its noise schedule learns too
         steps = 100
-    if rule in FORWARD:
+    if rule in (*FORWARD, "ccl"):
         steps = 120
-    learner = build(rule, backbone, **({"lr": 1e-2} if rule in (*GOODNESS, *COPIED, *FORWARD, "dfa") else {}))
+    quick = (*GOODNESS, *COPIED, *FORWARD, *HOSTED, "dfa", "ccl")
+    learner = build(rule, backbone, **({"lr": 1e-2} if rule in quick else {}))
     learn(learner, (batch(backbone, 64, seed=index) for index in range(steps)))
     right = 0.0
     for seed in range(1000, 1000 + 208 // asked):
@@ -274,9 +286,90 @@ def test_every_parameter_is_trained_once(rule: str, backbone: str) -> None:
         p for p in learner.parameters() if not p.requires_grad and all(p is not q for q in learner.network.parameters())
     ]
     before = [p.detach().clone() for p in (*trained, *solved)]
-    step(learner, *batch(backbone))
+    for _ in range(2 if rule.startswith("man") else 1):  # its copies follow what a first step has changed
+        step(learner, *batch(backbone))
     assert before
     assert not any(torch.equal(a, b) for a, b in zip(before, (*trained, *solved), strict=True))
+
+
+@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
+def test_rules_that_cannot_autoencode_say_so(rule: str) -> None:
+    if "autoencode" in entry(rule).learner.tasks:
+        return
+    backbone = backbones(rule)[0]
+    with pytest.raises(UsageError, match="cannot autoencode"):
+        entry(rule).build(BACKBONES[backbone](), 0, FEATURES if backbone in GRAPHS else SHAPE)
+
+
+autoencoders = pytest.mark.parametrize("rule", ["bp", "ccl"])
+
+
+def autoencoder(rule: str, **parameters: object) -> Learner:
+    torch.manual_seed(0)
+    return entry(rule).build(build_network("autoencoder:6x12", SHAPE), 0, SHAPE, **parameters)
+
+
+@autoencoders
+def test_autoencoders_learn_to_reconstruct(rule: str) -> None:
+    learner = autoencoder(rule, lr=0.03, optimizer="momentum")
+    for seed in range(80):
+        x, _ = images(32, seed)
+        learner.step((x, x))
+    x, _ = images(64, 1000)
+    made = learner.scores(x)
+    assert made.shape == x.shape
+    assert (made - x).square().mean() < 0.7 * (x - x.mean(0)).square().mean()
+
+
+@autoencoders
+def test_autoencoders_go_on_bit_for_bit_and_read_nothing_from_the_device(rule: str) -> None:
+    straight, resumed = autoencoder(rule), autoencoder(rule)
+    x, _ = images(16, 0)
+    straight.step((x, x))
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    for learner in (straight, resumed):
+        with NoHostReads():
+            learner.stages()[0].update((x, x))
+        assert all(value.isfinite() for value in learner.step((x[:1], x[:1])).values())
+    assert identical(snapshot(straight), snapshot(resumed))
+
+
+@autoencoders
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x, y), "targets like its inputs"),
+        (lambda x, y: (x, x[:, :1]), "targets like its inputs"),
+        (lambda x, y: (x[:, :1], x[:, :1]), "expected"),
+        (lambda x, y: (x[:0], x[:0]), "empty"),
+    ],
+)
+def test_wrong_batches_of_autoencoders_get_a_clear_error(
+    rule: str, spoil: Callable[..., tuple[Tensor, Tensor]], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        autoencoder(rule).step(spoil(*images(4, 0)))
+
+
+@pytest.mark.gpu
+@autoencoders
+def test_graphs_of_autoencoders_equal_eager_steps(rule: str) -> None:
+    x, y = images(160, 0)
+    results = []
+    for graph in (False, True):
+        learner = autoencoder(rule, lr=0.01, optimizer="momentum").cuda()
+        part = Batches(x, y, device="cuda", reconstruct=True)
+        config = TrainingConfig(batch_size=16, epochs=2, graph=graph, precision="fp32", lr_schedule="cosine")
+        progress = Trainer(learner, part, part, config).run()
+        assert all(stage["graph"] == graph for stage in progress.finished)
+        results.append(learner.scores(x.to("cuda")))
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
+
+
+@autoencoders
+def test_a_network_that_returns_another_shape_is_no_autoencoder(rule: str) -> None:
+    with pytest.raises(UsageError, match="returns what it is given"):
+        entry(rule).build(cnn(SHAPE, (6, 8)), 0, SHAPE)
 
 
 class FirstChoice:

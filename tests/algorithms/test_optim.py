@@ -82,3 +82,11 @@ def test_any_optimizer_can_be_handed_in() -> None:
 def test_bad_values(name: str, lr: float, decay: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_optimizer(nn.Linear(2, 2).parameters(), name, lr=lr, weight_decay=decay)
+
+
+def test_momentum_is_for_optimizers_that_have_one() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    assert make_optimizer([parameter], "momentum", lr=1.0, momentum=0.8).param_groups[0]["momentum"] == 0.8
+    assert make_optimizer([parameter], "sgd", lr=1.0).param_groups[0]["momentum"] == 0.9
+    with pytest.raises(UsageError, match="momentum"):
+        make_optimizer([parameter], "adam", lr=1.0, momentum=0.8)

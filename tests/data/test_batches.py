@@ -179,3 +179,31 @@ def test_epochs_are_the_same_on_every_device() -> None:
     (a, b), (c, d) = epoch(cpu, 4), epoch(cuda, 4)
     assert torch.equal(a, c.cpu())
     assert torch.equal(b, d.cpu())
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop-flip"])
+def test_samples_to_be_reconstructed_are_their_own_targets_as_they_are_served(augmentation: str) -> None:
+    x, y = images()
+    batches = Batches(x, y, augmentation=augmentation, reconstruct=True)
+    staged = batches.stage(2, 5)
+    staged.fill(batches.draw(1), 0, 2)
+    for inputs, targets in (staged[1], *batches.epoch(batches.draw(1), 5), *batches.in_order(7)):
+        assert inputs.is_floating_point()
+        assert targets is inputs
+
+
+def test_reconstructions_are_rated_by_squared_error_and_r_squared() -> None:
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    x, y = images(50)
+    batches = Batches(x, y, reconstruct=True)
+    assert (batches.criterion, batches.metric) == ("MSE", "R2")
+    total, hits, made = 0.0, 0.0, []
+    for inputs, targets in batches.in_order(20):  # unequal batches
+        made.append((targets + 0.1 * torch.randn_like(inputs)).flatten(1))
+        reconstructions = made[-1].view_as(targets)
+        total += batches.losses(reconstructions, targets).item()
+        hits += batches.hits(reconstructions, targets).item()
+    wanted, got = x.flatten(1).double().numpy() / 255, torch.cat(made).numpy()
+    assert total / 50 == pytest.approx(sklearn_metrics.mean_squared_error(wanted, got), rel=1e-5)
+    r2 = sklearn_metrics.r2_score(wanted, got, multioutput="variance_weighted")
+    assert hits / 50 == pytest.approx(r2, rel=1e-5)

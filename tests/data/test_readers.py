@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -28,6 +29,7 @@ from bpfree.errors import DataError
 needs_data = pytest.mark.skipif(not os.environ.get("BPFREE_DATA"), reason="BPFREE_DATA is not set")
 
 read_idx, read_usps, read_npz = readers.read_idx, readers.read_usps, readers.read_npz
+read_svhn, read_stl10 = readers.read_svhn, readers.read_stl10
 read_binary, read_python = readers.read_cifar_binary, readers.read_cifar_python
 read_binary_100 = functools.partial(read_binary, classes=100)
 read_python_100 = functools.partial(read_python, classes=100)
@@ -93,6 +95,38 @@ def npz_bytes(**arrays: Any) -> bytes:
     return buffer.getvalue()
 
 
+def mat_bytes(compressed: bool = True, **variables: Any) -> bytes:
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, variables, do_compression=compressed)
+    return buffer.getvalue()
+
+
+def svhn_images(count: int) -> np.ndarray:
+    """(count, 3, 32, 32), no two of them alike."""
+    return np.random.default_rng(7).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+
+
+def svhn_bytes(labels: list[int], compressed: bool = True) -> bytes:
+    x = svhn_images(len(labels)).transpose(2, 3, 1, 0)
+    return mat_bytes(compressed, X=x, y=np.array(labels, np.uint8)[:, None])
+
+
+def stl10_images() -> np.ndarray:
+    return np.random.default_rng(8).integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
+
+
+def stl10_members() -> dict[str, bytes]:
+    """Two training images and a test image; each plane is written column by column."""
+    columns = stl10_images().transpose(0, 1, 3, 2)
+    return {
+        "train_X.bin": columns[:2].tobytes(),
+        "train_y.bin": bytes([10, 1]),
+        "test_X.bin": columns[2:].tobytes(),
+        "test_y.bin": bytes([4]),
+        "unlabeled_X.bin": b"not read",
+    }
+
+
 def binary_members() -> dict[str, bytes]:
     return {f"{name}.bin": rows_bytes(*batch) for name, batch in cifar10_files().items()}
 
@@ -112,6 +146,8 @@ def valid_files() -> dict[str, tuple[Callable[[Path], Any], bytes]]:
         "binary.tar.gz": (read_binary, tar_gz(binary_members())),
         "python.tar.gz": (read_python, tar_gz(python_members())),
         "usps.gz": (read_usps, usps_bytes([[3] + [0.5] * 256, [4] + [-0.5] * 256])),
+        "svhn.mat": (read_svhn, svhn_bytes([1, 10])),
+        "stl10.tar.gz": (read_stl10, tar_gz(stl10_members())),
         "npz": (
             read_npz,
             npz_bytes(**{f"{which}_{key}": array for which in ("train", "test") for key, array in arrays.items()}),
@@ -172,7 +208,7 @@ def test_a_damaged_byte_gives_a_data_error_or_nothing(kind: str, scratch: Path, 
 
 @settings(max_examples=50, deadline=None)
 @given(content=st.binary(max_size=200))
-@pytest.mark.parametrize("read", [read_binary, read_python, read_usps, read_npz])
+@pytest.mark.parametrize("read", [read_binary, read_python, read_usps, read_svhn, read_stl10, read_npz])
 def test_random_bytes_are_refused(read: Callable[[Path], Any], scratch: Path, content: bytes) -> None:
     refused(read, write(scratch, content))
 
@@ -187,7 +223,7 @@ def test_random_bytes_where_a_pickle_belongs_are_refused(pickled: bytes, tmp_pat
         read_python(folder)
 
 
-@pytest.mark.parametrize("read", [read_idx, read_binary, read_python, read_usps, read_npz])
+@pytest.mark.parametrize("read", [read_idx, read_binary, read_python, read_usps, read_svhn, read_stl10, read_npz])
 def test_a_file_that_is_not_there(read: Callable[[Path], Any], tmp_path: Path) -> None:
     assert "No such file" in refused(read, tmp_path / "nothing")
 
@@ -511,6 +547,65 @@ def test_usps_refuses_rows_of_different_lengths(tmp_path: Path) -> None:
 
 def test_usps_refuses_a_bomb(tmp_path: Path) -> None:
     assert "allowed" in refused(read_usps, write(tmp_path / "bomb.gz", gzip.compress(b" " * (1 << 26) + b"1")))
+
+
+# --- SVHN ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_svhn_by_hand(compressed: bool, tmp_path: Path) -> None:
+    images, labels = read_svhn(write(tmp_path / "train_32x32.mat", svhn_bytes([1, 10, 9], compressed)))
+    np.testing.assert_array_equal(images, svhn_images(3))
+    assert labels.tolist() == [1, 0, 9]  # MATLAB counts from one, and has ten for the digit zero
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+    assert images.flags.c_contiguous
+    one, label = read_svhn(write(tmp_path / "one.mat", svhn_bytes([3], compressed)))
+    assert (one.shape, label.tolist()) == ((1, 3, 32, 32), [3])
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8)}, "no variable y"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.ones((3, 1))}, "for 3 labels"),
+        ({"X": np.zeros((2, 3, 32, 32), np.uint8), "y": np.ones((2, 1))}, "instead of"),
+        ({"X": np.zeros((32, 32, 3, 2)), "y": np.ones((2, 1))}, "float64 instead of bytes"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [11]])}, "one of 1..10"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [np.nan]])}, "one of 1..10"),
+    ],
+)
+def test_svhn_refuses(variables: dict[str, np.ndarray], reason: str, tmp_path: Path) -> None:
+    assert reason in refused(read_svhn, write(tmp_path / "train_32x32.mat", mat_bytes(**variables)))
+
+
+def test_svhn_looks_at_sizes_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_BYTES", 5_000)
+    assert "allowed" in refused(read_svhn, write(tmp_path / "train_32x32.mat", svhn_bytes([1, 2])))
+
+
+# --- STL-10 ----------------------------------------------------------------------------------------------
+
+
+def test_stl10_by_hand(store: Store) -> None:
+    (train, labels), (test, test_labels) = read_stl10(store(stl10_members()))
+    np.testing.assert_array_equal(np.concatenate([train, test]), stl10_images())
+    assert (labels.tolist(), test_labels.tolist()) == ([9, 0], [3])
+    assert train.flags.c_contiguous
+    assert labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"train_X.bin": bytes(100)}, "whole number of images"),
+        ({"train_X.bin": b""}, "whole number of images"),
+        ({"train_y.bin": bytes([1])}, "2 images but 1 labels"),
+        ({"test_y.bin": bytes([0])}, "label -1 outside 0..9"),
+        ({"test_y.bin": bytes([11])}, "label 10 outside 0..9"),
+    ],
+)
+def test_stl10_refuses(changed: dict[str, bytes], reason: str, store: Store) -> None:
+    assert reason in refused(read_stl10, store({**stl10_members(), **changed}))
 
 
 # --- npz -------------------------------------------------------------------------------------------------

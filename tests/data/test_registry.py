@@ -25,6 +25,7 @@ from bpfree import data
 from bpfree.data import readers
 from bpfree.data.catalog import DATASETS, PACKAGED, DatasetInfo, File, Layout
 from bpfree.errors import DataError, UsageError
+from tests.data import test_readers
 
 pooch = pytest.importorskip("pooch")
 
@@ -51,6 +52,8 @@ def test_names() -> None:
         "cifar10",
         "cifar100",
         "usps",
+        "svhn",
+        "stl10",
         "citeseer",
         "pubmed",
         "cora_ml",
@@ -172,13 +175,13 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def make_tiny(monkeypatch: pytest.MonkeyPatch, name: str) -> DatasetInfo:
-    """Lets `name` have 10 + 2 samples, in files of any size."""
+def make_tiny(monkeypatch: pytest.MonkeyPatch, name: str, samples: tuple[int, int] = (10, 2)) -> DatasetInfo:
+    """Lets `name` have few samples, in files of any size."""
     info = data.info(name)
     layouts = tuple(
         replace(layout, files=tuple(replace(file, size=None) for file in layout.files)) for layout in info.layouts
     )
-    tiny = replace(info, samples=(10, 2), validation=1, layouts=layouts)
+    tiny = replace(info, samples=samples, validation=1, layouts=layouts)
     monkeypatch.setitem(DATASETS, info.name, tiny)
     return tiny
 
@@ -258,6 +261,30 @@ def test_cifar100_has_its_own_layouts(tmp_path: Path, monkeypatch: pytest.Monkey
     dataset = data.load("cifar100", tmp_path)
     assert dataset.train.targets.tolist() == list(range(10))
     assert dataset.classes == 100
+
+
+def test_svhn_and_stl10_lie_where_torchvision_puts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, inputs in (("svhn", (3, 32, 32)), ("stl10", (3, 96, 96))):
+        with pytest.raises(DataError, match=f"bpfree data fetch {name}"):
+            data.load(name, tmp_path)
+        assert data.info(name).input_shape == inputs
+    make_tiny(monkeypatch, "svhn", (2, 3))
+    (tmp_path / "svhn").mkdir()
+    (tmp_path / "svhn" / "train_32x32.mat").write_bytes(test_readers.svhn_bytes([1, 10]))
+    (tmp_path / "svhn" / "test_32x32.mat").write_bytes(test_readers.svhn_bytes([4, 5, 6]))
+    svhn = data.load("SVHN", tmp_path)
+    assert (svhn.train.targets.tolist(), svhn.test.targets.tolist()) == ([1, 0], [4, 5, 6])
+    assert svhn.augmentation == "shift"
+
+    make_tiny(monkeypatch, "stl10", (2, 1))
+    (tmp_path / "stl10_binary.tar.gz").write_bytes(test_readers.tar_gz(test_readers.stl10_members(), "stl10_binary"))
+    packed = data.load("stl-10", tmp_path)
+    (tmp_path / "stl10_binary").mkdir()
+    for file, content in test_readers.stl10_members().items():
+        (tmp_path / "stl10_binary" / file).write_bytes(content)
+    unpacked = data.load("stl-10", tmp_path)
+    assert torch.equal(packed.train.inputs, unpacked.train.inputs)
+    assert unpacked.test.targets.tolist() == [3]
 
 
 def test_a_set_with_the_wrong_number_of_samples_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,13 @@ def test_a_plain_preset_goes_before_one_with_a_suffix() -> None:
     assert resolve("bp", "cifar10", "mlp:3x2000").preset == "backprop-cifar10"
 
 
+def test_the_colon_of_a_network_may_be_left_out() -> None:
+    config = resolve("man", "cifar10", "resnet32", parameters={"k": 8})
+    assert (config.network, config.preset) == ("resnet:32", "momentum_auxiliary_network-cifar10")
+    assert config.parameters["k"] == 8
+    assert resolve("bp", "digits", "mlp:2x30").network == "mlp:2x30"
+
+
 def test_the_fitting_preset_is_taken_and_overridden() -> None:
     plain = resolve("mf", "cifar10")
     assert plain.preset == "mono_forward-cifar10"
@@ -116,6 +123,7 @@ def test_the_command_of_a_run_repeats_it() -> None:
     config = replace(
         resolve("mf", "mnist", seed=4, parameters={"lr": 0.5, "input_projection": True}),
         training=TrainingConfig(epochs=3, lr_schedule="cosine", graph=False, passes=8, augmentation="none"),
+        task="autoencode",
     )
     words = shlex.split(command(config))
     assert words[:2] == ["bpfree", "run"]
@@ -128,6 +136,7 @@ def test_the_command_of_a_run_repeats_it() -> None:
         preset=given["preset"],
         seed=given["seeds"][0],
         parameters=parse_settings(given["settings"], given["algorithm_name"]),
+        task=given["task"],
         training={k: given[k] for k in vars(config.training) if given[k] is not None},
     )
     assert again == replace(config, preset=None)
@@ -137,3 +146,20 @@ def test_every_rule_names_its_source_and_parameters() -> None:
     for entry in ALGORITHMS:
         assert entry.paper.title
         assert "lr" in entry.parameters()
+
+
+def test_images_to_be_reconstructed_are_left_in_the_unit_interval_unless_one_asks() -> None:
+    config = resolve("bp", "mnist", task="autoencode")
+    assert (config.task, config.network, config.training.standardize) == ("autoencode", "autoencoder", False)
+    assert resolve("bp", "mnist", task="autoencode", training={"standardize": True}).training.standardize
+
+
+def test_presets_are_found_by_their_task() -> None:
+    assert resolve("ccl", "cifar10").preset == "counter_current-cifar10"
+    assert resolve("ccl", "cifar10", task="autoencode").preset == "counter_current-cifar10-autoencode"
+    assert resolve(preset="backprop-cifar10-autoencode").task == "autoencode"
+    assert resolve("ccl", "cifar10", "autoencoder").preset is None
+    with pytest.raises(UsageError, match="for the task autoencode"):
+        resolve(preset="backprop-cifar10-autoencode", task="classify")
+    with pytest.raises(UsageError, match="did you mean autoencode"):
+        resolve("ccl", "cifar10", task="autoencoder")  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,3 +265,42 @@ def test_running_out_of_device_memory_is_one_line(monkeypatch: pytest.MonkeyPatc
         told_of_memory(config, torch.device("cuda")),
     ):
         raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("rule", ["ccl", "bp"])
+def test_an_autoencoder_records_its_error_and_draws_its_reconstructions(rule: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    parameters = {"lr": 0.03, "optimizer": "momentum"}
+    training = {"batch_size": 50, "epochs": 4}
+    config = resolve(rule, "digits", "autoencoder:8x16", task="autoencode", parameters=parameters, training=training)
+    summary = run(replace(config, energy="none"), tmp_path)
+    path = Path(summary["run_dir"])
+    assert (summary["task"], summary["criterion"], summary["metric"]) == ("autoencode", "MSE", "R2")
+    assert 0 < summary["test_loss"] < 0.15
+    assert (path / records.PICTURE).read_bytes().startswith(b"\x89PNG")
+    epochs = RunFolder.open(path).read_metrics()
+    assert epochs[-1]["validation_loss"] < epochs[0]["validation_loss"]
+    assert readable(result_rows(tmp_path), ["accuracy"])[0]["test accuracy, %"].endswith("R2")
+
+
+def test_records_from_before_there_were_tasks_belong_to_the_same_row(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = resolve("bp", "digits", "mlp:8", seed=seed, training={"epochs": 1})
+        path = Path(run(replace(config, energy="none"), tmp_path, keep_model=False)["run_dir"])
+    values = json.loads((path / records.CONFIG).read_text())
+    del values["task"]
+    (path / records.CONFIG).write_text(json.dumps(values))
+    assert [row["seeds"] for row in result_rows(tmp_path)] == [[0, 1]]
+
+
+def test_graphs_are_not_reconstructed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UsageError, match="is a graph"):
+        run(resolve("bp", "cora", "gcn:1x8", task="autoencode"), tmp_path)
+
+
+def test_a_missing_drawing_library_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpfree.experiments.pictures.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="matplotlib"):
+        run(resolve("bp", "digits", task="autoencode"), tmp_path)
+    assert not list(tmp_path.iterdir())

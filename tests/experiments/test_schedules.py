@@ -39,6 +39,24 @@ def test_warm_up_is_linear_and_then_hands_over() -> None:
     assert learning_rate_factor("cosine", 7, 10, warmup_epochs=4) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [
+        (1, 0.01),
+        (2, 0.8 * (1 + math.cos(math.pi * 2 / 400)) / 2 / 10 + 0.01 * 9 / 10),
+        (10, 0.8 * (1 + math.cos(math.pi * 10 / 400)) / 2 * 9 / 10 + 0.01 / 10),
+        (11, 0.8 * (1 + math.cos(math.pi * 11 / 400)) / 2),
+        (200, 0.4),
+        (400, 0),
+    ],
+)
+def test_cosine_by_epochs_is_the_published_schedule(epoch: int, rate: float) -> None:
+    """lr = 0.8, E = 400, ten epochs of warm-up: the specification of MAN, section 5; constant within an epoch."""
+    for moment in (epoch - 1, epoch - 0.5, epoch - 1e-6):
+        factor = learning_rate_factor("cosine-epochs", moment, 400, warmup_epochs=10)
+        assert 0.8 * factor == pytest.approx(rate, abs=1e-9)
+
+
 def test_unknown_schedule() -> None:
     with pytest.raises(UsageError, match="did you mean cosine"):
         learning_rate_factor("cosin", 0, 1)

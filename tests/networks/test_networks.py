@@ -50,6 +50,44 @@ def test_cnn_shapes(name: str, shapes: list[tuple[int, ...]]) -> None:
     assert block_output_shapes(build_network(name, (3, 32, 32)), (3, 32, 32)) == shapes
 
 
+@pytest.mark.parametrize(
+    ("name", "image", "shapes"),
+    [
+        ("cnn-elu", (3, 32, 32), [(128, 16, 16), (128, 8, 8), (256, 4, 4), (256, 2, 2), (512, 1, 1)]),
+        ("cnn-strided", (1, 28, 28), [(128, 14, 14), (128, 7, 7), (256, 4, 4), (256, 2, 2), (512, 1, 1)]),
+    ],
+)
+def test_networks_of_counter_current_learning(name: str, image: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
+    network = build_network(name, image)
+    assert block_output_shapes(network, image) == shapes
+    kinds = [nn.Conv2d, nn.ELU, nn.MaxPool2d] if name == "cnn-elu" else [nn.Conv2d, nn.ELU]
+    assert all([type(layer) for layer in block] == kinds for block in network)
+    assert all((block[0].bias is not None) == (name == "cnn-strided") for block in network)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("image", [(3, 32, 32), (1, 28, 28), (2, 7, 9)])
+def test_an_autoencoder_goes_back_through_its_shapes(image: tuple[int, ...]) -> None:
+    network = build_network("autoencoder:4x6", image)
+    shapes = [image, *block_output_shapes(network, image)]
+    assert shapes == shapes[::-1]
+    assert [len(block) for block in network] == [3, 3, 4, 2]  # type: ignore[arg-type]
+
+
+def test_an_autoencoder_starts_orthogonal_and_small_towards_the_image() -> None:
+    first, second, third, last = (
+        next(m for m in block.modules() if isinstance(m, nn.Conv2d)).weight.flatten(1)
+        for block in build_network("autoencoder:8x16", (3, 8, 8))
+    )
+    assert not last.any()
+    for weight, scale in ((first, 1.0), (second, 1.0), (third, 1e-6)):
+        torch.testing.assert_close(weight @ weight.T, scale * torch.eye(len(weight)), rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_elu_networks_have_no_biases() -> None:
+    layers = [m for m in build_network("mlp-elu:5x256", (1, 28, 28)).modules() if isinstance(m, nn.Linear)]
+    assert [(layer.out_features, layer.bias) for layer in layers] == [(256, None)] * 5
+
+
 def test_cafo_block_is_conv_relu_pool_norm() -> None:
     block = build_network("cnn:cafo", (3, 32, 32))[0]
     assert [type(layer) for layer in block] == [nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.BatchNorm2d]
@@ -106,7 +144,8 @@ def test_every_second_convolution_of_cwcomp_has_ten_groups() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet:50", "unknown size of network"),
+        ("resnet:51", "unknown size of network"),
+        ("resnet:50", "at least 32x32"),
         ("deeper:10x30", "twice the one before"),
         ("deeper:8x16x32x64x128", "at least 16x16"),
         ("cwcomp:10x25", "multiples of 10"),

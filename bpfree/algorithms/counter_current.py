@@ -1,0 +1,339 @@
+"""Counter-current learning: a second network runs from the labels to the input, and the two agree level by level.
+
+Paper: Kao, Hariharan, "Counter-Current Learning: A Biologically Plausible Dual Network Approach for Deep Learning",
+NeurIPS 2024, arXiv 2409.19841. With forward layers U_l (d_l, d_{l-1}) and feedback layers V_l (d_{l-1}, d_l), which
+share nothing, and SG for "a constant from here on":
+
+    a_l = f(U_l SG(a_{l-1})),  a_0 = x,  o = a_L = U_L SG(a_{L-1})          forward, (B, d_l)
+    b_{l-1} = f(V_l SG(b_l)),  b_L = one row per class,  b_0 = V_1 SG(b_1)  feedback, (C, d_l): once per step
+    loss_l = how far the similarities of a_l's rows and b_l's rows are from 1 (own class) and 0, l < L (equation 2)
+    loss_L = CE(o, y)
+
+loss_l changes U_l and V_{l+1}, both at once and neither taken for a constant; loss_0 changes V_1 alone and loss_L U_L
+alone. For linear layers everything is in closed form (dA, dB of `_ccl_objectives`, M (B, C) the indicator of classes):
+
+    dot          dA = k (A B^T - M) B,  dB = k (A B^T - M)^T A,  k = 2 * 256 s / (d_l B C)
+    dU_l = (dA * f'(z_l))^T a_{l-1},  dV_{l+1} = (dB * f'(q_l))^T b_{l+1}
+
+Convolutional layers take dA and dB through an autograd graph of that one layer. At inference there is only the forward
+network.
+
+In the autoencoder task the feedback network runs from the images, which are the targets, to the images, one row per
+sample, and a_l is to equal b_l and to have the form of its maps.
+
+Channels that are not local, all off by default: the norm of a whole network's gradient (`clip_scope="network"`), and
+which samples the output is sure of (`flood`). The feedback activations are the rule's own channel.
+
+Deviations from the paper: the similarity target of equation 2 is I, which holds when every class occurs once; here M,
+as in the authors' code. A row of zeros has no direction under "cosine" and gives no gradient (their code divides by
+1e-8). Scale and shift of batch normalisation stay as they are, as in the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree.algorithms._ccl_layers import Layer, Trace, core, feedback_modules, freeze_norms, weighted
+from bpfree.algorithms._ccl_objectives import (
+    ClassObjective,
+    CosineObjective,
+    DotObjective,
+    Objective,
+    ReconstructionObjective,
+)
+from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, evaluation_mode
+from bpfree.errors import UsageError, unknown_name
+from bpfree.metrics import linear_cka
+from bpfree.networks.autoencoder import check_reconstructs, start_autoencoder
+from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
+
+Similarity = Literal["cosine", "dot"]
+ClipScope = Literal["layer", "network"]
+SIMILARITIES: Final = ("cosine", "dot")
+CLIP_SCOPES: Final = ("layer", "network")
+DECORRELATION: Final = 0.5
+
+
+class CounterCurrent(Learner):
+    """Counter-current learning over a sequence of blocks of one layer each.
+
+    Args:
+        network: hidden blocks in forward order, each one `Linear` or `Conv2d`, after `Flatten` or `Upsample`, before
+            batch normalisation, an activation and pooling. The feedback network is derived from them. Scale and shift
+            of batch normalisation do not learn.
+        classes: number of classes C; 0 for the task "autoencode", in which the network returns what has the shape of
+            its inputs, the feedback network starts as `start_autoencoder` says, and `similarity`, `scale`,
+            `decorrelation` and `flood` have no meaning.
+        similarity: "cosine" compares directions, "dot" takes plain products (see `_ccl_objectives`).
+        scale: s, the weight of similarity against the output's cross-entropy.
+        decorrelation: r, how much "cosine" pushes samples (and templates) of one level apart; 0.5 if left out.
+        lr: learning rate.
+        feedback_lr: of the feedback network, `lr` if left out; 0 leaves that as it was drawn.
+        optimizer: "gd", "sgd", "momentum", "adam", "adamw", or a function from parameters to an optimiser.
+        momentum: of optimizer=sgd and momentum, 0.9 if left out.
+        weight_decay: decay of all weights.
+        clip: longest gradient allowed, 2-norm; 0 for any.
+        clip_scope: what is clipped as one: each "layer", or as in the paper all of the forward "network" and all of
+            the feedback network.
+        centralize: take the mean over inputs off each unit's gradient.
+        flood: hidden levels leave out samples whose class has a probability above 1 - flood already; 0 none.
+        warmup_steps: steps over which the losses grow linearly to their full weight.
+        input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
+
+    Raises:
+        UsageError: a network or value that does not fit.
+
+    Example:
+        >>> blocks = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 8), nn.ELU())
+        >>> learner = CounterCurrent(blocks, classes=3)
+        >>> sorted(learner.step((torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))))
+        ['level 0 loss', 'level 1 loss', 'level 2 loss', 'level 3 loss']
+    """
+
+    paper = Paper(
+        title="Counter-Current Learning: A Biologically Plausible Dual Network Approach for Deep Learning",
+        authors="Kao, Hariharan",
+        year=2024,
+        arxiv="2409.19841",
+        follows="equations 1 and 2 and the anti-collapse loss of appendix 6.1; details from the authors' code",
+    )
+    locality = "layer"
+    tasks = ("classify", "autoencode")
+    steps_taken: Tensor
+
+    def __init__(
+        self,
+        network: nn.Sequential | Iterable[nn.Module],
+        classes: int,
+        *,
+        similarity: Similarity = "cosine",
+        scale: float = 1.0,
+        decorrelation: float | None = None,
+        lr: float = 1.0,
+        feedback_lr: float | None = None,
+        optimizer: str | OptimizerFactory = "gd",
+        momentum: float | None = None,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+        clip_scope: ClipScope = "layer",
+        centralize: bool = False,
+        flood: float = 0.0,
+        warmup_steps: int = 0,
+        input_shape: Shape | None = None,
+    ) -> None:
+        super().__init__(network, classes, input_shape)
+        if similarity not in SIMILARITIES:
+            raise unknown_name("similarity", similarity, SIMILARITIES)
+        if clip_scope not in CLIP_SCOPES:
+            raise unknown_name("clip_scope", clip_scope, CLIP_SCOPES)
+        if similarity == "dot" and decorrelation is not None:
+            raise UsageError("decorrelation belongs to similarity=cosine")
+        if not (0 <= flood < 1 and clip >= 0 and warmup_steps >= 0 and scale > 0 and (decorrelation or 0) >= 0):
+            raise UsageError(
+                "flood must lie in [0, 1), clip, warmup_steps and decorrelation must not be negative, scale positive; "
+                f"got {flood}, {clip}, {warmup_steps}, {decorrelation}, {scale}"
+            )
+        self.similarity, self.clip, self.clip_scope, self.centralize = similarity, clip, clip_scope, centralize
+        freeze_norms(self.network)
+        shapes = [self.input_shape, *block_output_shapes(self.network, self.input_shape)]
+        forward = list(self.network)
+        self.objective: Objective
+        if self.task == "autoencode":
+            if (similarity, scale, decorrelation, flood) != ("cosine", 1.0, None, 0.0):
+                raise UsageError("similarity, scale, decorrelation and flood are for classes, not for task=autoencode")
+            check_reconstructs(shapes[-1], self.input_shape)
+            self.objective = ReconstructionObjective()
+        else:
+            self.readout = _readout(shapes[-1], classes)
+            forward.append(self.readout)
+            shapes.append((classes,))
+            self.objective = _class_objective(similarity, classes, flood, scale, decorrelation)
+        self.feedback = feedback_modules(forward, shapes)
+        if self.task == "autoencode":
+            start_autoencoder([weighted(layer) for layer in reversed(self.feedback)])
+        self._forward = tuple(Layer.of(module) for module in forward)
+        if feedback_lr == 0:
+            self.feedback.requires_grad_(False)
+        self._feedback = tuple(Layer.of(module) for module in self.feedback)
+        optimize = partial(make_optimizer, optimizer=optimizer, weight_decay=weight_decay, momentum=momentum)
+        self._optimizers = [optimize(_parameters(self._forward), lr=lr)]
+        if feedback_lr != 0:
+            rate = lr if feedback_lr is None else feedback_lr
+            self._optimizers.append(optimize(_parameters(self._feedback), lr=rate))
+        self._in_closed_form = all(layer.dense is not None for layer in (*self._forward, *self._feedback))
+        self.warmup_steps = warmup_steps
+        if warmup_steps:
+            self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, *input_shape) -> (B, C) scores, or reconstructions; the feedback network has no part in them."""
+        return _outputs(self._forward, inputs)[-1]
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage: both networks learn together."""
+        return (
+            Stage(
+                name="both networks",
+                modules=(self,),
+                optimizers=tuple(self._optimizers),
+                update=self._update,
+                scores=self,
+                input_shape=self.input_shape,
+                classes=self.classes,
+            ),
+        )
+
+    @property
+    def variant(self) -> str:
+        """How activations are compared, and what is clipped as one."""
+        compared = self.similarity if self.task == "classify" else "reconstruction"
+        return ", ".join([compared, *([f"clipped by {self.clip_scope}"] if self.clip else [])])
+
+    @torch.no_grad()
+    def _update(self, batch: Batch) -> Metrics:
+        inputs, targets = batch
+        inputs = inputs.reshape(len(inputs), *self.input_shape)
+        # an autograd graph goes backwards on the stream of its forward pass, so only closed forms fork
+        lanes = Lanes(inputs.device, len(self._forward) + 1 if self._in_closed_form else 0)
+        with lanes.lane(0):
+            feedback = _traces(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
+        forward = _traces(self._forward, inputs)
+        lanes.join()
+        asked = self.objective.asked(targets, forward[-1].output)
+        metrics = {}
+        activations = [inputs, *(trace.output for trace in forward)]
+        for level, activation in enumerate(activations):
+            with lanes.lane(level):  # levels do not wait for each other
+                if level == len(forward):
+                    rating = self.objective.rate_output(activation, asked)
+                else:
+                    rating = self.objective.rate(activation, feedback[level].output, asked, at_input=not level)
+                metrics[f"level {level} loss"] = rating.loss
+                if rating.by_forward is not None:
+                    set_gradients(self._forward[level - 1].parameters, forward[level - 1].gradients(rating.by_forward))
+                if rating.by_feedback is not None and self._feedback[level].parameters:
+                    set_gradients(self._feedback[level].parameters, feedback[level].gradients(rating.by_feedback))
+        lanes.join()
+        self._condition_gradients()
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return metrics
+
+    def _condition_gradients(self) -> None:
+        """Warm up, centralise and clip, in this order."""
+        networks = [_parameters(layers) for layers in (self._forward, self._feedback)]
+        if self.warmup_steps:
+            self.steps_taken += 1
+            weight = (self.steps_taken / self.warmup_steps).clamp(max=1)
+            for gradient in (parameter.grad for network in networks for parameter in network):
+                if gradient is not None:
+                    gradient.mul_(weight)
+        if self.centralize:
+            centralize_gradients(parameter for network in networks for parameter in network)
+        if self.clip:
+            layers = [layer.parameters for layer in (*self._forward, *self._feedback)]
+            for together in networks if self.clip_scope == "network" else layers:
+                nn.utils.clip_grad_norm_(together, self.clip, foreach=True)
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> Metrics:
+        """Per layer, the cosine between U_l and the transpose of V_l; per hidden level, the linear CKA between the
+        forward activations of samples and the feedback activations of their class."""
+        inputs, targets = batch
+        report = {
+            f"layer {index + 1} alignment": alignment(forward.module, feedback.module)
+            for index, (forward, feedback) in enumerate(zip(self._forward, self._feedback, strict=True))
+        }
+        for level, (a, b) in enumerate(self.paired_activations(inputs, targets)):
+            report[f"level {level} CKA"] = linear_cka(a, b)
+        return report
+
+    @torch.no_grad()
+    def paired_activations(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Forward activations of samples beside the feedback activations of their classes, in evaluation mode.
+
+        Args:
+            inputs: (B, *input_shape).
+            targets: (B,) classes, or to be reconstructed (B, *input_shape).
+
+        Returns:
+            (a_l, b_l) for l = 0..L-1, each (B, d_l).
+        """
+        with evaluation_mode(self):
+            below = _outputs(self._forward, inputs)[:-1]
+            above = _outputs(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
+        return [
+            (a.flatten(1), self.objective.paired(b, targets).flatten(1))
+            for a, b in zip([inputs, *below], above, strict=True)
+        ]
+
+    @classmethod
+    def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:
+        """Networks whose every block is one linear or convolutional layer, so that it has a counterpart."""
+        try:
+            for block in as_blocks(network):
+                core(block)
+        except UsageError as error:
+            return Support(False, str(error))
+        return Support(True)
+
+    @staticmethod
+    def search_space(trial: Trial) -> dict[str, Any]:
+        """How activations are compared, and the length at which gradients are clipped."""
+        return {
+            "similarity": trial.suggest_categorical("similarity", SIMILARITIES),
+            "clip": trial.suggest_float("clip", 0.1, 1.0, log=True),
+        }
+
+
+def _readout(shape: Shape, classes: int) -> nn.Sequential:
+    """U_L: (B, *shape) -> (B, C), without bias or activation."""
+    if classes < 2:
+        raise UsageError(f"a classifier needs at least 2 classes, got {classes}")
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes, bias=False))
+
+
+def _class_objective(
+    similarity: str, classes: int, flood: float, scale: float, decorrelation: float | None
+) -> ClassObjective:
+    if similarity == "dot":
+        return DotObjective(classes, flood, scale)
+    return CosineObjective(classes, flood, scale, DECORRELATION if decorrelation is None else decorrelation)
+
+
+def _outputs(layers: Iterable[Layer], signal: Tensor) -> list[Tensor]:
+    """What layers make of a signal, one after another."""
+    outputs: list[Tensor] = []
+    for layer in layers:
+        signal = layer.module(signal)
+        outputs.append(signal)
+    return outputs
+
+
+def _traces(layers: Iterable[Layer], signal: Tensor) -> list[Trace]:
+    """The same, by layers that are about to learn from it."""
+    traces: list[Trace] = []
+    for layer in layers:
+        traces.append(layer.trace(signal))
+        signal = traces[-1].output
+    return traces
+
+
+def _parameters(layers: Iterable[Layer]) -> list[nn.Parameter]:
+    return [parameter for layer in layers for parameter in layer.parameters]
+
+
+def alignment(forward: nn.Module, feedback: nn.Module) -> Tensor:
+    """Cosine between a forward layer's weights and the transpose of its feedback layer's, 0-d in [-1, 1]."""
+    U, V = weighted(forward).weight, weighted(feedback).weight.transpose(0, 1)
+    if V.ndim == 4:  # the transpose of a convolution has its kernel turned
+        V = V.flip(2, 3)
+    return F.cosine_similarity(U.flatten(), V.flatten(), dim=0)

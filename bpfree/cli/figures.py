@@ -1,0 +1,56 @@
+"""`bpfree plot` and `bpfree report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bpfree.cli.base import Command, study_options
+
+ROOT = click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("results"))
+
+
+@click.command(cls=Command)
+@ROOT
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Where figures go.  [default: ROOT/figures]"
+)
+@study_options
+def plot(root: Path, out: Path | None, baseline: str | None, mixed_hardware: bool) -> None:
+    """Draw the runs recorded under ROOT, as PNG and PDF with their numbers as CSV beside.
+
+    Accuracy against joules and per epoch with the range over seeds, idle and dynamic joules, test accuracy against
+    energy with its Pareto front, and memory against depth where networks differ in nothing else. A rule has one colour
+    in all.
+    """
+    from bpfree.experiments.collect import collect
+    from bpfree.experiments.plots import make_plots, save
+
+    plots = make_plots(collect(root, baseline=baseline, mixed_hardware=mixed_hardware))
+    for path in save(plots, out or root / "figures"):
+        click.echo(str(path))
+
+
+@click.command(cls=Command)
+@ROOT
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: ROOT/report.html]")
+@click.option("--title", default="Learning rules and their energy", help="Title of the page.")
+@click.option("--with-reference", is_flag=True, help="Lay the published tables beside ours.")
+@study_options
+def report(
+    root: Path, out: Path | None, title: str, with_reference: bool, baseline: str | None, mixed_hardware: bool
+) -> None:
+    """Write one self-contained HTML page: what was compared under ROOT, all tables, all figures."""
+    from bpfree import __version__
+    from bpfree.experiments import report as pages
+    from bpfree.experiments.collect import collect, tuning_records
+    from bpfree.experiments.plots import make_plots
+    from bpfree.experiments.study_tables import TITLES, make_tables
+
+    entries = collect(root, baseline=baseline, mixed_hardware=mixed_hardware)
+    tables = make_tables(list(TITLES), entries, tuning=tuning_records(root), with_reference=with_reference)
+    page = pages.report(title, pages.read_plans(root), tables, make_plots(entries), version=__version__)
+    path = out or root / "report.html"
+    pages.write_report(path, page)
+    click.echo(str(path))

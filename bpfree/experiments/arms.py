@@ -1,0 +1,141 @@
+"""Arms of a comparison: a rule with its hyperparameters, on one data set and network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, TypeVar
+
+import torch
+
+from bpfree.algorithms import algorithm
+from bpfree.data import GraphDataset
+from bpfree.errors import UsageError
+from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, resolve
+from bpfree.experiments.run import AnyDataset, build_learner
+from bpfree.networks import build_network
+
+T = TypeVar("T")
+
+OWN: Final = "own"
+MATCHED: Final = "matched"
+PROTOCOLS: Final = (OWN, MATCHED)
+"""Every arm stops by the same rule on its own validation loss, or all see the data equally often."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm.
+
+    Attributes:
+        label: how the user wrote it, such as "mf" or "mf@preset:patience=4"; with the network it names the arm.
+        config: its runs, apart from seed and protocol.
+        skipped: why it cannot run; None if it can.
+    """
+
+    label: str
+    config: RunConfig
+    skipped: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.label, self.config.network
+
+    def run_config(self, seed: int, passes: int | None) -> RunConfig:
+        """One run: at its own convergence, or for `passes` data passes."""
+        return replace(self.config, seed=seed, training=replace(self.config.training, passes=passes))
+
+
+def interleaved(arms: Sequence[T], *block: Any) -> list[T]:
+    """The arms in an order that is random, and always the same for the same block: drift hits all of them alike."""
+    return random.Random(repr(block)).sample(arms, len(arms))
+
+
+def make_arms(
+    texts: Sequence[str],
+    dataset: str | None = None,
+    network: str | None = None,
+    *,
+    baseline: str = "bp",
+    training: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    energy: str = "auto",
+) -> list[Arm]:
+    """Arms from what the user wrote: `RULE[@PRESET][:KEY=VALUE..]`, such as "mf@my.toml:patience=4".
+
+    Args:
+        texts: the arms.
+        dataset: data set of all arms; digits if left out.
+        network: network of all arms; without it each arm has that of its preset, and the baseline all of them.
+        baseline: the arm that the others are paired with.
+        training: training settings of all arms, over those of the presets, under those that an arm names itself.
+        device: see `RunConfig`.
+        energy: see `RunConfig`.
+
+    Raises:
+        UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
+    """
+    shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy}
+    arms = [_make_arm(text, dataset, network, **shared) for text in texts]
+    if network is None:
+        others = dict.fromkeys(arm.config.network for arm in arms if arm.label != baseline)
+        own = [arm for arm in arms if arm.label != baseline]
+        if others and len(own) < len(arms):
+            arms = [*own, *(_make_arm(baseline, dataset, name, **shared) for name in others)]
+    for position, arm in enumerate(arms):
+        for other in arms[:position]:
+            if arm.config == other.config:
+                raise UsageError(f"arms {other.label} and {arm.label} are the same configuration; leave one out")
+            if arm.key == other.key:
+                raise UsageError(f"two arms are called {arm.label}")
+    return arms
+
+
+def _make_arm(
+    text: str, dataset: str | None, network: str | None, training: Mapping[str, Any], device: str, energy: str
+) -> Arm:
+    head, *settings = text.split(":")
+    name, _, preset = head.partition("@")
+    rule = algorithm(name)
+    if preset not in ("", "none"):
+        meant = named_preset(preset).algorithm
+        if algorithm(meant) is not rule:
+            raise UsageError(f"preset {preset} is for {meant}, not for {rule.alias}")
+    parameters, own_training = parse_mixed_settings(tuple(settings), name)
+    config = resolve(
+        name,
+        dataset or "digits",
+        network,
+        preset=preset or None,
+        parameters=parameters,
+        training={**training, **own_training},
+        device=device,
+        energy=energy,
+    )
+    return Arm(text, config)
+
+
+def checked(arm: Arm, dataset: AnyDataset) -> Arm:
+    """The arm, marked as skipped if its rule cannot train its network.
+
+    Raises:
+        UsageError: the network does not fit the data, or a parameter has a bad value.
+    """
+    shape = dataset.features.shape[1:] if isinstance(dataset, GraphDataset) else dataset.input_shape
+    with torch.random.fork_rng(devices=()):
+        support = algorithm(arm.config.algorithm).learner.supports(build_network(arm.config.network, tuple(shape)))
+        if not support.ok:
+            return replace(arm, skipped=support.reason)
+        build_learner(arm.config, dataset, torch.device("cpu"))
+    return arm
+
+
+def unequal_settings(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """Training settings in which arms differ, by setting and label: what the rule alone does not explain."""
+    settings = [(arm.label, asdict(arm.config.training)) for arm in arms if arm.skipped is None]
+    return {
+        name: {label: values[name] for label, values in settings}
+        for name in (settings[0][1] if settings else {})
+        if name != "checkpoint_every" and any(values[name] != settings[0][1][name] for _, values in settings)
+    }

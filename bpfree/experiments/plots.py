@@ -1,0 +1,360 @@
+"""Figures made from records: PNG and PDF, with the numbers in them as CSV beside.
+
+A rule has one colour in all of them; arms of one rule differ in their dashes and markers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from bpfree.errors import CheckpointError, DataError, UsageError
+from bpfree.experiments.collect import Entry
+from bpfree.experiments.records import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+COLORS: Final = {
+    "bp": "#1f1f1f",
+    "mf": "#1f77b4",
+    "bp-ds": "#7f7f7f",
+    "mf-joint": "#17becf",
+    "ff": "#d62728",
+    "dff": "#ff7f0e",
+    "cwc": "#e7ba52",
+    "sff": "#8c564b",
+    "cafo": "#2ca02c",
+    "ccl": "#bcbd22",
+    "noprop": "#9467bd",
+    "noprop-bp": "#c5b0d5",
+    "man": "#e377c2",
+    "fgnn": "#98df8a",
+    "dfa": "#ad494a",
+}
+SPARE: Final = ("#393b79", "#637939", "#8c6d31", "#843c39", "#7b4173", "#3182bd", "#e6550d", "#31a354")
+DASHES: Final = ("-", "--", ":", "-.")
+MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
+GRID: Final = 200
+"""Points of a band over joules."""
+
+DEPTH: Final = re.compile(r":\d+x")
+"""The number of layers in a network's name, as in mlp:3x2000."""
+
+DPI: Final = 150
+
+
+def color(rule: str) -> str:
+    """The colour of a rule, by its short name; a rule that is new here always gets the same one too."""
+    return COLORS.get(rule) or SPARE[zlib.crc32(rule.encode()) % len(SPARE)]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and the numbers in it.
+
+    Attributes:
+        name: stem of its files.
+        title: what it shows.
+        rows: the numbers, one row per point.
+        draw: draws them.
+    """
+
+    name: str
+    title: str
+    rows: list[Row]
+    draw: Callable[[Axes], None]
+
+    def data(self) -> str:
+        """The numbers as CSV."""
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)), restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return file.getvalue()
+
+    def image(self, form: str) -> bytes:
+        """The figure as "png" or "pdf".
+
+        Raises:
+            UsageError: matplotlib is not installed.
+        """
+        file = io.BytesIO()
+        with self._figure() as figure:
+            figure.savefig(file, format=form, dpi=DPI)
+        return file.getvalue()
+
+    @contextmanager
+    def _figure(self) -> Iterator[Figure]:
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UsageError('figures need matplotlib: pip install "bpfree[plot]"') from error
+        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)  # no window system, and no global state
+        axes = figure.add_subplot()
+        axes.set_title(self.title, fontsize="medium")
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        self.draw(axes)
+        yield figure
+
+
+def save(plots: Iterable[Plot], folder: Path) -> list[Path]:
+    """Write each figure as PNG, PDF and CSV.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+        UsageError: matplotlib is not installed.
+    """
+    written = []
+    for plot in plots:
+        files = {"png": plot.image("png"), "pdf": plot.image("pdf"), "csv": plot.data().encode()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for suffix, content in files.items():
+                written.append(folder / f"{plot.name}.{suffix}")
+                written[-1].write_bytes(content)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder / plot.name}: {error.strerror}") from error
+    return written
+
+
+def make_plots(entries: Sequence[Entry]) -> list[Plot]:
+    """Every figure that the records have numbers for: per data set, network and protocol, and over depths.
+
+    Raises:
+        DataError: nothing to draw.
+    """
+    plots: list[Plot] = []
+    with_runs = [entry for entry in entries if entry.runs]
+    for place in dict.fromkeys(entry.place for entry in with_runs):
+        here = [entry for entry in with_runs if entry.place == place]
+        for maker in (_accuracy_against_joules, _idle_and_dynamic, _epochs, _pareto):
+            plots += _where(place, maker(here), simulated=any("SIMULATED" in entry.flags() for entry in here))
+    for study, dataset, protocol, hardware in dict.fromkeys(_without_network(entry) for entry in with_runs):
+        here = [e for e in with_runs if _without_network(e) == (study, dataset, protocol, hardware)]
+        plots += _where((study, dataset, "", protocol, hardware), _memory(here), simulated=False)
+    if not plots:
+        raise DataError("the records hold nothing to draw")
+    return plots
+
+
+def _without_network(entry: Entry) -> tuple[str, str, str, str]:
+    study, dataset, _, protocol, hardware = entry.place
+    return study, dataset, protocol, hardware
+
+
+def _where(place: tuple[str, str, str, str, str], plot: Plot, *, simulated: bool) -> list[Plot]:
+    """The figure, called after what it is of; none if there is nothing in it."""
+    if not plot.rows:
+        return []
+    study, dataset, network, protocol, hardware = place
+    words = [word for word in ("" if study == "." else study, dataset, network, protocol) if word]
+    name = "-".join("".join(c if c.isalnum() else "-" for c in word) for word in (*words, hardware, plot.name))
+    title = f"{plot.title}\n{', '.join(words)}, {hardware}{', simulated energy' if simulated else ''}"
+    return [Plot(name, title, plot.rows, plot.draw)]
+
+
+@dataclass(frozen=True)
+class _Style:
+    color: str
+    dashes: str
+    marker: str
+
+
+def _styles(entries: Sequence[Entry]) -> dict[str, _Style]:
+    """By label: the rule's colour, and dashes and markers that tell its arms apart."""
+    seen: dict[str, int] = {}
+    styles: dict[str, _Style] = {}
+    for entry in entries:
+        if entry.label not in styles:
+            rule = entry.config.algorithm
+            number = seen[rule] = seen.get(rule, -1) + 1
+            styles[entry.label] = _Style(color(rule), DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
+    return styles
+
+
+def _bands(curves: Sequence[tuple[np.ndarray, np.ndarray]], grid: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Lowest, median and highest value over curves, on a grid that all of them cover."""
+    values = np.stack([np.interp(grid, x, y) for x, y in curves])
+    return values.min(0), np.median(values, axis=0), values.max(0)
+
+
+def _draw_bands(axes: Axes, entries: Sequence[Entry], rows: Sequence[Row], x: str) -> None:
+    for label, style in _styles(entries).items():
+        own = [row for row in rows if row["arm"] == label]
+        if own:
+            at, low, middle, high = ([row[name] for row in own] for name in (x, "low", "median", "high"))
+            axes.fill_between(at, low, high, color=style.color, alpha=0.2, linewidth=0)
+            axes.plot(at, middle, color=style.color, linestyle=style.dashes, label=f"{label} (n = {own[0]['n']})")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _accuracy_against_joules(entries: Sequence[Entry]) -> Plot:
+    """Median and range over seeds, at equal joules, as far as all seeds of an arm have spent."""
+    rows: list[Row] = []
+    for entry in entries:
+        curves = []
+        for run in entry.all_runs():
+            points = [(spent, accuracy) for spent, accuracy in run.curve() if spent]
+            if points:
+                spent, accuracies = np.array(points).T
+                curves.append((np.log(spent), accuracies))
+        if not curves:
+            continue
+        first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+        if first > last:  # the shortest run was over before the first validation of another
+            continue
+        grid = np.linspace(first, last, GRID)
+        bands = zip(*_bands(curves, grid), strict=True)
+        for joules, (low, median, high) in zip(np.exp(grid).tolist(), bands, strict=True):
+            rows.append(_point(entry, len(curves), joules=joules, low=low, median=median, high=high))
+
+    def draw(axes: Axes) -> None:
+        _draw_bands(axes, entries, rows, "joules")
+        axes.set_xscale("log")
+        axes.set_xlabel("gross energy so far, J (log scale)")
+        axes.set_ylabel("validation accuracy, %")
+
+    return Plot("accuracy-joules", "Accuracy against energy: median and range over seeds", rows, draw)
+
+
+def _epochs(entries: Sequence[Entry]) -> Plot:
+    """Validation accuracy after each data pass; an arm's line ends with its first run."""
+    rows: list[Row] = []
+    for entry in entries:
+        curves = [
+            np.array([epoch["validation_accuracy"] for epoch in RunFolder.open(run.path).read_metrics()])
+            for run in entry.all_runs()
+        ]
+        for index in range(min(map(len, curves))):
+            values = [curve[index] for curve in curves]
+            bands = {"low": min(values), "median": float(np.median(values)), "high": max(values)}
+            rows.append(_point(entry, len(curves), epoch=index + 1, **bands))
+
+    def draw(axes: Axes) -> None:
+        _draw_bands(axes, entries, rows, "epoch")
+        _whole_numbers(axes)
+        axes.set_xlabel("validation (one per epoch, stages one after another)")
+        axes.set_ylabel("validation accuracy, %")
+
+    return Plot("epochs", "Validation accuracy per epoch: median and range over seeds", rows, draw)
+
+
+def _idle_and_dynamic(entries: Sequence[Entry]) -> Plot:
+    """What the idle board would have taken in the same time, and what training added; where idle power is known."""
+    rows = []
+    for entry in entries:
+        gross, net = entry.mean("gross_j"), entry.mean("net_j")
+        if gross is not None and net is not None:
+            rows.append(_point(entry, len(entry.runs), idle_j=gross - net, dynamic_j=net))
+
+    def draw(axes: Axes) -> None:
+        at = np.arange(len(rows))
+        colors = [color(row["rule"]) for row in rows]
+        idle, dynamic = ([row[name] for row in rows] for name in ("idle_j", "dynamic_j"))
+        axes.bar(at, idle, color=colors, alpha=0.35, label="idle board")
+        axes.bar(at, dynamic, bottom=idle, color=colors, label="dynamic")
+        axes.set_xticks(at, [f"{row['arm']}\n(n = {row['n']})" for row in rows], fontsize="small")
+        axes.set_ylabel("energy of training, J (pale: idle board)")
+
+    return Plot("idle-dynamic", "Idle and dynamic energy: means over seeds", rows, draw)
+
+
+def _pareto(entries: Sequence[Entry]) -> Plot:
+    """Test accuracy against energy; arms that no other one beats in both are joined by a line."""
+    rows = []
+    for entry in entries:
+        joules, accuracy = entry.mean("gross_j"), entry.mean("accuracy")
+        if joules and accuracy is not None:
+            spread = {"joules_sd": entry.sd("gross_j"), "accuracy_sd": entry.sd("accuracy")}
+            rows.append(_point(entry, len(entry.runs), joules=joules, accuracy=accuracy, **spread))
+    for row in rows:
+        row["front"] = not any(_dominates(other, row) for other in rows)
+
+    def draw(axes: Axes) -> None:
+        styles = _styles(entries)
+        for row in rows:
+            style = styles[row["arm"]]
+            axes.errorbar(
+                row["joules"],
+                row["accuracy"],
+                xerr=row["joules_sd"],
+                yerr=row["accuracy_sd"],
+                color=style.color,
+                marker=style.marker,
+                capsize=2,
+                linestyle="none",
+                label=f"{row['arm']} (n = {row['n']})",
+            )
+        front = sorted((row["joules"], row["accuracy"]) for row in rows if row["front"])
+        axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0)
+        axes.set_xscale("log")
+        axes.set_xlabel("gross energy of training, J (log scale)")
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(frameon=False, fontsize="small")
+
+    return Plot("pareto", "Test accuracy against energy: mean ± SD over seeds, and the Pareto front", rows, draw)
+
+
+def _dominates(a: Row, b: Row) -> bool:
+    """Whether `a` is at least as good in both, and better in one."""
+    at_least = a["joules"] <= b["joules"] and a["accuracy"] >= b["accuracy"]
+    return at_least and (a["joules"], a["accuracy"]) != (b["joules"], b["accuracy"])
+
+
+def _memory(entries: Sequence[Entry]) -> Plot:
+    """Peak of the allocator against depth, for networks that differ in nothing else."""
+    rows = []
+    for entry in entries:
+        family, deep = DEPTH.subn(":Nx", entry.config.network)
+        blocks, mib = entry.mean("blocks"), entry.mean("allocator_mib")
+        if deep and blocks is not None and mib is not None:
+            rows.append(_point(entry, len(entry.runs), family=family, blocks=blocks, mib=mib))
+    depths = {family: {row["blocks"] for row in rows if row["family"] == family} for family in _names(rows, "family")}
+    rows = sorted((row for row in rows if len(depths[row["family"]]) > 1), key=lambda row: row["blocks"])
+
+    def draw(axes: Axes) -> None:
+        styles = _styles(entries)
+        for family in _names(rows, "family"):
+            for label in _names(rows, "arm"):
+                own = [(row["blocks"], row["mib"]) for row in rows if (row["arm"], row["family"]) == (label, family)]
+                if own:
+                    style = styles[label]
+                    look: Row = {"color": style.color, "linestyle": style.dashes, "marker": style.marker}
+                    axes.plot(*zip(*own, strict=True), **look, label=f"{label}, {family}")
+        _whole_numbers(axes)
+        axes.set_xlabel("blocks of the network")
+        axes.set_ylabel("peak of the allocator, MiB")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize="small")
+
+    return Plot("memory-depth", "Peak memory against depth: means over seeds", rows, draw)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _names(rows: Sequence[Row], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _point(entry: Entry, n: int, **numbers: Any) -> Row:
+    return {"arm": entry.label, "rule": entry.config.algorithm, "n": n, **numbers}

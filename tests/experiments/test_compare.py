@@ -1,0 +1,370 @@
+"""Comparisons: order, resume, skips, failures, and what is fixed beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from bpfree.cli import cli
+from bpfree.data import Dataset, load
+from bpfree.errors import UsageError
+from bpfree.experiments import compare as comparisons
+from bpfree.experiments.arms import interleaved, make_arms, unequal_settings
+from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
+from bpfree.experiments.records import CONFIG, METRICS, SUMMARY, RunFolder, find_runs
+from bpfree.experiments.run import Reporter
+from bpfree.experiments.train import InterruptedRunError
+
+TRAINING = {"epochs": 2, "batch_size": 64}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits")
+
+
+def comparison(root: Path, digits: Dataset, *texts: str, seeds: Sequence[int] = (0, 1), **options: Any) -> Comparison:
+    arms = make_arms(
+        texts or ("mf", "bp"), "digits", "mlp:2x16", training=TRAINING, device="cpu", energy="simulated", baseline="bp"
+    )
+    return Comparison(root, arms, seeds, digits, say=lambda line: None, **options)
+
+
+def ledger(root: Path) -> list[dict[str, Any]]:
+    return Ledger(root / "ledger.jsonl").lines
+
+
+def slots(root: Path) -> Counter[tuple[str, int | None, int]]:
+    """How often each configuration was run to its end."""
+    configs = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(root)]
+    return Counter((c["algorithm"], c["training"]["passes"], c["seed"]) for c in configs)
+
+
+def bpfree(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+QUICK = ("--network", "mlp:2x16", "--epochs", "2", "--batch-size", "64", "--energy", "simulated", "--device", "cpu")
+
+
+# Arms
+
+
+def test_arms_take_presets_files_and_settings(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.toml"
+    file.write_text(
+        'description = "mine"\nsource = "mine"\nalgorithm = "mf"\ndataset = "digits"\nnetwork = "mlp:1x8"\n'
+        "[parameters]\nlr = 0.5\n[training]\npatience = 3\n"
+    )
+    plain, preset, own, tweaked = make_arms(
+        ["mf@none", "mf", f"mf@{file}", f"mf@{file}:schedule=sequential:patience=4"], "digits", training={"epochs": 7}
+    )
+    assert plain.config.preset is None
+    assert preset.config.preset == "mono_forward-digits"
+    assert (own.config.network, own.config.parameters, own.config.training.patience) == ("mlp:1x8", {"lr": 0.5}, 3)
+    assert tweaked.config.parameters == {"lr": 0.5, "schedule": "sequential"}
+    assert tweaked.config.training.patience == 4
+    assert {arm.config.training.epochs for arm in (plain, preset, own, tweaked)} == {7}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["mf", "bb"], "unknown algorithm 'bb'"),
+        (["mf@nothing"], "unknown preset"),
+        (["mf@nothing.toml"], "does not hold a preset"),
+        (["mf@backprop-cifar10"], "is for bp, not for mf"),
+        (["mf:rate=1"], "unknown setting of mono_forward 'rate'"),
+        (["mf:patience"], "key=value"),
+        (["mf:patience=many"], "patience takes a int"),
+        (["mf", "mono_forward"], "same configuration"),
+        (["mf", "mf@mono_forward-digits"], "same configuration"),
+    ],
+)
+def test_bad_arms_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_arms(texts, "digits")
+
+
+def test_without_a_network_each_rule_has_its_own_and_the_baseline_all() -> None:
+    arms = make_arms(["mf", "cafo", "bp"], "digits")
+    assert [arm.key for arm in arms] == [
+        ("mf", "mlp:2x1000"),
+        ("cafo", "cnn:cafo"),
+        ("bp", "mlp:2x1000"),
+        ("bp", "cnn:cafo"),
+    ]
+
+
+def test_settings_that_the_rule_does_not_explain_are_named() -> None:
+    arms = make_arms(["mf:patience=4", "bp"], "digits", "mlp:2x16", training=TRAINING)
+    assert unequal_settings(arms) == {"patience": {"mf:patience=4": 4, "bp": 20}}
+
+
+# Order
+
+
+def test_order_is_random_balanced_and_reproducible() -> None:
+    arms = ["bp", "ff", "mf"]
+    orders = [tuple(interleaved(arms, "own", seed)) for seed in range(600)]
+    assert orders == [tuple(interleaved(arms, "own", seed)) for seed in range(600)]
+    counts = Counter(orders)
+    assert len(counts) == 6
+    # chi-squared with 5 degrees of freedom exceeds 20.5 once in 1000
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 20.5
+    assert orders != [tuple(interleaved(arms, "matched", seed)) for seed in range(600)]
+
+
+def test_a_global_seed_changes_no_order() -> None:
+    random.seed(1)
+    first = interleaved(range(10), 0)
+    random.seed(2)
+    assert interleaved(range(10), 0) == first
+
+
+def test_arms_are_interleaved_within_each_seed_and_the_order_is_recorded(tmp_path: Path, digits: Dataset) -> None:
+    seeds = range(4)
+    outcome = comparison(tmp_path, digits, "mf", "bp", "dfa", seeds=seeds, protocols=("own",)).run()
+    assert (outcome.done, outcome.left, outcome.failed, outcome.skipped) == (12, 0, [], [])
+    lines = ledger(tmp_path)
+    assert [line["seed"] for line in lines] == [seed for seed in seeds for _ in range(3)]
+    blocks = [[line["arm"] for line in lines if line["seed"] == seed] for seed in seeds]
+    assert all(sorted(block) == ["bp", "dfa", "mf"] for block in blocks)
+    assert len({tuple(block) for block in blocks}) > 1
+    dates = [RunFolder.open(path).read_json(SUMMARY)["date"] for path in find_runs(tmp_path)]
+    assert sorted(dates)[0] <= lines[-1]["time"]
+
+
+# Protocols
+
+
+def test_matched_passes_are_the_rounded_up_mean_of_the_baseline(tmp_path: Path, digits: Dataset) -> None:
+    arms = make_arms(
+        ["mf:schedule=sequential:epochs=1", "bp:lr=0.05"],
+        "digits",
+        "mlp:3x16",
+        training={**TRAINING, "epochs": 12, "patience": 1},
+        device="cpu",
+        energy="simulated",
+    )
+    analysis = Analysis(baseline="bp:lr=0.05")
+    Comparison(tmp_path, arms, range(3), digits, analysis=analysis, say=lambda line: None).run()
+    summaries = [RunFolder.open(path).read_json(SUMMARY) for path in find_runs(tmp_path)]
+    configs = [RunFolder.open(path).read_json(CONFIG) for path in find_runs(tmp_path)]
+    both = list(zip(summaries, configs, strict=True))
+    own = [s["passes"] for s, c in both if c["algorithm"] == "bp" and c["training"]["passes"] is None]
+    expected = -(-sum(own) // 3)
+    assert len(set(own)) > 1  # or rounding would not show
+    assert json.loads((tmp_path / "comparison.json").read_text())["matched_passes"] == {"mlp:3x16": expected}
+    matched = {c["algorithm"]: s["passes"] for s, c in both if c["training"]["passes"] is not None}
+    assert matched["bp"] == expected
+    assert matched["mf"] == 3 * -(-expected // 3)  # equal stages
+
+
+def test_more_seeds_do_not_move_the_matched_passes(tmp_path: Path, digits: Dataset) -> None:
+    comparison(tmp_path, digits, passes=1).run()
+    comparison(tmp_path, digits, seeds=(0, 1, 2)).run()
+    assert all(count == 1 for count in slots(tmp_path).values())
+    assert {passes for _, passes, _ in slots(tmp_path)} == {None, 1}
+    with pytest.raises(UsageError, match="matched passes are"):
+        comparison(tmp_path, digits, passes=2)
+
+
+def test_matched_passes_need_a_baseline(tmp_path: Path, digits: Dataset) -> None:
+    with pytest.raises(UsageError, match="add it, or --passes"):
+        comparison(tmp_path, digits, "mf")
+    failing = comparison(tmp_path, digits, "mf", "bp", "dfa", analysis=Analysis(baseline="dfa"), protocols=("matched",))
+    outcome = failing.run()
+    assert outcome.done == 0
+    assert {skipped["reason"] for skipped in outcome.skipped} == {"dfa has no run whose passes could be matched"}
+
+
+# Going on
+
+
+def test_a_finished_comparison_is_not_repeated_and_can_grow(tmp_path: Path, digits: Dataset) -> None:
+    assert comparison(tmp_path, digits, passes=1).run() == Outcome(done=8)
+    first = ledger(tmp_path)
+    assert comparison(tmp_path, digits, passes=1).run() == Outcome(done=8)
+    assert ledger(tmp_path) == first
+    assert comparison(tmp_path, digits, "mf", "bp", "dfa", passes=1).run() == Outcome(done=12)
+    assert {line["arm"] for line in ledger(tmp_path)[len(first) :]} == {"dfa"}
+    assert all(count == 1 for count in slots(tmp_path).values())
+
+
+def test_the_budget_leaves_runs_for_another_call(tmp_path: Path, digits: Dataset) -> None:
+    outcome = comparison(tmp_path, digits, conditions=Conditions(budget_s=-1.0)).run()
+    assert (outcome.done, outcome.left) == (0, 8)
+    assert comparison(tmp_path, digits).run() == Outcome(done=8)
+
+
+def test_what_was_fixed_beforehand_stays(tmp_path: Path, digits: Dataset) -> None:
+    comparison(tmp_path, digits, seeds=(0,), protocols=("own",)).run()
+    with pytest.raises(UsageError, match="margins and targets were fixed"):
+        comparison(tmp_path, digits, analysis=Analysis(margin_accuracy=1.0))
+    arms = make_arms(["mf", "bp"], "digits", "mlp:2x16", training={**TRAINING, "epochs": 3}, energy="simulated")
+    with pytest.raises(UsageError, match="other settings"):
+        Comparison(tmp_path, arms, (0,), digits)
+
+
+def test_other_hardware_is_refused_unless_asked_for(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison(tmp_path, digits, seeds=(0,), protocols=("own",)).run()
+    monkeypatch.setattr(comparisons.records, "hardware", lambda device: "NVIDIA H200")
+    with pytest.raises(UsageError, match="this machine has NVIDIA H200"):
+        comparison(tmp_path, digits)
+    mixed = comparison(tmp_path, digits, seeds=(1,), protocols=("own",), conditions=Conditions(mixed_hardware=True))
+    assert len(mixed.plan.hardware) == 2
+
+
+def test_two_at_once_are_refused(tmp_path: Path, digits: Dataset) -> None:
+    first, second = comparison(tmp_path, digits), comparison(tmp_path, digits)
+    with first._alone(), pytest.raises(UsageError, match="another comparison is at work"):
+        second.run()
+
+
+def test_a_ledger_that_was_cut_off_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"event": "started"}\n{"event": "sta')
+    assert Ledger(path).lines == [{"event": "started"}]
+    assert path.read_text() == '{"event": "started"}\n'
+
+
+class Impatient(Reporter):
+    """Asks its own process to stop after some epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.epochs -= 1
+        if self.epochs == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_comparison_that_is_told_to_stop_goes_on_where_it_was(tmp_path: Path, digits: Dataset) -> None:
+    starts: list[int] = []
+    for epochs in (3, 1):  # within the second run, and at the very end of it, where nothing of it is left to stop
+        with pytest.raises(InterruptedRunError, match=r"\(SIGTERM\); the same command goes on"):
+            comparison(tmp_path, digits, passes=1, reporter=Impatient(epochs)).run()
+        starts.append(len(ledger(tmp_path)))
+    assert starts == [2, 3]
+    assert comparison(tmp_path, digits, passes=1).run() == Outcome(done=8)
+    assert all(count == 1 for count in slots(tmp_path).values())
+    assert sum(1 for _ in tmp_path.rglob(CONFIG)) == 8  # no run was begun twice either
+    assert sum("resumed" in line for line in ledger(tmp_path)) == 1
+
+
+def test_a_killed_comparison_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    command = ["compare", "--algos", "mf,bp", "--seeds", "2", "--protocol", "own", "--checkpoint-every", "0", "-q"]
+    command += ["--network", "mlp:2x64", "--epochs", "8", "--batch-size", "16", "--energy", "simulated"]
+    command += ["--device", "cpu", "--results", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "bpfree", *command], env=environment)
+    while process.poll() is None and sum(1 for _ in tmp_path.rglob(METRICS)) < 2:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert bpfree(*command).exit_code == 0
+    assert slots(tmp_path) == {(rule, None, seed): 1 for rule in ("mf", "bp") for seed in (0, 1)}
+    assert sum(1 for _ in tmp_path.rglob(CONFIG)) == 4
+    assert sum("resumed" in line for line in ledger(tmp_path)) == 1
+
+
+# Skips and failures
+
+
+def test_skips_and_failures_end_nothing_and_are_told(tmp_path: Path) -> None:
+    folder = str(tmp_path / "c")
+    command = ("compare", "--algos", "mf,fgnn,bp:lr=1e30,bp", "--seeds", "2", "--passes", "1", *QUICK)
+    result = bpfree(*command, "--results", folder, "--format", "json")
+    assert result.exit_code == 1
+    outcome = json.loads(result.stdout)
+    assert outcome["done"] == 8
+    assert [(f["arm"], f["protocol"], f["seed"]) for f in outcome["failed"]] == [
+        ("bp:lr=1e30", protocol, seed) for protocol in ("own", "matched") for seed in (0, 1)
+    ]
+    assert all("lower the learning rate" in failure["reason"] for failure in outcome["failed"])
+    (skipped,) = outcome["skipped"]
+    assert skipped["arm"] == "fgnn"
+    assert "graph convolutions" in skipped["reason"]
+
+    again = bpfree(*command, "--results", folder, "--format", "json")  # nothing is tried a second time ...
+    assert (again.exit_code, json.loads(again.stdout)) == (1, outcome)
+    starts = sum(line["event"] == "started" for line in ledger(tmp_path / "c"))
+    bpfree(*command, "--results", folder, "--retry-failed")  # ... unless asked for
+    assert sum(line["event"] == "started" for line in ledger(tmp_path / "c")) == starts + 4
+
+    performance, efficiency, changes = json.loads(
+        bpfree("table", folder, "-t", "T1", "-t", "T2", "-t", "T3", "--format", "json").stdout
+    )
+    told = {row["algorithm"]: row["status"] for row in performance["rows"]}
+    assert told["fgnn"].startswith("skipped: it needs graph convolutions")
+    assert told["bp:lr=1e30"].startswith("2 failed: loss is nan")
+    assert told["mf"] is told["bp"] is None
+    assert {(row["algorithm"], row["n"]) for row in efficiency["rows"]} == {("mf", 2), ("bp", 2)}
+    assert all("SIMULATED" in row["flags"] for row in efficiency["rows"])
+    assert [(row["algorithm"], row["protocol"], row["n"]) for row in changes["rows"]] == [
+        ("mf", "own", 2),
+        ("mf", "matched", 2),
+    ]
+
+
+def test_rules_of_graphs_are_compared_too(tmp_path: Path) -> None:
+    command = ("compare", "--algos", "fgnn@none,bp@none,mf@none", "--baseline", "bp@none", "--dataset", "cora")
+    options = ("--network", "gcn:2x8", "--seeds", "1", "--epochs", "1", "--device", "cpu", "--protocol", "own", "-q")
+    result = bpfree(*command, *options, "--results", str(tmp_path), "--format", "json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["done"] == 3
+
+
+def test_a_defect_in_one_arm_is_a_failure_of_that_arm(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = comparisons.runs.run
+
+    def run(config: Any, *arguments: Any, **options: Any) -> Any:
+        if config.algorithm == "mf":
+            raise RuntimeError("shapes\ndo not fit")
+        return whole(config, *arguments, **options)
+
+    monkeypatch.setattr(comparisons.runs, "run", run)
+    outcome = comparison(tmp_path, digits, protocols=("own",)).run()
+    assert outcome.done == 2
+    assert {failure["reason"] for failure in outcome.failed} == {"RuntimeError: shapes do not fit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--algos", "mf,nosuch"), "unknown algorithm 'nosuch'"),
+        (("--algos", "mf,bp", "--dataset", "cifar100", "--no-download"), "nothing was started"),
+        (("--algos", "mf,bp", "--dataset", "nosuch"), "unknown data set"),
+        (("--algos", "mf,bp", "--network", "nosuch"), "unknown network"),
+        (("--algos", "mf:lr=-1,bp",), "lr"),
+        (("--algos", "fgnn",), "nothing to run"),
+        (("--algos", ",",), "names no arm"),
+        (("--algos", "mf,bp", "--protocol", "own", "--passes", "3"), "--passes belongs to matched"),
+        (("--algos", "mf,bp", "--idle-seconds", "3"), "takes 10 or more"),
+    ],
+)  # fmt: skip
+def test_bad_input_starts_nothing(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    folder = tmp_path / "c"
+    given = arguments if "--network" in arguments else (*arguments, "--network", "mlp:2x16")
+    result = bpfree("compare", *given, "--results", str(folder), "--data", str(tmp_path / "none"))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not folder.exists()
