@@ -78,7 +78,7 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--algo", "mono"), 2, "unknown algorithm 'mono'; did you mean mono-forward"),
+        (("--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         ((), 2, "say what to tune"),
         (("--algo", "bp", "--dataset", "digit"), 2, "did you mean digits"),
         (("--algo", "bp", "--dataset", "cifar10", "--no-download"), 1, "bpfree data fetch cifar10"),
