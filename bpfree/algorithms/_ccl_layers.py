@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms._optim import trained
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
 
@@ -155,9 +156,9 @@ class Layer:
     @classmethod
     def of(cls, module: nn.Module) -> Layer:
         """A layer, with what follows from its module."""
-        trained = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
-        whole = len(trained) == sum(1 for _ in module.parameters())
-        return cls(module, trained, Dense.of(module) if whole else None)
+        parameters = trained(module)
+        whole = len(parameters) == len(list(module.parameters()))
+        return cls(module, tuple(parameters), Dense.of(module) if whole else None)
 
     def trace(self, inputs: Tensor) -> Trace:
         """Run the layer; its input is a constant to it."""

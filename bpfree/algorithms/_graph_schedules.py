@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from bpfree.algorithms._graph_labels import Labelling, Layout, edges_of, label_matrix
 from bpfree.algorithms._graph_objectives import Objective
-from bpfree.algorithms._optim import set_gradients
+from bpfree.algorithms._optim import set_gradients, trained
 from bpfree.algorithms.learner import Batch, Metrics, Stage, evaluation_mode
 from bpfree.errors import UsageError
 from bpfree.networks.gnn import GraphBlock, SeparableBlock
@@ -64,7 +64,7 @@ class Parts:
     def learn(self, index: int, layout: Layout, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Set the gradients of one layer, by autograd inside it; return its loss and its output for all rows."""
         block = self.blocks[index]
-        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        parameters = trained(block)
         with torch.enable_grad():
             output = block(layout.detach())
             value = loss(wanted_rows(output))

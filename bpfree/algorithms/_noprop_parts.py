@@ -248,8 +248,3 @@ def blocks_of(
     if len(own) != len(modules) or len(own) != count:
         raise UsageError(f"expected {count} denoisers, one per block, got {len(own)} among {len(modules)} modules")
     return own
-
-
-def trained(module: nn.Module | None) -> list[nn.Parameter]:
-    """Parameters that the user has not frozen."""
-    return [] if module is None else [parameter for parameter in module.parameters() if parameter.requires_grad]

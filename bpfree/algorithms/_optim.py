@@ -58,6 +58,11 @@ def make_optimizer(
     raise unknown_name("optimizer", optimizer, OPTIMIZERS)
 
 
+def trained(*modules: nn.Module | None) -> list[nn.Parameter]:
+    """The parameters of these modules that the user has not frozen."""
+    return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+
+
 def set_gradients(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
     """Hand each parameter its gradient, in the parameter's precision."""
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -164,17 +164,7 @@ class Backprop(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: everything learns together."""
-        return (
-            Stage(
-                name="all",
-                modules=(self,),
-                optimizers=(self._optimizer,),
-                update=self._update,
-                scores=self,
-                input_shape=self.input_shape,
-                classes=self.classes,
-            ),
-        )
+        return (self.joint_stage("all", (self._optimizer,), self._update),)
 
     @property
     def variant(self) -> str:

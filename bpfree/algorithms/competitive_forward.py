@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._ff_classes import GOODNESS, class_goodness, competition, passed_on
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms._ff_classes import class_goodness, competition, passed_on
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
@@ -230,17 +230,7 @@ class CompetitiveForward(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all layers learn on every batch."""
-        return (
-            Stage(
-                name="all layers",
-                modules=(self,),
-                optimizers=(self._optimizer,),
-                update=self._update,
-                scores=self,
-                input_shape=self.input_shape,
-                classes=self.classes,
-            ),
-        )
+        return (self.joint_stage("all layers", (self._optimizer,), self._update),)
 
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
@@ -290,8 +280,8 @@ class CompetitiveForward(Learner):
 
     @staticmethod
     def search_space(trial: Trial) -> dict[str, Any]:
-        """The goodness."""
-        return {"goodness": trial.suggest_categorical("goodness", GOODNESS)}
+        """Nothing of its own: goodness, loss and normalisation are what tells its three rules apart."""
+        return {}
 
 
 def layers_of(block: nn.Module) -> tuple[nn.Module, ...]:
@@ -318,8 +308,7 @@ class Layer:
     @classmethod
     def of(cls, index: int, goodness: nn.Module, activate: nn.Module) -> Layer:
         """A layer, with what follows from its parts."""
-        parameters = (*activate.parameters(), *goodness.parameters())
-        return cls(f"layer {index}", activate, goodness, tuple(p for p in parameters if p.requires_grad))
+        return cls(f"layer {index}", activate, goodness, tuple(trained(activate, goodness)))
 
 
 @dataclass(frozen=True, eq=False)

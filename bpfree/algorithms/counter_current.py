@@ -179,17 +179,7 @@ class CounterCurrent(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: both networks learn together."""
-        return (
-            Stage(
-                name="both networks",
-                modules=(self,),
-                optimizers=tuple(self._optimizers),
-                update=self._update,
-                scores=self,
-                input_shape=self.input_shape,
-                classes=self.classes,
-            ),
-        )
+        return (self.joint_stage("both networks", self._optimizers, self._update),)
 
     @property
     def variant(self) -> str:

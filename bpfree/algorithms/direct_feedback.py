@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.graph import Graph
@@ -86,17 +86,7 @@ class DirectFeedback(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: everything learns from the same error."""
-        return (
-            Stage(
-                name="all",
-                modules=(self,),
-                optimizers=(self._optimizer,),
-                update=self._update,
-                scores=self,
-                input_shape=self.input_shape,
-                classes=self.classes,
-            ),
-        )
+        return (self.joint_stage("all", (self._optimizer,), self._update),)
 
     @property
     def variant(self) -> str:
@@ -151,12 +141,12 @@ def set_feedback_gradients(
     attached = list(blocks[-1:]) if feedback[-1] is None else []  # learn by the loss itself
     scores = readout(outputs[-1] if attached else outputs[-1].detach())
     loss = F.cross_entropy(scores, targets)
-    directly = [p for module in (readout, *attached) for p in module.parameters() if p.requires_grad]
+    directly = trained(readout, *attached)
     error, *gradients = torch.autograd.grad(loss, [scores, *directly])
     set_gradients(directly, gradients)
     for block, output, weights in zip(blocks, outputs, feedback, strict=True):
         if weights is not None:
             towards = torch.tensordot(error, weights.to(error.dtype), 1).to(output.dtype)
-            parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            parameters = trained(block)
             set_gradients(parameters, torch.autograd.grad(output, parameters, towards))
     return loss.detach()

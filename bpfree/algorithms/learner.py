@@ -244,6 +244,25 @@ class Learner(nn.Module, ABC):
         return tuple(self.network)
 
     @final
+    def joint_stage(
+        self,
+        name: str,
+        optimizers: Iterable[Optimizer],
+        update: Callable[[Batch], Metrics],
+        scores: Callable[[Any], Tensor] | None = None,
+    ) -> Stage:
+        """The only stage of a rule that trains everything at once; see `Stage`. Rated by `forward` unless told."""
+        return Stage(
+            name=name,
+            modules=(self,),
+            optimizers=tuple(optimizers),
+            update=update,
+            scores=self if scores is None else scores,
+            input_shape=self.input_shape,
+            classes=self.classes,
+        )
+
+    @final
     def optimizers(self) -> tuple[Optimizer, ...]:
         """Every optimiser of every stage."""
         return tuple(optimizer for stage in self.stages() for optimizer in stage.optimizers)

@@ -41,7 +41,7 @@ from bpfree.algorithms._auxiliary_losses import (
     auxiliary_loss,
 )
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary, check_parts
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, infer_input_shape
@@ -192,8 +192,8 @@ class LocalLearning(Learner):
         )
         self._units = tuple(Unit.of(f"block {index}", *part) for index, part in enumerate(parts))
         self._momentum = Momentum(followed if ema else [], momentum)
-        trained = [parameter for unit in self._units for parameter in unit.parameters]
-        self._optimizer = make_optimizer(trained, optimizer, lr=lr, weight_decay=weight_decay)
+        parameters = [parameter for unit in self._units for parameter in unit.parameters]
+        self._optimizer = make_optimizer(parameters, optimizer, lr=lr, weight_decay=weight_decay)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Learn the range of the pixels, for losses that reconstruct images; others have nothing to look at.
@@ -216,17 +216,7 @@ class LocalLearning(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all blocks learn on every batch."""
-        return (
-            Stage(
-                name="all blocks",
-                modules=(self,),
-                optimizers=(self._optimizer,),
-                update=self._update,
-                scores=self,
-                input_shape=self.input_shape,
-                classes=self.classes,
-            ),
-        )
+        return (self.joint_stage("all blocks", (self._optimizer,), self._update),)
 
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
@@ -293,8 +283,7 @@ class Unit:
     @classmethod
     def of(cls, name: str, block: nn.Module, auxiliary: nn.Module, loss: AuxiliaryLoss) -> Unit:
         """A unit, with what follows from its parts."""
-        parameters = (p for part in (block, auxiliary, loss) for p in part.parameters())
-        return cls(name, block, auxiliary, loss, tuple(p for p in parameters if p.requires_grad))
+        return cls(name, block, auxiliary, loss, tuple(trained(block, auxiliary, loss)))
 
     def learn(self, inputs: Tensor, images: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Set the gradients; return h_i and the loss. The graph begins, ends and is freed in here."""

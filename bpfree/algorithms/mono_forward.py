@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms._lanes import Lanes
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes, linear_relu
@@ -163,17 +163,7 @@ class MonoForward(Learner):
     def stages(self) -> tuple[Stage, ...]:
         """One stage in the simultaneous schedule, one per block in the sequential one."""
         if self.schedule == "simultaneous":
-            return (
-                Stage(
-                    name="all blocks",
-                    modules=(self,),
-                    optimizers=self._optimizers,
-                    update=self._update_all,
-                    scores=self,
-                    input_shape=self.input_shape,
-                    classes=self.classes,
-                ),
-            )
+            return (self.joint_stage("all blocks", self._optimizers, self._update_all),)
         return tuple(
             Stage(
                 name=unit.name,
@@ -275,10 +265,9 @@ class Unit:
     @classmethod
     def of(cls, name: str, block: nn.Module, head: Head, input_shape: Shape) -> Unit:
         """A unit, with what follows from its block."""
-        parameters = (*block.parameters(), *head.parameters())
-        trained = tuple(parameter for parameter in parameters if parameter.requires_grad)
-        linear = linear_relu(block) if len(trained) == len(parameters) else None
-        return cls(name, block, head, input_shape, linear, trained)
+        parameters = trained(block, head)
+        whole = len(parameters) == len([*block.parameters(), *head.parameters()])
+        return cls(name, block, head, input_shape, linear_relu(block) if whole else None, tuple(parameters))
 
     def scores(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) block inputs -> (B, C) goodness."""

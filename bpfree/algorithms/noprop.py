@@ -56,7 +56,6 @@ from bpfree.algorithms._noprop_parts import (
     Shared,
     blocks_of,
     embedding_width,
-    trained,
 )
 from bpfree.algorithms._noprop_processes import (
     DENOISING,
@@ -68,7 +67,7 @@ from bpfree.algorithms._noprop_processes import (
     Process,
     Terms,
 )
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
@@ -230,7 +229,7 @@ class NoProp(Learner):
         self._block_optimizers = tuple(
             make_optimizer(trained(block), optimizer, lr=lr, weight_decay=weight_decay) for block in self.network
         )
-        undecayed = [*trained(self.embeddings), *trained(self.process)]
+        undecayed = trained(self.embeddings, self.process)
         self._shared_optimizers = tuple(
             make_optimizer(parameters, optimizer, lr=lr, weight_decay=decay)
             for parameters, decay in ((trained(self.readout), weight_decay), (undecayed, 0.0))
@@ -256,14 +255,11 @@ class NoProp(Learner):
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all blocks learn from each batch, each on its own."""
         return (
-            Stage(
-                name="all blocks",
-                modules=(self,),
-                optimizers=(*self._block_optimizers, *self._shared_optimizers),
-                update=self._update,
+            self.joint_stage(
+                "all blocks",
+                (*self._block_optimizers, *self._shared_optimizers),
+                self._update,
                 scores=lambda inputs: self._denoise(inputs, self.validation_steps, self.draw),
-                input_shape=self.input_shape,
-                classes=self.classes,
             ),
         )
 
@@ -337,7 +333,7 @@ class NoProp(Learner):
     @property
     def _apart(self) -> bool:
         """Whether blocks share nothing that learns with them: neither embeddings nor a schedule."""
-        return not (trained(self.embeddings) or trained(self.process))
+        return not trained(self.embeddings, self.process)
 
     def _draw(self, index: int, y: Tensor) -> Draws:
         stream = self.noise.streams[index]

@@ -30,9 +30,8 @@ from bpfree.algorithms._noprop_parts import (
     Shared,
     blocks_of,
     embedding_width,
-    trained,
 )
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
@@ -109,7 +108,7 @@ class NoPropBackprop(Learner):
         self.readout = Readout(p_out, self.embeddings, radial_sigma)
         self.gates = nn.Parameter(torch.ones(steps))  # w_t
         self.noise = BlockNoise(self.network, noise_seed)
-        decayed = [*trained(self.network), *trained(self.readout)]
+        decayed = trained(self.network, self.readout)
         self._optimizers = (
             make_optimizer(decayed, optimizer, lr=lr, weight_decay=weight_decay),
             make_optimizer([self.gates, *trained(self.embeddings)], optimizer, lr=lr),
@@ -144,17 +143,7 @@ class NoPropBackprop(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: everything learns together."""
-        return (
-            Stage(
-                name="all",
-                modules=(self,),
-                optimizers=self._optimizers,
-                update=self._update,
-                scores=self,
-                input_shape=self.input_shape,
-                classes=self.classes,
-            ),
-        )
+        return (self.joint_stage("all", self._optimizers, self._update),)
 
     @torch.enable_grad()
     def _update(self, batch: Batch) -> Metrics:
