@@ -173,7 +173,7 @@ class InTime(Schedule):
         optimizer: of all layers.
         states: what the layers said in the last step.
         to_input: top-to-input, or else top-to-loss.
-        raw: leave features and states of the bottom-up pass as they are (top-to-loss, as in the authors' code).
+        raw: leave features and states of the bottom-up pass as they are (top-to-loss).
     """
 
     def __init__(self, parts: Parts, optimizer: Optimizer, states: States, *, to_input: bool, raw: bool) -> None:

@@ -21,7 +21,7 @@ Shapes: X (n, F), H_l (n + C, d), H_T (T, d) rows of training nodes, H_V (C, d) 
 
 Deviations from the paper: validation labels stay hidden at test, where the authors' code appends them for ff-la and
 ff-vn; a run that reveals them must say so (`TrainingConfig.reveal_validation`). The bottom-up pass of sf-t2l normalises
-like training does; the authors' code does not, which is `bottom_up="raw"`. Scores of link-ff come from its goodness.
+like training does; `bottom_up="raw"` leaves it out. Scores of link-ff come from its goodness.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ForwardGNN(Learner):
         theta: threshold of the goodness (ff variants).
         loss: "ff" or "symba" (ff-la, ff-vn).
         bidirectional: whether nodes hear their virtual node too (variants with virtual nodes).
-        bottom_up: "normalized", or "raw" as in the authors' code (sf-t2l).
+        bottom_up: "normalized", or "raw": features and states as they are (sf-t2l).
         input_shape: `(F,)`.
 
     Raises:
