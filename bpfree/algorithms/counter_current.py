@@ -198,6 +198,7 @@ class CounterCurrent(Learner):
         forward = _traces(self._forward, inputs)
         lanes.join()
         asked = self.objective.asked(targets, forward[-1].output)
+        share = self._warmed_up()
         metrics = {}
         activations = [inputs, *(trace.output for trace in forward)]
         for level, activation in enumerate(activations):
@@ -208,30 +209,33 @@ class CounterCurrent(Learner):
                     rating = self.objective.rate(activation, feedback[level].output, asked, at_input=not level)
                 metrics[f"level {level} loss"] = rating.loss
                 if rating.by_forward is not None:
-                    set_gradients(self._forward[level - 1].parameters, forward[level - 1].gradients(rating.by_forward))
+                    self._teach(self._forward[level - 1], forward[level - 1].gradients(rating.by_forward), share)
                 if rating.by_feedback is not None and self._feedback[level].parameters:
-                    set_gradients(self._feedback[level].parameters, feedback[level].gradients(rating.by_feedback))
+                    self._teach(self._feedback[level], feedback[level].gradients(rating.by_feedback), share)
         lanes.join()
-        self._condition_gradients()
-        for optimizer in self._optimizers:
-            optimizer.step()
+        networks = (self._forward, self._feedback)
+        for index, (network, optimizer) in enumerate(zip(networks, self._optimizers, strict=False)):
+            with lanes.lane(index):  # nor do the networks; a frozen one has no optimiser
+                if self.clip and self.clip_scope == "network":
+                    nn.utils.clip_grad_norm_(_parameters(network), self.clip, foreach=True)
+                optimizer.step()
+        lanes.join()
         return metrics
 
-    def _condition_gradients(self) -> None:
-        """Warm up, centralise and clip, in this order."""
-        networks = [_parameters(layers) for layers in (self._forward, self._feedback)]
-        if self.warmup_steps:
-            self.steps_taken += 1
-            weight = (self.steps_taken / self.warmup_steps).clamp(max=1)
-            for gradient in (parameter.grad for network in networks for parameter in network):
-                if gradient is not None:
-                    gradient.mul_(weight)
+    def _warmed_up(self) -> Tensor | None:
+        """The share of the full loss that this step counts with, 0-d; None for all of it."""
+        if not self.warmup_steps:
+            return None
+        self.steps_taken += 1
+        return (self.steps_taken / self.warmup_steps).clamp(max=1)
+
+    def _teach(self, layer: Layer, gradients: list[Tensor], share: Tensor | None) -> None:
+        """Hand a layer its gradients: warmed up, centralised and clipped, in this order."""
+        set_gradients(layer.parameters, gradients if share is None else [gradient * share for gradient in gradients])
         if self.centralize:
-            centralize_gradients(parameter for network in networks for parameter in network)
-        if self.clip:
-            layers = [layer.parameters for layer in (*self._forward, *self._feedback)]
-            for together in networks if self.clip_scope == "network" else layers:
-                nn.utils.clip_grad_norm_(together, self.clip, foreach=True)
+            centralize_gradients(layer.parameters)
+        if self.clip and self.clip_scope == "layer":
+            nn.utils.clip_grad_norm_(layer.parameters, self.clip, foreach=True)
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:
