@@ -17,12 +17,11 @@ from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, format_option,
 from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.block_times import Subject, count, measure, read_measurements, read_profile, write_profile
 from bpfree.experiments.config import DEFAULT_NETWORK, parse_settings
+from bpfree.experiments.links import LINKS, Link
 from bpfree.experiments.plan import (
     LAYER,
-    LINKS,
     PIPELINE,
     Comparison,
-    Link,
     Measurement,
     Prediction,
     Profile,
@@ -189,10 +188,10 @@ def _link(name: str, bandwidth: float | None, latency: float | None) -> Link:
         raise unknown_name("link", name, LINKS)
     link = LINKS[name]
     if bandwidth is not None:
-        link = replace(link, name="link", bytes_per_second=1e9 * bandwidth)
+        link = replace(link, bytes_per_second=1e9 * bandwidth)
     if latency is not None:
         link = replace(link, latency_seconds=1e-6 * latency)
-    return link
+    return link if link == LINKS[name] else replace(link, name=f"{name}, changed")
 
 
 def _counts(gpus: str) -> list[int]:

@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Any, Final
 
 from bpfree.errors import DataError, UsageError
+from bpfree.experiments.links import Link
+from bpfree.experiments.timelines import bucketed, one_forward_one_backward, reduced
 from bpfree.networks.partition import cheapest_ends
 
 BACKPROP: Final = "bp"
@@ -39,73 +41,8 @@ weights."""
 NOTICEABLE: Final = 0.01
 """Share of a step from which on waiting is called what the step waits for."""
 
-BUCKET_BYTES: Final = 25 * 2**20
-"""Gradients that DDP collects before it reduces them: its default `bucket_cap_mb`."""
-
 BUFFERS: Final = 2
 """Batches of activations that a rank keeps per neighbour, so that it can work on one while the next one travels."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """What connects two devices, the same between all of them.
-
-    Attributes:
-        name: as the user calls it.
-        bytes_per_second: in one direction, while the other one is busy too.
-        latency_seconds: from asking for a message to its first byte.
-
-    Raises:
-        UsageError: a bandwidth that is not positive, or a latency that is negative.
-    """
-
-    name: str
-    bytes_per_second: float
-    latency_seconds: float
-
-    def __post_init__(self) -> None:
-        if not self.bytes_per_second > 0:
-            raise UsageError(f"the bandwidth of a link must be positive, got {self.bytes_per_second / 1e9:g} GB/s")
-        if not 0 <= self.latency_seconds < math.inf:
-            raise UsageError(f"the latency of a link must not be negative, got {1e6 * self.latency_seconds:g} us")
-
-    def transfer(self, size: float) -> float:
-        """Seconds for a message of `size` bytes; none for an empty one, which is not sent."""
-        return self.latency_seconds + size / self.bytes_per_second if size else 0.0
-
-    def all_reduce(self, size: float, replicas: int) -> float:
-        """Seconds to add up `size` bytes of R replicas: on a ring, or for many replicas on a tree if that is faster.
-
-        The ring takes 2 (R - 1) messages of `size` / R bytes, one after another; the double binary tree 2 log2 R hops
-        up and down, through which 2 `size` bytes flow. NCCL chooses between the two.
-        """
-        if replicas == 1 or not size:
-            return 0.0
-        ring = 2 * (replicas - 1) * self.transfer(size / replicas)
-        tree = 2 * math.ceil(math.log2(replicas)) * self.latency_seconds + 2 * size / self.bytes_per_second
-        return min(ring, tree)
-
-
-def _link(name: str, gigabytes_per_second: float, latency_microseconds: float) -> tuple[str, Link]:
-    return name, Link(name, gigabytes_per_second * 1e9, latency_microseconds * 1e-6)
-
-
-LINKS: Final[dict[str, Link]] = dict(
-    [
-        _link("nvlink3", 300, 10),
-        _link("nvlink4", 450, 10),
-        _link("nvlink5", 900, 10),
-        _link("pcie4", 32, 15),
-        _link("pcie5", 64, 15),
-        _link("infiniband200", 25, 15),
-        _link("infiniband400", 50, 15),
-        _link("ethernet10", 1.25, 50),
-        _link("ethernet25", 3.125, 50),
-        _link("ethernet100", 12.5, 50),
-        _link("ethernet400", 50, 50),
-    ]
-)
-"""Bandwidths per direction from vendors' specifications, latencies assumed; docs/planning.md has the sources."""
 
 
 @dataclass(frozen=True)
@@ -342,12 +279,12 @@ def local_plan(
     work = [block.forward_seconds + block.gradient_seconds for block in blocks]
 
     def rank_seconds(start: int, stop: int) -> float:
-        return _reduced(0.0, work[start:stop], reductions[start:stop], overlap) + _updates(blocks[start:stop])
+        return reduced(0.0, work[start:stop], reductions[start:stop], overlap) + _updates(blocks[start:stop])
 
     def ahead(start: int, stop: int) -> float:
         """Seconds from the beginning of a rank's step until it can send its last outputs, which is before it learns."""
         inner = slice(start, stop - 1)
-        before = math.fsum(work[inner]) if overlap else _reduced(0.0, work[inner], reductions[inner], overlap)
+        before = math.fsum(work[inner]) if overlap else reduced(0.0, work[inner], reductions[inner], overlap)
         return before + blocks[stop - 1].forward_seconds
 
     def arrival(start: int) -> float:
@@ -442,23 +379,29 @@ def backprop_plan(
     runs = _runs(cheapest_ends(len(blocks), stages, lambda start, stop: _passes(blocks[start:stop])))
     hops = [link.transfer(blocks[stop - 1].output_bytes / pieces) for _, stop in runs[:-1]]
     if stages == 1:
-        forward = math.fsum(block.forward_seconds for block in blocks)
-        backward = [block.gradient_seconds for block in reversed(blocks)]
-        buckets = _bucketed([block.gradient_bytes for block in reversed(blocks)], link, replicas)
-        step = _reduced(forward, backward, buckets, overlap) + _updates(blocks)
+        going_forward = math.fsum(block.forward_seconds for block in blocks)
+        going_back = [block.gradient_seconds for block in reversed(blocks)]
+        buckets = bucketed([block.gradient_bytes for block in reversed(blocks)], link, replicas)
+        step = reduced(going_forward, going_back, buckets, overlap) + _updates(blocks)
         fill, bubble, bound = 0.0, 0.0, "all-reduce" if step * (1 - NOTICEABLE) > whole else "compute"
     else:
-        micro = [_passes(blocks[start:stop]) / pieces for start, stop in runs]
-        tick = max(*micro, *hops)
-        ends = [
-            link.all_reduce(sum(block.gradient_bytes for block in blocks[start:stop]), replicas)
-            + _updates(blocks[start:stop])
-            for start, stop in runs
+        forward, backward = (
+            [math.fsum(getattr(block, name) for block in blocks[start:stop]) / pieces for start, stop in runs]
+            for name in ("forward_seconds", "gradient_seconds")
+        )
+        updates = [_updates(blocks[start:stop]) for start, stop in runs]
+        reductions = [
+            link.all_reduce(sum(block.gradient_bytes for block in blocks[start:stop]), replicas) for start, stop in runs
         ]
-        step = math.fsum(micro) + (pieces - 1) * tick + 2 * math.fsum(hops) + max(ends)
-        fill = math.fsum(block.forward_seconds for block in blocks[: runs[-1][0]]) / pieces + math.fsum(hops)
+        passes = one_forward_one_backward(forward, backward, hops, pieces)
+        step = max(map(math.fsum, zip(passes, reductions, updates, strict=True)))
+        near = one_forward_one_backward(forward, backward, [0.0] * len(hops), pieces)
+        fill = math.fsum([*forward[:-1], *hops])
         bubble = (stages - 1) / (pieces + stages - 1)
-        bound = "compute" if tick == max(micro) else "link"
+        alone = max(map(math.fsum, zip(near, updates, strict=True)))
+        linked = max(map(math.fsum, zip(passes, updates, strict=True)))
+        waits = {"compute": alone, "link": linked, "all-reduce": step}
+        bound = next(name for name, seconds in waits.items() if seconds >= step * (1 - NOTICEABLE))
     ranks = []
     for rank, (start, stop) in enumerate(runs):
         arriving = blocks[start - 1].output_bytes if start else profile.input_bytes
@@ -679,32 +622,6 @@ def _check_layout(blocks: int, stages: int, replicas: int, steps: float) -> None
         raise UsageError(
             f"{stages} ranks cannot share {blocks} blocks; use at most {blocks}, and replicas for the rest"
         )
-
-
-def _reduced(begin: float, work: Iterable[float], reductions: Iterable[float], overlap: bool) -> float:
-    """When the last all-reduce is done, if the first gradients are worked on from `begin` on.
-
-    Reductions run one after another on the network, each as soon as its gradients are there; without overlap, work
-    waits for them.
-    """
-    now = network = begin
-    for seconds, reduction in zip(work, reductions, strict=True):
-        now += seconds
-        network = max(network, now) + reduction
-        if not overlap:
-            now = network
-    return max(now, network)
-
-
-def _bucketed(sizes: Sequence[int], link: Link, replicas: int) -> list[float]:
-    """Seconds of the all-reduce that begins behind each block: none until a bucket is full or all is done."""
-    reductions, collected = [], 0
-    for index, size in enumerate(sizes):
-        collected += size
-        full = collected >= BUCKET_BYTES or index + 1 == len(sizes)
-        reductions.append(link.all_reduce(collected, replicas) if full else 0.0)
-        collected = 0 if full else collected
-    return reductions
 
 
 def _runs(ends: Sequence[int]) -> list[tuple[int, int]]:
