@@ -108,7 +108,7 @@ def plan(
     """Predict training on many GPUs from block times measured on one.
 
     \b
-    bpfree plan --network mlp:16x1000 --gpus 4
+    bpfree plan --network mlp:8x1000 --gpus 4
     bpfree plan --network mlp:16x8192 --dataset cifar10 --batch-size 4096 --precision bf16 --gpus 1,2,4,8,64,1024
     bpfree plan --algo dgl --set k=16 --network resnet:110 --dataset cifar10 --link pcie5 --gpus 2,4,8
     bpfree plan --gpus 2 --save-times times.json          measure here,

@@ -49,7 +49,7 @@ CPU_ROUNDS: Final = 3
 """Times that all blocks are measured on a CPU, where other programs disturb for longer than the readings take."""
 
 WARMUPS: Final = 3
-READING_SECONDS: Final = 0.02
+READING_SECONDS: Final = 0.01
 """What one reading covers at least, so that waiting for the device does not count."""
 
 MOST_STEPS: Final = 100
