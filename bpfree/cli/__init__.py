@@ -13,6 +13,7 @@ from bpfree.cli.compare import compare
 from bpfree.cli.data import data_group
 from bpfree.cli.energy import energy_group
 from bpfree.cli.figures import plot, report
+from bpfree.cli.plan import plan
 from bpfree.cli.run import run
 from bpfree.cli.show import list_things, table
 from bpfree.cli.tune import tune_rule
@@ -33,6 +34,7 @@ def cli(context: click.Context) -> None:
     bpfree run --algo bp --dataset mnist        the baseline, with the preset's hyperparameters
     bpfree tune --algo mf --trials 50           hyperparameters, by the same search for every rule
     bpfree compare --algos mf,bp --seeds 5      rules against the baseline over paired seeds
+    bpfree plan --gpus 1,2,4,8,64,1024          what many GPUs would bring, from block times measured on one
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
     bpfree report results                       tables and figures of comparisons as one page
@@ -42,7 +44,7 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-for command in (run, tune_rule, compare, list_things, table, plot, report, data_group, energy_group):
+for command in (run, tune_rule, compare, plan, list_things, table, plot, report, data_group, energy_group):
     cli.add_command(command)
 
 

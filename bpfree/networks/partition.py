@@ -9,8 +9,9 @@ networks are cut where the most expensive block is cheapest.
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Final
 
@@ -116,24 +117,50 @@ def balanced_ends(costs: Sequence[float], k: int) -> tuple[int, ...]:
     Raises:
         UsageError: more runs than units, or none.
     """
-    if not 1 <= k <= len(costs):
-        raise UsageError(f"a network of {len(costs)} units cannot be cut into {k} blocks")
     total = [0.0, *accumulate(costs)]
-    # best[j]: (dearest run, sum of squares, ends) of the first j units in as many runs as there were rounds
-    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ()), *([None] * len(costs))]
+    return cheapest_ends(len(costs), k, lambda start, stop: total[stop] - total[start])
+
+
+def cheapest_ends(count: int, k: int, cost: Callable[[int, int], float]) -> tuple[int, ...]:
+    """The same as `balanced_ends` where a run costs something else than the sum of its units.
+
+    Two passes, each of them exact: the least possible cost of the dearest run, then the least sum of squares among
+    the cuts that reach it. One pass over both would not be: the most even cut of the first units need not be the
+    beginning of the most even cut of all, as soon as a later run is dearer.
+
+    Args:
+        count: number of units.
+        k: K.
+        cost: of the run of the units `start` to `stop - 1`, not negative, infinite for runs that must not be.
+
+    Raises:
+        UsageError: more runs than units, or none.
+    """
+    if not 1 <= k <= count:
+        raise UsageError(f"a network of {count} units cannot be cut into {k} blocks")
+    runs = [[cost(start, stop) if start < stop else math.inf for stop in range(count + 1)] for start in range(count)]
+    dearest = [0.0, *([math.inf] * count)]  # of the first j units in as many runs as there were rounds
     for _ in range(k):
-        after: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (len(costs) + 1)
-        for end in range(1, len(costs) + 1):
-            for start in range(end):
-                so_far, run = best[start], total[end] - total[start]
-                if so_far is not None:
-                    candidate = (max(so_far[0], run), so_far[1] + run * run, (*so_far[2], end - 1))
-                    known = after[end]
-                    after[end] = candidate if known is None else min(known, candidate)
+        dearest = [
+            min((max(dearest[start], runs[start][stop]) for start in range(stop)), default=math.inf)
+            for stop in range(count + 1)
+        ]
+    bound = dearest[count]
+    best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ()), *([None] * count)]
+    for _ in range(k):
+        after: list[tuple[float, tuple[int, ...]] | None] = [None] * (count + 1)
+        for stop in range(1, count + 1):
+            for start in range(stop):
+                so_far, run = best[start], runs[start][stop]
+                if so_far is None or run > bound:
+                    continue
+                squares, known = so_far[0] + run * run, after[stop]
+                if known is None or (squares, so_far[1]) < (known[0], known[1][:-1]):
+                    after[stop] = (squares, (*so_far[1], stop - 1))
         best = after
-    found = best[-1]
+    found = best[count]
     assert found is not None
-    return found[2]
+    return found[1]
 
 
 def unit_operations(units: Iterable[nn.Module], input_shape: Shape | None) -> list[float]:

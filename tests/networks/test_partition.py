@@ -10,7 +10,15 @@ from torch import nn
 
 from bpfree.errors import UsageError
 from bpfree.networks import build_network
-from bpfree.networks.partition import Units, balanced_ends, first_unit, partition, step_seconds, unit_operations
+from bpfree.networks.partition import (
+    Units,
+    balanced_ends,
+    cheapest_ends,
+    first_unit,
+    partition,
+    step_seconds,
+    unit_operations,
+)
 
 IMAGE = (3, 32, 32)
 
@@ -128,6 +136,26 @@ def test_balanced_cuts_equal_brute_force(seed: int) -> None:
 
 def test_ties_are_broken_evenly() -> None:
     assert balanced_ends([9, 1, 1, 1, 1], 3) == (0, 2, 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_the_balanced_cuts_the_most_even_one_is_taken(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.randint(1, 9, (8,), generator=generator).tolist()
+    for k in range(1, 9):
+
+        def rated(ends: tuple[int, ...]) -> tuple[int, int]:
+            runs = [sum(costs[a + 1 : b + 1]) for a, b in itertools.pairwise([-1, *ends])]
+            return max(runs), sum(run * run for run in runs)
+
+        every = [(*inner, 7) for inner in itertools.combinations(range(7), k - 1)]
+        assert rated(balanced_ends(costs, k)) == min(map(rated, every))
+
+
+def test_runs_may_cost_something_else_than_the_sum() -> None:
+    # a toll on beginning at unit 2, which the sums alone would choose
+    assert balanced_ends([1, 1, 1, 1], 2) == (1, 3)
+    assert cheapest_ends(4, 2, lambda start, stop: stop - start + 5 * (start == 2)) in {(0, 3), (2, 3)}
 
 
 def test_costs_count_and_measure() -> None:
