@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError, unknown_name
 
 GOODNESS: Final = ("sum", "mean", "minus_sum", "minus_mean")
 NORMALIZERS: Final = ("rms", "unit")
-EPSILON: Final = 1e-20  # keeps a silent layer's normalised activity at zero
+EPSILON: Final = 1e-30  # keeps a silent layer's normalised activity at zero; a number in single precision too
 PEER_DECAY: Final = 0.9
 PEER_START: Final = 0.5
 
@@ -41,14 +42,15 @@ class Goodness:
 
     def of(self, activity: Activity) -> Tensor:
         """(M,) goodness, in at least 32 bits."""
-        return activity.length.square() * self.scale(activity.hidden.shape[1])
+        return length_of(activity.hidden).square() * self.scale(activity.hidden.shape[1])
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """z = h / (rms(h) + eps), so that |z|^2 = N ("rms"), or z = h / (|h| + eps) ("unit"): no mean is subtracted.
+    """z = h / sqrt(mean_j h_j^2 + eps), so that |z|^2 = N ("rms"), or that over sqrt(N), so that |z| = 1 ("unit").
 
-    All that passes is the direction of h, not its length, from which the next layer could read off the goodness.
+    No mean is subtracted. All that passes is the direction of h, not its length, from which the next layer could read
+    off the goodness.
 
     Raises:
         UsageError: another name.
@@ -60,14 +62,14 @@ class Normalizer:
         if self.name not in NORMALIZERS:
             raise unknown_name("normalizer", self.name, NORMALIZERS)
 
-    def divisor(self, length: Tensor, width: int) -> Tensor:
-        """(M,) lengths |h| -> (M, 1), z = h / divisor."""
-        return (length * (width**-0.5 if self.name == "rms" else 1.0) + EPSILON)[:, None]
+    def of(self, rows: Tensor) -> Tensor:
+        """h, (M, N) -> z, (M, N)."""
+        normalized = F.rms_norm(rows, rows.shape[1:], eps=EPSILON)
+        return normalized if self.name == "rms" else normalized * rows.shape[1] ** -0.5
 
-    def of(self, activity: Activity) -> Tensor:
-        """z, (M, N)."""
-        hidden = activity.hidden
-        return hidden / self.divisor(activity.length, hidden.shape[1]).to(hidden.dtype)
+    def divisor(self, length: Tensor, width: int) -> Tensor:
+        """(M,) lengths |h| > 0 -> (M, 1), z = h / divisor."""
+        return (length * (width**-0.5 if self.name == "rms" else 1.0))[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,17 +79,10 @@ class Activity:
     Attributes:
         inputs: z_{l-1}, (M, N_{l-1}).
         hidden: h_l, (M, N_l).
-        length: |h_l|, (M,), in at least 32 bits: goodness and normalisation are both made of it.
     """
 
     inputs: Tensor
     hidden: Tensor
-    length: Tensor
-
-    @classmethod
-    def of(cls, inputs: Tensor, hidden: Tensor) -> Activity:
-        """Measure |h|."""
-        return cls(inputs, hidden, length_of(hidden))
 
 
 def length_of(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Paper: Hinton, "The Forward-Forward Algorithm: Some Preliminary Investigations",
 4, and the author's MATLAB code for what the text leaves open. With B samples, M = 2B rows of positive and negative data
 together, s = 1 for positive rows and -1 for negative ones, layers l = 1..L of N_l units:
 
-    z_0 = norm(x with its label)             the label as C of the input's values; norm(v) = v / (rms(v) + eps)
+    z_0 = norm(x with its label)             the label as C of the input's values; norm(v) = v / rms(v)
     h_l = relu(z_{l-1} W_l^T + b_l)          z_{l-1} is a constant to layer l
     g_l = sum_j h_lj^2                       goodness
     z_l = norm(h_l)                          all that the next layer sees
@@ -34,7 +34,7 @@ mean square activity of 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -239,22 +239,20 @@ class ForwardForward(Learner):
 
     # -- forward ----------------------------------------------------------------------------------------------
 
-    def _run(self, rows: Tensor, depth: int) -> list[Activity]:
-        """The first `depth` layers on (M, W) rows."""
-        signal = rows / self.normalizer.divisor(length_of(rows), rows.shape[1]).to(rows.dtype)
-        return self._run_from(self._layers[0].activate(signal), depth)
+    def _run(self, rows: Tensor, depth: int) -> Iterator[Activity]:
+        """The first `depth` layers on (M, W) rows, one after another."""
+        return self._run_from(self._layers[0].activate(self.normalizer.of(rows)), depth)
 
-    def _run_from(self, first: Activity, depth: int) -> list[Activity]:
-        activities = [first]
+    def _run_from(self, first: Activity, depth: int) -> Iterator[Activity]:
+        yield (activity := first)
         for layer in self._layers[1:depth]:
-            activities.append(layer.activate(self.normalizer.of(activities[-1])))
-        return activities
+            yield (activity := layer.activate(self.normalizer.of(activity.hidden)))
 
     def _logits(self, activities: list[Activity]) -> tuple[Tensor, list[Tensor]]:
         """(B, C) logits of the read-out over the layers that were run, and the z_l that each of its parts saw."""
         seen, logits = [], None
         passed = [activity.inputs for activity in activities[1:]]
-        passed.append(self.normalizer.of(activities[-1]))
+        passed.append(self.normalizer.of(activities[-1].hidden))
         for layer, signal in zip(self._layers, passed, strict=False):
             if layer.head is not None:
                 seen.append(signal.to(layer.head.weight.dtype))
@@ -291,7 +289,7 @@ class ForwardForward(Learner):
         image = F.linear(blank / divisor, first.weight, first.bias)
         label = (strength * first.weight[:, : self.classes].T) / divisor[:, None]  # (B, C, N)
         hidden = F.relu(image[:, None] + label.to(image.dtype)).flatten(0, 1)
-        activities = self._run_from(Activity.of(blank, hidden), len(self._layers) if depth is None else depth)
+        activities = self._run_from(Activity(blank, hidden), len(self._layers) if depth is None else depth)
         return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -309,7 +307,7 @@ class ForwardForward(Learner):
     def readout(self, inputs: Tensor, depth: int | None = None) -> Tensor:
         """(B, *input_shape) -> (B, C) logits of the softmax read-out over the first `depth` layers (None: all)."""
         rows = self.views.plain(inputs.flatten(1))
-        return self._logits(self._run(rows, len(self._layers) if depth is None else depth))[0]
+        return self._logits(list(self._run(rows, len(self._layers) if depth is None else depth)))[0]
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -334,17 +332,22 @@ class ForwardForward(Learner):
         """Train the `chosen` layers; those before them only run."""
         inputs, targets = batch[0].flatten(1), batch[1]
         size, depth = len(inputs), chosen.stop
-        early, late = Lanes(inputs.device, 2), Lanes(inputs.device, 1 + len(chosen))
+        counts = (2, depth, max(1 + len(chosen), len(optimizers)))
+        early, middle, late = (Lanes(inputs.device, count) for count in counts)
         with early.lane(1):  # random numbers wait for nothing
             noise = self.views.draw(size)
-        plain = self._run(self.views.plain(inputs), depth) if self.views.labelled else None
+        plain = list(self._run(self.views.plain(inputs), depth)) if self.views.labelled else None
         logits, seen = self._logits(plain) if plain else (None, [])
         early.join()
-        activities = self._run(self.views.contrast(inputs, targets, logits, noise), depth)
+        activities, measured = [], []
+        for index, activity in enumerate(self._run(self.views.contrast(inputs, targets, logits, noise), depth)):
+            activities.append(activity)
+            with middle.lane(index):  # the next layer does not wait for this one's goodness
+                measured.append(self.goodness.of(activity))
         if logits is None:  # the read-out sees the positive rows
-            heard = [Activity(a.inputs[:size], a.hidden[:size], a.length[:size]) for a in activities]
-            logits, seen = self._logits(heard)
-        goodness = torch.stack([self.goodness.of(activity) for activity in activities])
+            logits, seen = self._logits([Activity(a.inputs[:size], a.hidden[:size]) for a in activities])
+        middle.join()
+        goodness = torch.stack(measured)
         losses, slopes = self.contrast(goodness)
         metrics: Metrics = {}
         with late.lane(0):
@@ -354,8 +357,10 @@ class ForwardForward(Learner):
             with late.lane(1 + index - chosen.start):
                 self._layers[index].learn(activities[index], slopes[index])
         late.join()
-        for optimizer in optimizers:
-            optimizer.step()
+        for index, optimizer in enumerate(optimizers):
+            with late.lane(index):
+                optimizer.step()
+        late.join()
         liveliness = goodness.unflatten(1, (2, size)).mean(2)
         for index in chosen:
             name = self._layers[index].name
@@ -440,7 +445,7 @@ class Layer:
 
     def activate(self, signal: Tensor) -> Activity:
         """z_{l-1}, (M, N_{l-1}) -> the layer's activity."""
-        return Activity.of(signal, F.relu(F.linear(signal, self.linear.weight, self.linear.bias)))
+        return Activity(signal, F.relu(F.linear(signal, self.linear.weight, self.linear.bias)))
 
     def learn(self, activity: Activity, slope: Tensor) -> None:
         """Set the gradients of W_l and b_l.
