@@ -41,6 +41,8 @@ LEVEL: Final = 0.05
 """Probability of a false claim, for the whole table, after Holm's correction."""
 
 LADDER: Final = ("bp-ds", "mf-joint", "mf")
+FEWEST_HELD_OUT: Final = 100
+"""With fewer validation samples than this, reaching an accuracy on them says nothing."""
 
 
 @dataclass(frozen=True)
@@ -588,6 +590,9 @@ def _to_accuracy(entries: Sequence[Entry], targets: Sequence[float]) -> Table:
         baseline = baseline_of(entry, entries)
         if not entry.runs or baseline is None or entry is baseline:
             continue
+        held_out = entry.config.training.validation
+        if held_out is not None and held_out < FEWEST_HELD_OUT:
+            continue
         medians = baseline.values("validation_accuracy")
         for target in targets or entry.analysis.targets or (statistics.median(medians) - 1,):
             row: Row = {**_place(entry), "target": target}
@@ -605,7 +610,8 @@ def _to_accuracy(entries: Sequence[Entry], targets: Sequence[float]) -> Table:
         "Cumulative gross joules up to the first validation at the target, validation included: median over seeds by "
         "Kaplan-Meier; > is a lower bound, where half of the runs never got there. Runs that failed never got there. "
         "Energy x is the ratio over paired seeds, given only if all runs of both arms got there.",
-        "Targets were fixed beforehand, or are the baseline's median validation accuracy less one point.",
+        "Targets were fixed beforehand, or are the baseline's median validation accuracy less one point. Arms that "
+        f"hold out fewer than {FEWEST_HELD_OUT} samples are left out.",
     ]
     return Table("T7", rows, notes)
 

@@ -182,6 +182,14 @@ def test_energy_to_accuracy_counts_those_that_never_got_there(tmp_path: Path) ->
     assert row["target"] == 59  # the baseline's median validation accuracy, 60, less one point
 
 
+def test_energy_to_accuracy_is_not_read_off_a_handful_of_samples(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0)
+    make_run(tmp_path, "mf", 0, validation=1)
+    assert not one(collect(tmp_path), "T7", targets=[50]).rows
+    make_run(tmp_path, "mf", 0, validation=100)
+    assert len(one(collect(tmp_path), "T7", targets=[50]).rows) == 1
+
+
 # Serialised
 
 
