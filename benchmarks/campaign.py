@@ -59,37 +59,38 @@ def main() -> None:
     configs = arms(options.presets, options.vary, training)
     load = cache(data.load)
     done = {key for key, path in recorded(options.out).items() if is_finished(path)}
+    seeded = [replace(config, seed=seed) for seed in options.seeds for config in interleaved(configs, seed)]
+    waiting = [config for config in seeded if config_key(config) not in done]
     started, failures = time.monotonic(), 0
-    idle_w: tuple[float, ...] = ()
-    for seed in options.seeds:
-        for config in interleaved(configs, seed):
-            config = replace(config, seed=seed)
-            if config_key(config) in done or time.monotonic() - started > options.budget:
-                continue
-            try:
-                if options.idle and not idle_w:
-                    idle_w = runs.measure_idle(config, options.idle)
-                summary = runs.run(
-                    config,
-                    options.out,
-                    dataset=load(config.dataset),
-                    measuring=runs.Measuring(idle_w),
-                    keep_model=False,
-                )
-            except InterruptedRunError as error:
-                sys.exit(str(error))
-            except BpfreeError as error:
-                failures += 1
-                print(f"{config.preset} {config.parameters} seed {seed}: {error}", file=sys.stderr)
-                continue
-            joules = summary["energy"]["gross_j"]
-            print(
-                f"{time.monotonic() - started:6.0f} s  {config.preset} {config.parameters} seed {seed}: "
-                f"validation {summary['validation_accuracy']:.2f} %, loss {summary['validation_loss']:.4f}, "
-                f"test {summary['test_accuracy']:.2f} %, {summary['passes']} passes, {summary['seconds']:.1f} s, "
-                f"{'-' if joules is None else round(joules)} J",
-                flush=True,
+    try:
+        idle_w = runs.measure_idle(waiting[0], options.idle) if options.idle and waiting else ()
+    except BpfreeError as error:
+        sys.exit(str(error))
+    for config in waiting:
+        if time.monotonic() - started > options.budget:
+            break
+        try:
+            summary = runs.run(
+                config,
+                options.out,
+                dataset=load(config.dataset),
+                measuring=runs.Measuring(idle_w),
+                keep_model=False,
             )
+        except InterruptedRunError as error:
+            sys.exit(str(error))
+        except BpfreeError as error:
+            failures += 1
+            print(f"{config.preset} {config.parameters} seed {config.seed}: {error}", file=sys.stderr)
+            continue
+        joules = summary["energy"]["gross_j"]
+        print(
+            f"{time.monotonic() - started:6.0f} s  {config.preset} {config.parameters} seed {config.seed}: "
+            f"validation {summary['validation_accuracy']:.2f} %, loss {summary['validation_loss']:.4f}, "
+            f"test {summary['test_accuracy']:.2f} %, {summary['passes']} passes, {summary['seconds']:.1f} s, "
+            f"{'-' if joules is None else round(joules)} J",
+            flush=True,
+        )
     print(text_table(readable(result_rows(options.out))))
     sys.exit(1 if failures else 0)
 
