@@ -100,7 +100,7 @@ class TuningConsole(Observer):
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._trials = 0
+        self._trials, self._by_cost = 0, False
         self._number = 0
         self._bar: Any = None
         self._last_line = 0.0
@@ -110,7 +110,7 @@ class TuningConsole(Observer):
             click.echo(text, err=True)
 
     def started(self, config: TuneConfig, folder: Path, space: Mapping[str, Any], done: int) -> None:
-        self._trials = config.trials
+        self._trials, self._by_cost = config.trials, config.target is not None
         base = config.base
         self._say(f"tuning {base.algorithm} on {base.dataset} with {base.network}, {config.trials} trials -> {folder}")
         if done:
@@ -147,7 +147,10 @@ class TuningConsole(Observer):
         accuracy = trial.get("validation_accuracy")
         how = trial["reason"] if accuracy is None else f"{accuracy:.2f} %"
         values = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["values"].items())
-        leader = "" if best is None else f"; best {best['validation_accuracy']:.2f} % (trial {best['number']})"
+        leader = ""
+        if best is not None:
+            cost = f" for {best['gross_j']:.0f} J" if self._by_cost else ""
+            leader = f"; best {best['validation_accuracy']:.2f} %{cost} (trial {best['number']})"
         self._say(
             f"[{ended}/{self._trials}] trial {trial['number']} {trial['state']}: {how}, {trial['passes']} passes, "
             f"{trial['seconds']:.1f} s{joules}: {values}{leader}"

@@ -95,6 +95,8 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
         (("--algo", "bp", "--device", "cuda:99"), 2, "use --device cpu"),
         (("--algo", "bp", "--pareto", "--energy", "none"), 2, "joules as an objective need to be measured"),
         (("--algo", "bp", "--pareto", "--pruner", "median"), 2, "use no pruner"),
+        (("--algo", "bp", "--target", "60", "--energy", "none"), 2, "joules as an objective need to be measured"),
+        (("--algo", "bp", "--target", "60", "--pareto"), 2, "one objective"),
         (("--algo", "bp", "--storage", "nosuchdb://host/name"), 2, "cannot open the storage nosuchdb"),
     ],
 )

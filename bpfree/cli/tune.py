@@ -67,9 +67,16 @@ def words(values: tuple[Any, ...]) -> str:
 )
 @click.option("--pareto", is_flag=True, help="Minimise joules too: the front of validation accuracy and energy.")
 @click.option(
+    "--target",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
+    help="Minimise the joules up to the first validation at this accuracy instead; a trial ends there, or where it has "
+    "spent more than the best one.",
+)
+@click.option(
     "--pruner",
     type=click.Choice(PRUNERS),
-    help="Whether trials below the median end early.  [default: median, with --pareto none]",
+    help="Whether trials below the median end early.  [default: median, with joules as an objective none]",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=TUNING_SEED, help="Of trials and sampler; report runs of others."
@@ -111,6 +118,7 @@ def tune_rule(
     batch_sizes: str,
     dropout: tuple[float, float],
     pareto: bool,
+    target: float | None,
     pruner: str | None,
     seed: int,
     workers: int,
@@ -132,6 +140,7 @@ def tune_rule(
     bpfree tune --algo bp --dataset digits --network mlp:2x100 --trials 20    the same budget for the baseline
     bpfree run --preset results/tuning/digits-mf-mlp-2x100/digits-mf-mlp-2x100.toml
     bpfree tune --algo mf --dataset cifar10 --trials 100 --pareto             accuracy against joules
+    bpfree tune --algo mf --dataset cifar10 --trials 100 --target 60          the fewest joules to 60 %
     bpfree tune --algo mf --dataset cifar10 --set schedule=sequential         fix what is not to be searched
 
     Every rule gets the same search: learning rate and its schedule, weight decay, batch size, dropout where the network
@@ -167,13 +176,14 @@ def tune_rule(
     )
     loaded = runs.load_dataset(base.dataset, data_root, download=download)
     config = TuneConfig(
-        name=name or study_name(base, convergence=protocol == "convergence", pareto=pareto),
+        name=name or study_name(base, convergence=protocol == "convergence", pareto=pareto, target=target),
         base=base,
         shared=space,
         given=given,
         trials=trials,
         pareto=pareto,
-        pruner=pruner or ("none" if pareto else "median"),
+        target=target,
+        pruner=pruner or ("median" if target is None and not pareto else "none"),
     )
     if not is_default("batch_sizes") and (dropped := set(space.batch_sizes) - set(_fitting(config, loaded))):
         raise UsageError(f"batches of {min(dropped)} do not fit the training set of {base.dataset} twice")
@@ -217,11 +227,13 @@ def _report(record: Mapping[str, Any]) -> str:
 
 
 def _row(trial: Mapping[str, Any]) -> dict[str, str]:
+    values = dict(trial["values"])
+    planned = values.pop("passes", trial["passes"])
     return {
         "trial": str(trial["number"]),
         "validation accuracy, %": f"{trial['validation_accuracy']:.2f}",
-        "passes": str(trial["passes"]),
+        "passes": str(trial["passes"]) if planned == trial["passes"] else f"{trial['passes']} of {planned}",
         "time, s": f"{trial['seconds']:.1f}",
         "energy, J": "not measured" if trial["gross_j"] is None else f"{trial['gross_j']:.0f}",
-        **{name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in trial["values"].items()},
+        **{name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in values.items()},
     }

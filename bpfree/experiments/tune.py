@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,7 +17,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -68,6 +69,8 @@ class TuneConfig:
         given: parameters of the learner that the user set, which are not searched.
         trials: how many, finished, pruned or failed.
         pareto: minimise joules beside maximising validation accuracy.
+        target: minimise the joules up to the first validation at this accuracy, %, instead; trials end there, or where
+            they have spent more than the best one.
         pruner: "median" or "none".
     """
 
@@ -77,6 +80,7 @@ class TuneConfig:
     given: dict[str, Any] = field(default_factory=dict)
     trials: int = 50
     pareto: bool = False
+    target: float | None = None
     pruner: str = "median"
 
     def __post_init__(self) -> None:
@@ -86,11 +90,38 @@ class TuneConfig:
             raise unknown_name("pruner", self.pruner, PRUNERS)
         if self.pareto and self.pruner != "none":
             raise UsageError("with two objectives no trial is better than another until both are known; use no pruner")
+        if self.target is None:
+            return
+        if not 0 < self.target <= 100:
+            raise UsageError(f"the target is an accuracy in percent, got {self.target:g}")
+        if self.pareto:
+            raise UsageError("joules to a target are one objective: leave out the target, or the front")
+        if self.pruner != "none":
+            raise UsageError("the median pruner compares accuracies; with a target the cost decides, so use no pruner")
 
     @property
-    def directions(self) -> list[Direction]:
-        """What to do with validation accuracy, and with joules if they are an objective."""
-        return ["maximize", "minimize"] if self.pareto else ["maximize"]
+    def objectives(self) -> dict[str, Direction]:
+        """What is sought, and which way."""
+        if self.target is not None:
+            return {f"gross joules to {self.target:g} %": "minimize"}
+        return {"validation accuracy": "maximize", **({"gross joules": "minimize"} if self.pareto else {})}
+
+    @property
+    def needs_joules(self) -> bool:
+        """Whether joules are an objective."""
+        return self.pareto or self.target is not None
+
+    def values(self, trial: Mapping[str, Any]) -> list[float]:
+        """A finished trial's value of each objective."""
+        if self.target is not None:
+            return [trial["gross_j"]]
+        return [trial["validation_accuracy"], *([trial["gross_j"]] if self.pareto else [])]
+
+    def best_of(self, trials: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The finished trial of the best first objective, of equals the first."""
+        sign = 1 if self.target is None else -1
+        finished = [trial for trial in trials if trial["state"] == "finished"]
+        return max(finished, key=lambda trial: sign * self.values(trial)[0], default=None)
 
     def settings(self) -> dict[str, Any]:
         """What makes the study what it is, as plain values; the number of trials, the device and the meter do not."""
@@ -104,11 +135,12 @@ class TuneConfig:
         return plain
 
 
-def study_name(base: RunConfig, *, convergence: bool = False, pareto: bool = False) -> str:
+def study_name(base: RunConfig, *, convergence: bool = False, pareto: bool = False, target: float | None = None) -> str:
     """The usual name of a study, fit for files."""
     words = [base.dataset, algorithm(base.algorithm).alias, base.network]
     words += ["convergence"] if convergence else []
     words += ["pareto"] if pareto else []
+    words += [] if target is None else [f"to-{target:g}"]
     return re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(words))
 
 
@@ -147,7 +179,19 @@ class Observer:
 
 
 class PrunedTrialError(BpfreeError):
-    """The pruner has seen enough of a trial."""
+    """Enough has been seen of a trial."""
+
+
+class TargetReachedError(BpfreeError):
+    """A trial is at the accuracy that was asked for.
+
+    Args:
+        record: of the epoch.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        super().__init__(f"reached {record['validation_accuracy']:.2f} %")
+        self.found = {name: record[name] for name in ("validation_accuracy", "validation_loss")}
 
 
 class Watch(Reporter):
@@ -157,15 +201,27 @@ class Watch(Reporter):
         trial: of the study.
         observer: hears of every epoch.
         judged: whether there is a pruner to ask.
+        target: validation accuracy that ends the trial, %, or None.
+        ceiling: joules above which the trial is no better than others; infinite for any.
         stop: whether the whole worker has been asked to stop.
     """
 
-    def __init__(self, trial: Trial, observer: Observer, *, judged: bool, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        observer: Observer,
+        *,
+        judged: bool,
+        target: float | None,
+        ceiling: float,
+        stop: StopRequest,
+    ) -> None:
         from bpfree.experiments.study import REPORTS
 
         self.cost: dict[str, Any] = {"seconds": 0.0, "gross_j": 0.0, "net_j": None, "method": "none", "flags": []}
         self.passes = 0
         self._trial, self._observer, self._stop = trial, observer, stop
+        self._target, self._ceiling = target, ceiling
         self._reports = REPORTS if judged else 0
         # what a worker that died has reported already; the one report that it may not have asked about is the last
         self._known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values if judged else {}
@@ -181,10 +237,20 @@ class Watch(Reporter):
     def epoch(self, record: dict[str, Any]) -> None:
         fraction = self._trainer.fraction
         self._observer.trial_progress(fraction, record)
+        if self._target is not None:
+            self._weigh(record, self._target)
         due = int(self._reports * fraction + 1e-9)
         if due > self._reported:
             with self._trainer.meter.paused():  # a database takes its time, which is not the rule's
                 self._report(due, record["validation_accuracy"])
+
+    def _weigh(self, record: Mapping[str, Any], target: float) -> None:
+        """End the trial at its target, or when it can only be worse than others."""
+        if record["validation_accuracy"] >= target:
+            raise TargetReachedError(record)
+        spent = record["joules_at_start"]
+        if spent is not None and spent > self._ceiling:
+            raise PrunedTrialError(f"spent {spent:.0f} J below the target, more than the best trial needs to reach it")
 
     def _report(self, due: int, accuracy: float) -> None:
         """Report for every tenth that has passed, so that trials of any length can be compared."""
@@ -243,7 +309,7 @@ class Worker:
             while (trial := self.study.take()) is not None:
                 self._do(trial, stop)
                 ended = self.study.ended()
-                best = best_of([describe(other) for other in ended])
+                best = self.config.best_of([describe(other) for other in ended])
                 self.observer.trial_ended(describe(_frozen(self.study, trial)), len(ended), best)
                 if self.device.type == "cuda":
                     gc.collect()  # graphs and optimisers refer to each other in cycles
@@ -255,12 +321,25 @@ class Worker:
         """Do one trial, and tell the study how it ended."""
         config = suggest(trial, self.config.base, self.config.shared, self.config.given)
         self.observer.trial_started(trial.number, config)
-        watch = Watch(trial, self.observer, judged=self.config.pruner != "none", stop=stop)
+        target = self.config.target
+        best = None if target is None else self.config.best_of([describe(other) for other in self.study.ended()])
+        watch = Watch(
+            trial,
+            self.observer,
+            judged=self.config.pruner != "none",
+            target=target,
+            ceiling=math.inf if best is None else best["gross_j"],
+            stop=stop,
+        )
         started = time.monotonic()
         result: dict[str, Any] = {}
         defect: Exception | None = None
         try:
             result = found(self._run(trial, config, watch))
+            if target is not None:
+                result["reason"] = f"ended at {result['validation_accuracy']:.2f} %, below the target"
+        except TargetReachedError as reached:
+            result = reached.found
         except PrunedTrialError as error:
             result = {"reason": str(error)}
         except (TrainingError, UsageError, DataError) as error:  # of this configuration
@@ -288,14 +367,15 @@ class Worker:
         """Record how a trial ended; what a run needs to go on is not needed any more."""
         if RUN in trial.user_attrs:
             RunFolder(self.root / trial.user_attrs[RUN]).remove(records.CHECKPOINT)
-        values = [result.get("validation_accuracy"), *([result["gross_j"]] if self.config.pareto else [])]
-        if values[0] is not None and values[-1] is None:
+        rated = "validation_accuracy" in result and "reason" not in result
+        if rated and self.config.needs_joules and result["gross_j"] is None:
             trial.set_user_attr(FAILED, "its joules could not be measured")
+            rated = False
         trial.set_user_attr(RESULT, result)
-        if None in values:
-            self.study.abandon(trial)
+        if rated:
+            self.study.finish(trial, self.config.values(result))
         else:
-            self.study.finish(trial, values)
+            self.study.abandon(trial)
 
 
 def tune(
@@ -398,10 +478,10 @@ def _checked(config: TuneConfig, dataset: AnyDataset, *, shared_device: bool) ->
     runs.build_learner(corner, dataset, torch.device("cpu"))
     runs.load_batches(corner, dataset, torch.device("cpu"), torch.contiguous_format, test=False)
     if shared_device:  # a meter sees the whole device
-        if config.pareto:
+        if config.needs_joules:
             raise UsageError("joules as an objective need a device for each worker; use fewer workers")
         return replace(config, base=replace(config.base, energy="none"))
-    if config.pareto:
+    if config.needs_joules:
         on_gpu = runs.pick_device(config.base.device).type == "cuda"
         # without a CUDA context, which the meters of workers would take for a stranger
         choose = choose_for_program if on_gpu else choose_source
@@ -422,7 +502,7 @@ def _open(config: TuneConfig, folder: Path, storage: str) -> SharedStudy:
         trials=config.trials,
         seed=config.base.seed,
         pruner=config.pruner,
-        directions=config.directions,
+        directions=list(config.objectives.values()),
     )
 
 
@@ -519,12 +599,6 @@ def describe(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def best_of(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The finished trial of highest validation accuracy, of equals the first."""
-    finished = [trial for trial in trials if trial["state"] == "finished"]
-    return max(finished, key=lambda trial: trial["validation_accuracy"], default=None)
-
-
 def bill(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What tuning cost: every trial counts, whatever became of it.
 
@@ -557,7 +631,7 @@ def _write_record(
     import optuna
 
     trials = [describe(trial) for trial in study.all()]
-    best = best_of(trials)
+    best = config.best_of(trials)
     front = sorted(trial.number for trial in study.study.best_trials) if config.pareto else []
     environment = records.environment(runs.pick_device(devices[0]))
     record: dict[str, Any] = {
@@ -565,7 +639,7 @@ def _write_record(
         "algorithm": config.base.algorithm,
         "dataset": config.base.dataset,
         "network": config.base.network,
-        "objectives": ["validation accuracy", "gross joules"][: len(config.directions)],
+        "objectives": list(config.objectives),
         "seed": config.base.seed,
         "settings": config.settings(),
         "space": dict(space),
@@ -599,9 +673,12 @@ def _preset(
     chosen = suggest(FixedTrial(frozen.params), config.base, config.shared, config.given)
     spent = record["bill"]
     joules = "joules not measured" if spent["gross_j"] is None else f"{spent['gross_j']:.0f} J"
+    passes = f"in {trial['passes']} passes"
+    if config.target is not None:
+        passes += f" of {chosen.training.passes or chosen.training.epochs}, for {trial['gross_j']:.0f} J"
     return Preset(
         name=name,
-        description=f"Tuned: {trial['validation_accuracy']:.2f} % of validation samples, in {trial['passes']} passes",
+        description=f"Tuned: {trial['validation_accuracy']:.2f} % of validation samples, {passes}",
         source=f"bpfree tune, trial {trial['number']} of {spent['trials']} (TPE, seed {config.base.seed}, "
         f"{spent['seconds']:.0f} s, {joules}), chosen on validation data",
         algorithm=config.base.algorithm,

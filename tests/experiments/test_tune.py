@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from bpfree import data
 from bpfree.algorithms import ALGORITHMS
 from bpfree.cli import cli
 from bpfree.data import Dataset, Part
-from bpfree.errors import DataError, TrainingError, UsageError
+from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, read_preset, resolve
 from bpfree.experiments.search import PARAMETERS, SharedSpace, declare
+from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError, TrainingConfig
-from bpfree.experiments.tune import Observer, TuneConfig, bill, fit_space, tune
+from bpfree.experiments.tune import Observer, TuneConfig, Watch, bill, fit_space, tune
 
 optuna = pytest.importorskip("optuna")
 
@@ -230,6 +232,55 @@ def sorted_presets(record: Mapping[str, Any]) -> list[str]:
     """The presets of a front in the order of its trials."""
     best = record["best"]["number"]
     return ["study.toml" if number == best else f"study-trial{number}.toml" for number in record["front"]]
+
+
+def test_joules_to_a_target_as_objective(tmp_path: Path) -> None:
+    """A trial ends with the first validation at the target; what gets there with the fewest joules is the best."""
+    target = 80.0
+    config = study(trials=14, shared=replace(QUICK, lr=(1e-5, 1.0), passes=(1, 12)), target=target, pruner="none")
+    record = tune(config, tmp_path, dataset=own_data(), storage=IN_MEMORY)
+    assert record["objectives"] == ["gross joules to 80 %"]
+    finished = [trial for trial in record["trials"] if trial["state"] == "finished"]
+    others = [trial for trial in record["trials"] if trial["state"] != "finished"]
+    assert finished
+    assert others
+    for trial in record["trials"]:
+        lines = (tmp_path / "study" / "trials" / trial["run"] / records.METRICS).read_text().splitlines()
+        course = [json.loads(line)["validation_accuracy"] for line in lines]
+        assert len(course) == trial["passes"] <= trial["values"]["passes"]
+        assert all(accuracy < target for accuracy in course[:-1])
+        assert (course[-1] >= target) == (trial["state"] == "finished")
+    for trial in others:
+        assert trial["state"] == "pruned"
+        assert "below the target" in trial["reason"]
+        if trial["passes"] < trial["values"]["passes"]:
+            assert "more than the best trial" in trial["reason"]
+    assert record["best"]["gross_j"] == min(trial["gross_j"] for trial in finished)
+    preset = read_preset(tmp_path / "study" / "study.toml")
+    assert preset.training["passes"] == record["best"]["values"]["passes"]
+    assert f"for {record['best']['gross_j']:.0f} J" in preset.description
+
+
+@pytest.mark.parametrize(
+    ("spent", "accuracy", "ends"), [(9.0, 10.0, None), (11.0, 10.0, "11 J below"), (11.0, 80.0, "80")]
+)
+def test_a_trial_ends_where_it_cannot_be_the_best(spent: float, accuracy: float, ends: str | None) -> None:
+    trial = optuna.create_study(storage=IN_MEMORY).ask()
+    watch = Watch(trial, Observer(), judged=False, target=80.0, ceiling=10.0, stop=StopRequest())
+    watch._trainer = SimpleNamespace(fraction=0.1)  # type: ignore[assignment]
+    record = {"validation_accuracy": accuracy, "validation_loss": 1.0, "joules_at_start": spent}
+    with pytest.raises(BpfreeError, match=ends) if ends else contextlib.nullcontext():
+        watch.epoch(record)
+
+
+def test_a_target_excludes_other_ways_of_judging() -> None:
+    for options, message in (
+        ({"target": 0.0, "pruner": "none"}, "accuracy in percent"),
+        ({"target": 60.0}, "use no pruner"),
+        ({"target": 60.0, "pareto": True, "pruner": "none"}, "one objective"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            study(**options)
 
 
 def test_joules_must_be_measured_to_be_an_objective(tmp_path: Path) -> None:
