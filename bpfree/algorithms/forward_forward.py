@@ -109,6 +109,10 @@ class ForwardForward(Learner):
         follows="sections 2 to 4; losses of arXiv 2303.08418 (SymBa) and 2305.12393 (layer collaboration)",
     )
     locality = "layer"
+    undivided = (
+        "its read-out learns from all layers at once, and hard negatives are drawn from what it says before any layer "
+        "learns"
+    )
 
     def __init__(
         self,

@@ -282,7 +282,7 @@ class NoProp(Learner):
             UsageError: there is one block, or blocks share something that learns with them.
         """
         if self.kind != "dt":
-            raise UsageError(f"variant={self.kind} has one block for all times; blocks to spread are those of variant=dt")
+            raise UsageError(f"variant={self.kind} has one block for all times; those of variant=dt can be spread")
         if not self._apart:
             raise UsageError(f"embeddings={self.embeddings.kind} learn from every block's loss; use embeddings=onehot")
         if self.shared_updates == "step":
