@@ -230,7 +230,7 @@ class LocalLearning(Learner):
                     unit.name,
                     (unit.block, unit.auxiliary, unit.loss),
                     partial(self._learn_unit, unit),
-                    lambda signal, question, block=unit.block: (block(signal[0]),),
+                    partial(self._pass_unit, unit),
                     borrows=() if following is None else tuple(following.parameters()),
                 )
             )
@@ -263,6 +263,10 @@ class LocalLearning(Learner):
     def _learn_unit(unit: Unit, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
         outputs, loss = unit.learn(signal[0], step.images, step.targets)
         return (outputs,), {f"{unit.name} loss": loss}
+
+    @staticmethod
+    def _pass_unit(unit: Unit, signal: Signal, inputs: Tensor) -> Signal:
+        return (unit.block(signal[0]),)
 
     def _end(self, step: Step, members: range) -> Metrics:
         if self.ema_update == "before":

@@ -79,6 +79,11 @@ class Link:
         self._turn = 0
         self._sent: deque[tuple[list[Any], Signal]] = deque()
 
+    def declare(self, kind: Any, layouts: list[Layout]) -> None:
+        """What messages of a kind look like, where both sides know that; otherwise the first one is announced."""
+        self._layouts[kind] = layouts
+        self._buffers[kind] = [tuple(layout.empty(self._ranks.device) for layout in layouts) for _ in range(SLOTS)]
+
     def send(self, kind: Any, signal: Signal) -> None:
         """Send without waiting.
 
@@ -105,9 +110,7 @@ class Link:
         if kind not in self._layouts:
             box: list[Any] = [None]
             dist.recv_object_list(box, self._peer)
-            self._layouts[kind] = box[0]
-            device = self._ranks.device
-            self._buffers[kind] = [tuple(layout.empty(device) for layout in box[0]) for _ in range(SLOTS)]
+            self.declare(kind, box[0])
         self._turn += 1
         signal = self._buffers[kind][self._turn % SLOTS]
         return [dist.irecv(flat(tensor), self._peer, group=self._group) for tensor in signal], signal
@@ -189,6 +192,11 @@ class LayerTeam(Team):
         groups = [self._ranks.link(lower) for lower in range(self.size - 1)]
         before = Link(self._ranks, groups[self.rank - 1], self.rank - 1) if self.rank and self._lent else None
         after = Link(self._ranks, groups[self.rank], self.rank + 1) if self._borrowed else None
+        for link, parameters in ((before, self._lent), (after, self._borrowed)):
+            if link is not None:
+                # an announcement would go against the stream of those of signals, each side waiting for the other
+                size = sum(parameter.numel() for parameter in parameters)
+                link.declare("borrowed", [Layout((size,), parameters[0].dtype, channels_last=False)])
         return before, after
 
     def _is_own(self, tensor: Tensor) -> bool:
