@@ -305,7 +305,11 @@ class Bench:
             self._wait()
             seconds = time.perf_counter() - started
         source.close()
-        own: dict[str, Any] = {"seconds": seconds, "energy": window.result.as_dict(), "memory": peak_memory(self.device)}
+        own: dict[str, Any] = {
+            "seconds": seconds,
+            "energy": window.result.as_dict(),
+            "memory": peak_memory(self.device),
+        }
         by_rank = self.ranks.of_all(own) if together else [own]
         slowest = max(rank["seconds"] for rank in by_rank)
         joules = [rank["energy"]["gross_j"] for rank in by_rank]
