@@ -25,8 +25,8 @@ class ContrastiveLoss(nn.Module):
     """A loss of positive against negative rows; also what turns goodness into class scores."""
 
     @abstractmethod
-    def forward(self, goodness: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, 2B) goodness -> (L,) losses, (L, 2B) derivatives."""
+    def forward(self, goodness: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """(L, 2B) goodness -> (L,) losses, (L, 2B) derivatives; those of consecutive layers, from layer `first` on."""
 
 
 class ThresholdLoss(ContrastiveLoss):
@@ -50,13 +50,13 @@ class ThresholdLoss(ContrastiveLoss):
         self.temperature, self.gamma = temperature, gamma
         self.register_buffer("theta", torch.tensor(thresholds)[:, None], persistent=False)
 
-    def forward(self, goodness: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, goodness: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         total = goodness
         if self.gamma == "others":
             total = goodness.sum(0, keepdim=True).expand_as(goodness)
         elif self.gamma == "preceding":
             total = goodness.cumsum(0)
-        margin = (total - self.theta[: len(goodness)]) / self.temperature
+        margin = (total - self.theta[first : first + len(goodness)]) / self.temperature
         positive, negative = margin.chunk(2, 1)
         margin = torch.cat([positive, -negative], 1)
         rows = margin.shape[1]
@@ -78,7 +78,7 @@ class SymbaLoss(ContrastiveLoss):
             raise UsageError(f"alpha must be positive, got {alpha}")
         self.alpha = alpha
 
-    def forward(self, goodness: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, goodness: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         positive, negative = goodness.chunk(2, 1)
         margin = self.alpha * (positive - negative)
         slope = torch.sigmoid(-margin) * (self.alpha / margin.shape[1])

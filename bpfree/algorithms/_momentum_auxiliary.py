@@ -91,15 +91,21 @@ class Momentum:
         if not 0 <= momentum <= 1:
             raise UsageError(f"momentum must lie in [0, 1], got {momentum}")
         self._momentum = momentum
-        self._copies: list[Tensor] = []
-        self._originals: list[Tensor] = []
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         for auxiliary, unit in pairs:
             assert auxiliary.ema is not None
-            self._copies += auxiliary.ema.parameters()
-            self._originals += unit.parameters()
+            self._pairs.append((list(auxiliary.ema.parameters()), list(unit.parameters())))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move every E towards its u."""
-        if self._copies:
-            get_ema_multi_avg_fn(self._momentum)(self._copies, self._originals, None)
+    def update(self, members: range | None = None) -> None:
+        """Move every E towards its u.
+
+        Args:
+            members: numbers of the pairs that are moved, which may reach beyond the last; None: all.
+        """
+        every = range(len(self._pairs))
+        chosen = [self._pairs[number] for number in (every if members is None else members) if number in every]
+        copies = [parameter for pair in chosen for parameter in pair[0]]
+        if copies:
+            originals = [parameter for pair in chosen for parameter in pair[1]]
+            get_ema_multi_avg_fn(self._momentum)(copies, originals, None)

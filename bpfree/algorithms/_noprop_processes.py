@@ -185,19 +185,35 @@ class DiscreteDiffusion(Process):
     def trajectory(
         self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """z_t = a uhat + b z_s + sqrt(c) noise; with fewer steps than blocks, evenly spread blocks jump further."""
+        """One block after another; with fewer steps than blocks, evenly spread blocks jump further."""
         if not 1 <= steps <= self.steps:
             raise UsageError(f"NoProp-DT with {self.steps} blocks denoises in 1 to {self.steps} steps, not {steps}")
         stops = [round(step * self.steps / steps) for step in range(steps + 1)]
         z = noise(0)
         for step in range(steps):
             at, to = stops[step], stops[step + 1]
-            logits = blocks[at](x, z)
-            a, b, c = posterior(self.alpha_bars[at], self.alpha_bars[to])
-            z = a * shared.embeddings.estimate(logits) + b * z
-            if sampler == "stochastic":
-                z = z + c.sqrt() * noise(step + 1)
+            logits, z = self.denoise(blocks[at], at, to, x, z, shared, noise, sampler, step)
             yield logits, z
+
+    def denoise(
+        self,
+        block: Denoiser,
+        at: int,
+        to: int,
+        x: Tensor,
+        z: Tensor,
+        shared: Shared,
+        noise: SampleNoise,
+        sampler: str,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Step `step` of inference, from z_at to z_to: z = a uhat + b z + sqrt(c) noise; (B, C) logits and (B, d) z."""
+        logits = block(x, z)
+        a, b, c = posterior(self.alpha_bars[at], self.alpha_bars[to])
+        z = a * shared.embeddings.estimate(logits) + b * z
+        if sampler == "stochastic":
+            z = z + c.sqrt() * noise(step + 1)
+        return logits, z
 
     def scores(self, z: Tensor, shared: Shared) -> Tensor:
         """Logits of p_out(y | z_T)."""

@@ -88,7 +88,7 @@ def materialize_state(optimizer: Optimizer) -> None:
     if optimizer.state:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
     set_gradients(parameters, (torch.zeros_like(parameter) for parameter in parameters))

@@ -95,6 +95,7 @@ class Backprop(Learner):
         follows="reverse-mode gradient of the cross-entropy through the whole network",
     )
     locality = "network"
+    undivided = "the error of a block comes from the blocks behind it, so that each rank would wait for the next one"
     tasks = ("classify", "autoencode")
 
     def __init__(

@@ -96,6 +96,7 @@ class CaFo(Learner):
         follows="random or feedback-aligned blocks; MSE in closed form, cross-entropy and sparsemax by descent",
     )
     locality = "block"
+    undivided = "all its predictors are one batched product over frozen blocks, whose outputs are computed once"
 
     def __init__(
         self,

@@ -99,6 +99,7 @@ class CompetitiveForward(Learner):
 
     paper = DEEPER_FORWARD
     locality = "block"
+    undivided = "its layers are local, but shortcuts and class selection over all of them are not cut into units"
     counted: Tensor
 
     def __init__(

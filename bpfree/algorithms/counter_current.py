@@ -106,6 +106,7 @@ class CounterCurrent(Learner):
         follows="equations 1 and 2 and the anti-collapse loss of appendix 6.1; details from the authors' code",
     )
     locality = "layer"
+    undivided = "its feedback stream runs from the last block to the first in every step"
     tasks = ("classify", "autoencode")
     steps_taken: Tensor
 

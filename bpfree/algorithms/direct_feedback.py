@@ -59,6 +59,7 @@ class DirectFeedback(Learner):
         follows="equations 7 and 8",
     )
     locality = "network"
+    undivided = "every block learns from the output's error, which is known when the last block has answered"
 
     def __init__(
         self,

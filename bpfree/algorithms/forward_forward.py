@@ -50,6 +50,7 @@ from bpfree.algorithms._ff_negatives import NEGATIVES, HybridViews, LabelledView
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.algorithms.mono_forward import encode_targets
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, linear_relu
@@ -282,6 +283,12 @@ class ForwardForward(Learner):
         """
         if not isinstance(self.views, LabelledViews):
             raise UsageError("hybrid negatives carry no label, so there is no goodness of a label")
+        activities = self._run_from(self._label_activity(inputs), len(self._layers) if depth is None else depth)
+        return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
+
+    def _label_activity(self, inputs: Tensor) -> Activity:
+        """The first layer for every label of every sample, (B C, N)."""
+        assert isinstance(self.views, LabelledViews)
         first, strength = self._layers[0].linear, self.views.strength
         blank = self.views.blank(inputs.flatten(1))
         length = torch.sqrt(length_of(blank).square() + strength**2)
@@ -289,8 +296,7 @@ class ForwardForward(Learner):
         image = F.linear(blank / divisor, first.weight, first.bias)
         label = (strength * first.weight[:, : self.classes].T) / divisor[:, None]  # (B, C, N)
         hidden = F.relu(image[:, None] + label.to(image.dtype)).flatten(0, 1)
-        activities = self._run_from(Activity(blank, hidden), len(self._layers) if depth is None else depth)
-        return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
+        return Activity(blank, hidden)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C): summed goodness of each label, or the softmax read-out's logits."""
@@ -327,9 +333,134 @@ class ForwardForward(Learner):
             for chosen, optimizers in zip(self._stage_layers, self._optimizers, strict=True)
         )
 
+    def local_units(self) -> LocalUnits:
+        """The layers, and the read-out behind them, which is sent what it sees of each.
+
+        Raises:
+            UsageError: a layer cannot learn without hearing from later ones.
+        """
+        if self.schedule == "greedy":
+            raise UsageError("schedule=greedy trains one layer at a time, so that other ranks would wait")
+        if self.negatives == "hard":
+            raise UsageError(
+                "hard negatives are drawn from what the read-out says of all layers before any of them learns; "
+                "use negatives=random"
+            )
+        if self.loss.startswith("collaboration"):
+            raise UsageError("its loss adds up the goodness of several layers; use loss=original or loss=symba")
+        return self._local_units()
+
+    @property
+    def _separate(self) -> bool:
+        """Whether layers learn from what comes before them alone."""
+        return self.schedule == "joint" and self.negatives != "hard" and not self.loss.startswith("collaboration")
+
+    def _local_units(self) -> LocalUnits:
+        layers = tuple(
+            LocalUnit(
+                layer.name, (layer.linear, layer.peer), partial(self._learn_layer, index), partial(self._pass, index)
+            )
+            for index, layer in enumerate(self._layers)
+        )
+        return LocalUnits(
+            units=(*layers, LocalUnit("read-out", tuple(self.heads), self._learn_heads, self._pass_heads)),
+            begin=self._begin,
+            enter=self._enter,
+            end=self._end,
+            join=lambda step: step.lanes.join(),
+            ask=lambda inputs: inputs,
+            offer=self._offer,
+            answer=self._answer,
+        )
+
+    def _begin(self, batch: Batch) -> Step:
+        inputs, targets = batch[0].flatten(1), batch[1]
+        lanes = Lanes(inputs.device, 1 + len(self._layers))
+        return Step(inputs, targets, self.views.draw(len(inputs)), lanes, [])
+
+    @torch.no_grad()
+    def _enter(self, step: Step) -> Signal:
+        """z_0 of the positive and negative rows, and of the plain rows if the read-out has rows of its own."""
+        rows = [self.views.contrast(step.inputs, step.targets, None, step.noise)]
+        if self.views.labelled:
+            rows.append(self.views.plain(step.inputs))
+        return tuple(self.normalizer.of(some) for some in rows)
+
+    @torch.no_grad()
+    def _learn_layer(self, index: int, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
+        """From z_{l-1} of all rows to z_l; what the read-out sees of the layers so far goes along."""
+        layer, size = self._layers[index], len(step.targets)
+        streams = 2 if self.views.labelled else 1
+        activity = layer.activate(signal[0])
+        goodness = self.goodness.of(activity)
+        (loss,), (slope,) = self.contrast(goodness[None], index)
+        step.kept.append((activity, slope))
+        with step.lanes.lane(1 + index):
+            layer.learn(activity, slope)
+        means = goodness.unflatten(0, (2, size)).mean(1)
+        metrics = {
+            f"{layer.name} loss": loss,
+            f"{layer.name} positive goodness": means[0],
+            f"{layer.name} negative goodness": means[1],
+        }
+        passed = [] if self.views.labelled and index + 1 == len(self._layers) else [self.normalizer.of(activity.hidden)]
+        if self.views.labelled:
+            passed.append(self.normalizer.of(layer.activate(signal[1]).hidden))
+        heard = (*signal[streams:], passed[-1][:size]) if layer.head is not None else signal[streams:]
+        return (heard if index + 1 == len(self._layers) else (*passed, *heard)), metrics
+
+    @torch.no_grad()
+    def _learn_heads(self, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
+        seen = [part.to(head.weight.dtype) for part, head in zip(signal, self.heads, strict=True)]
+        logits = self._read(seen)
+        step.kept.append((seen, logits))
+        with step.lanes.lane(0):
+            loss = self._learn_readout(range(len(self._layers)), logits, seen, step.targets)
+        return (), {"read-out loss": loss}
+
+    def _end(self, step: Step, members: range) -> Metrics:
+        for optimizer in self._optimizers[0]:
+            optimizer.step()  # of the layers that have gradients
+        return {}
+
+    def _offer(self, inputs: Tensor) -> Signal:
+        return () if self.inference == "goodness" else (self.normalizer.of(self.views.plain(inputs.flatten(1))),)
+
+    def _pass(self, index: int, signal: Signal, inputs: Tensor) -> Signal:
+        """z_{l-1} -> z_l; behind it the goodness of the layers so far, or what the read-out sees of them."""
+        layer = self._layers[index]
+        by_goodness = self.inference == "goodness"
+        activity = self._label_activity(inputs) if by_goodness and not index else layer.activate(signal[0])
+        passed = self.normalizer.of(activity.hidden)
+        if by_goodness:
+            return (passed, *signal[1:], self.goodness.of(activity))
+        return (passed, *signal[1:], passed) if layer.head is not None else (passed, *signal[1:])
+
+    def _pass_heads(self, signal: Signal, inputs: Tensor) -> Signal:
+        if self.inference == "goodness":
+            return signal[1:]
+        return (self._read([part.to(head.weight.dtype) for part, head in zip(signal[1:], self.heads, strict=True)]),)
+
+    def _answer(self, signal: Signal, inputs: Tensor) -> Tensor:
+        if self.inference == "goodness":
+            return torch.stack(signal).unflatten(1, (-1, self.classes))[self.first :].sum(0)
+        logits: Tensor = signal[0]
+        return logits
+
+    def _read(self, seen: list[Tensor]) -> Tensor:
+        """(B, C) logits of the parts of the read-out for what each of them sees."""
+        with torch.autocast(seen[0].device.type, enabled=False):
+            parts = [head(part) for head, part in zip(self.heads, seen, strict=True)]
+            logits: Tensor = parts[0]
+            for part in parts[1:]:
+                logits = logits + part
+        return logits
+
     @torch.no_grad()
     def _update(self, chosen: range, optimizers: tuple[Optimizer, ...], batch: Batch) -> Metrics:
         """Train the `chosen` layers; those before them only run."""
+        if self._separate:
+            return self._local_units().update(batch)
         inputs, targets = batch[0].flatten(1), batch[1]
         size, depth = len(inputs), chosen.stop
         counts = (2, depth, max(1 + len(chosen), len(optimizers)))
@@ -418,6 +549,18 @@ class ForwardForward(Learner):
             "temperature": trial.suggest_float("temperature", 0.3, 100.0, log=True),
             "peer_normalization": trial.suggest_categorical("peer_normalization", (0.0, 0.03)),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the layers of a step share: (B, D) inputs, (B,) targets, what is random in negatives, side streams, and
+    what must stay referenced until these are joined."""
+
+    inputs: Tensor
+    targets: Tensor
+    noise: Tensor
+    lanes: Lanes
+    kept: list[Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,6 +131,7 @@ class ForwardGNN(Learner):
         follows="sections 3.1 to 3.4: FF-LA, FF-VN, SF, SF-Top-To-Input, SF-Top-To-Loss, link prediction",
     )
     locality = "layer"
+    undivided = "its layers read the whole graph, one after another or with signals from above"
 
     def __init__(
         self,

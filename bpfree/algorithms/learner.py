@@ -179,6 +179,8 @@ class Learner(nn.Module, ABC):
         locality: how far a gradient travels: through the "network", a "block" or a "layer".
         capture_safe: whether `step` can be captured in a CUDA graph.
         tasks: what the rule can learn.
+        undivided: why its blocks cannot be spread over processes, for rules whose blocks cannot (others are
+            `HasLocalUnits`).
 
     Raises:
         UsageError: a task that the rule cannot learn, or a network that does not fit.
@@ -188,6 +190,7 @@ class Learner(nn.Module, ABC):
     locality: ClassVar[Locality]
     capture_safe: ClassVar[bool] = True
     tasks: ClassVar[tuple[Task, ...]] = ("classify",)
+    undivided: ClassVar[str] = ""
 
     def __init__(
         self, network: nn.Sequential | Iterable[nn.Module], classes: int, input_shape: Shape | None = None

@@ -25,6 +25,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -43,6 +44,7 @@ from bpfree.algorithms._auxiliary_losses import (
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary, check_parts
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, infer_input_shape
 from bpfree.networks.gnn import GraphBlock
@@ -206,30 +208,73 @@ class LocalLearning(Learner):
         if self.pixels is not None:
             self.pixels.observe(inputs for inputs, _ in batches)
 
+    def local_units(self) -> LocalUnits:
+        """The blocks, each with its auxiliary network and loss; the last one with the read-out.
+
+        Raises:
+            UsageError: the momentum copies move after the optimiser's step.
+        """
+        if self.ema and self.ema_update == "after":
+            raise UsageError(
+                "ema_update=after reads the next block behind its update, so that blocks would wait for each other; "
+                "use ema_update=before"
+            )
+        return self._local_units()
+
+    def _local_units(self) -> LocalUnits:
+        units = []
+        for index, unit in enumerate(self._units):
+            following = first_unit(self._units[index + 1].block) if self.ema and index + 1 < len(self._units) else None
+            units.append(
+                LocalUnit(
+                    unit.name,
+                    (unit.block, unit.auxiliary, unit.loss),
+                    partial(self._learn_unit, unit),
+                    partial(self._pass_unit, unit),
+                    borrows=() if following is None else tuple(following.parameters()),
+                )
+            )
+        return LocalUnits(
+            units=tuple(units),
+            begin=self._begin,
+            enter=lambda step: (step.inputs,),
+            end=self._end,
+            ask=lambda inputs: inputs,
+            offer=lambda inputs: (inputs,),
+            answer=lambda signal, inputs: self.readout(signal[0]),
+        )
+
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C) scores of the blocks and the read-out; auxiliary networks have no part in it."""
-        signal = inputs
-        for block in self.network:
-            signal = block(signal)
-        scores: Tensor = self.readout(signal)
-        return scores
+        return self._local_units().scores(inputs)
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all blocks learn on every batch."""
         return (self.joint_stage("all blocks", (self._optimizer,), self._update),)
 
     def _update(self, batch: Batch) -> Metrics:
+        return self._local_units().update(batch)
+
+    def _begin(self, batch: Batch) -> Step:
         inputs, targets = batch
-        images = None if self.pixels is None else self.pixels(inputs)
-        signal, metrics = inputs, {}
-        for unit in self._units:
-            signal, metrics[f"{unit.name} loss"] = unit.learn(signal, images, targets)
+        return Step(inputs, targets, None if self.pixels is None else self.pixels(inputs))
+
+    @staticmethod
+    def _learn_unit(unit: Unit, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
+        outputs, loss = unit.learn(signal[0], step.images, step.targets)
+        return (outputs,), {f"{unit.name} loss": loss}
+
+    @staticmethod
+    def _pass_unit(unit: Unit, signal: Signal, inputs: Tensor) -> Signal:
+        return (unit.block(signal[0]),)
+
+    def _end(self, step: Step, members: range) -> Metrics:
         if self.ema_update == "before":
-            self._momentum.update()
-        self._optimizer.step()
+            self._momentum.update(members)
+        self._optimizer.step()  # of the blocks that have gradients
         if self.ema_update == "after":
-            self._momentum.update()
-        return metrics
+            self._momentum.update(members)
+        return {}
 
     @property
     def variant(self) -> str:
@@ -260,6 +305,15 @@ class LocalLearning(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """Nothing of its own: cut, host and MAN's parts are what is compared."""
         return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the blocks of a step share: x, (B,) targets, and x scaled to [0, 1] if a loss reconstructs images."""
+
+    inputs: Tensor
+    targets: Tensor
+    images: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
-from bpfree.errors import unknown_name
+from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
+from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes, linear_relu
 from bpfree.networks.graph import Graph
 from bpfree.networks.heads import Head
@@ -130,20 +131,52 @@ class MonoForward(Learner):
         groups = [self.parameters()] if together else [unit.parameters for unit in self._units]
         self._optimizers = tuple(make_optimizer(group, optimizer, lr=lr, weight_decay=weight_decay) for group in groups)
 
-    @torch.no_grad()
-    def _goodness(self, inputs: Tensor) -> list[Tensor]:
-        """G_i of every unit, each (B, C)."""
-        goodness, signal = [], inputs
-        for unit in self._units:
-            signal = unit.block(signal)
-            goodness.append(unit.head(signal))
-        return goodness
+    def local_units(self) -> LocalUnits:
+        """The blocks, each with its projection.
+
+        Raises:
+            UsageError: the schedule is sequential.
+        """
+        if self.schedule == "sequential":
+            raise UsageError(
+                "schedule=sequential trains one block at a time, so that other ranks would wait; "
+                "use schedule=simultaneous"
+            )
+        return self._local_units()
+
+    def _local_units(self) -> LocalUnits:
+        return LocalUnits(
+            units=tuple(
+                LocalUnit(
+                    unit.name, (unit.block, unit.head), partial(self._learn_unit, index), partial(self._pass_unit, unit)
+                )
+                for index, unit in enumerate(self._units)
+            ),
+            begin=self._begin,
+            enter=lambda step: (step.inputs,),
+            end=self._end,
+            join=lambda step: step.lanes.join(),
+            ask=lambda inputs: inputs,
+            offer=lambda inputs: (inputs,),
+            answer=self._answer,
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C) goodness of the last block, or the sum over blocks."""
+        return self._local_units().scores(inputs)
+
+    def _pass_unit(self, unit: Unit, signal: Signal, inputs: Any) -> Signal:
+        """a_{i-1} -> a_i; behind it, for the sums, the goodness of all blocks so far."""
+        activations = unit.block(signal[0])
         if self.inference == "last":
-            return self._units[-1].head(self._prefix(len(self._units), inputs))
-        goodness = torch.stack(self._goodness(inputs))
+            return (activations,)
+        return (activations, *signal[1:], unit.head(activations))
+
+    def _answer(self, signal: Signal, inputs: Any) -> Tensor:
+        if self.inference == "last":
+            scores: Tensor = self._units[-1].head(signal[0])
+            return scores
+        goodness = torch.stack(signal[1:])
         if self.inference == "sum_logits":
             return goodness.sum(0)
         return goodness.softmax(2).mean(0).log()  # logarithm, so that these are log-probabilities too
@@ -183,29 +216,34 @@ class MonoForward(Learner):
         """Schedule and inference, the two choices that tables tell apart."""
         return f"{self.schedule}, {self.inference}"
 
-    @torch.no_grad()
     def _update_all(self, batch: Batch) -> Metrics:
-        signal, targets = batch
-        target_errors = encode_targets(targets, self.classes, self._units[0].head.weight.dtype)
-        metrics = {}
-        lanes = Lanes(signal.device, len(self._units) if self.pass_on == "pre" else 0)
-        signals = [signal]  # referenced until the lanes are joined
-        for index, unit in enumerate(self._units):
-            signal = signals[-1]
-            if unit.linear is None:
-                activations, metrics[f"{unit.name} loss"] = unit.learn_by_autograd(signal, targets)
-            else:
-                activations = unit.activate(signal)
-                with lanes.lane(index):  # nothing below this block waits for its update
-                    metrics[f"{unit.name} loss"] = unit.learn_in_closed_form(signal, activations, target_errors)
-            if self.pass_on == "post":
-                self._optimizers[index].step()
-                activations = unit.block(signal)
-            signals.append(activations)
-        lanes.join()
+        return self._local_units().update(batch)
+
+    def _begin(self, batch: Batch) -> Step:
+        inputs, targets = batch
+        lanes = Lanes(targets.device, len(self._units) if self.pass_on == "pre" else 0)
+        dtype = self._units[0].head.weight.dtype
+        return Step(inputs, targets, encode_targets(targets, self.classes, dtype), lanes, [])
+
+    @torch.no_grad()
+    def _learn_unit(self, index: int, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
+        unit, (inputs,) = self._units[index], signal
+        step.kept.append(inputs)
+        if unit.linear is None:
+            activations, loss = unit.learn_by_autograd(inputs, step.targets)
+        else:
+            activations = unit.activate(inputs)
+            with step.lanes.lane(index):  # nothing below this block waits for its update
+                loss = unit.learn_in_closed_form(inputs, activations, step.target_errors)
+        if self.pass_on == "post":
+            self._optimizers[index].step()
+            activations = unit.block(inputs)
+        return (activations,), {f"{unit.name} loss": loss}
+
+    def _end(self, step: Step, members: range) -> Metrics:
         if self.pass_on == "pre":
-            self._optimizers[0].step()
-        return metrics
+            self._optimizers[0].step()  # of the units that have gradients
+        return {}
 
     @torch.no_grad()
     def _update_one(self, index: int, batch: Batch) -> Metrics:
@@ -240,6 +278,25 @@ class MonoForward(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """The schedule is the only choice of its own that changes training."""
         return {"schedule": trial.suggest_categorical("schedule", SCHEDULES)}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the units of a step share.
+
+    Attributes:
+        inputs: x.
+        targets: (B,) int64.
+        target_errors: -onehot(y) / B, (B, C).
+        lanes: side streams of the updates.
+        kept: the signals, referenced until the lanes are joined.
+    """
+
+    inputs: Any
+    targets: Tensor
+    target_errors: Tensor
+    lanes: Lanes
+    kept: list[Any]
 
 
 @dataclass(frozen=True, eq=False)

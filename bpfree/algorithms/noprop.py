@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -69,6 +70,7 @@ from bpfree.algorithms._noprop_processes import (
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
 from bpfree.networks.gnn import GraphBlock
@@ -264,31 +266,68 @@ class NoProp(Learner):
         )
 
     def _update(self, batch: Batch) -> Metrics:
+        if self._apart and self.shared_updates == "block":
+            return self._local_units().update(batch)
         if self.shared_updates == "step":
             learned = self._learn_together(batch)
-        elif self._apart:
-            learned = self._learn_apart(batch)
         else:
             learned = [self.learn_block(index, batch) for index in range(len(self.network))]
         metrics = {f"block {index} loss": terms.pop(DENOISING) for index, terms in enumerate(learned)}
-        readout = [terms.pop(READOUT) for terms in learned if READOUT in terms]
-        metrics.update({f"{name} loss": value for name, value in learned[-1].items()})
-        if readout:
-            metrics[f"{READOUT} loss"] = torch.stack(readout).mean()
-        return metrics
+        return {**metrics, **_of_the_whole(learned)}
 
-    def _learn_apart(self, batch: Batch) -> list[Metrics]:
-        """What `learn_block` does, for all blocks, side by side: they have no parameter in common."""
+    def local_units(self) -> LocalUnits:
+        """The blocks, which have no parameter in common and hand nothing to each other while they learn.
+
+        Raises:
+            UsageError: there is one block, or blocks share something that learns with them.
+        """
+        if self.kind != "dt":
+            raise UsageError(f"variant={self.kind} has one block for all times; those of variant=dt can be spread")
+        if not self._apart:
+            raise UsageError(f"embeddings={self.embeddings.kind} learn from every block's loss; use embeddings=onehot")
+        if self.shared_updates == "step":
+            raise UsageError("shared_updates=step adds up the gradients of all blocks; use shared_updates=block")
+        if self.validation_steps != self.process.steps:
+            raise UsageError("validation_steps below the number of blocks would leave some of them out; leave it away")
+        return self._local_units()
+
+    def _local_units(self) -> LocalUnits:
+        return LocalUnits(
+            units=tuple(
+                LocalUnit(f"block {index}", (block,), partial(self._learn_unit, index), partial(self._pass_unit, index))
+                for index, block in enumerate(self.network)
+            ),
+            begin=self._begin,
+            enter=lambda step: (),
+            end=lambda step, members: _of_the_whole(step.shared),
+            join=lambda step: step.lanes.join(),
+            ask=lambda inputs: (inputs, self._sample_noise(inputs, self.draw)),
+            offer=lambda question: (question[1](0),),
+            answer=lambda signal, question: self.process.scores(signal[0], self.shared),
+            independent=True,
+        )
+
+    def _begin(self, batch: Batch) -> Step:
+        """Draw for every block, wherever it learns; p_out learns from those draws alone, the same in every process."""
         _, y = batch
         draws = [self._draw(index, y) for index in range(len(self.network))]
         lanes = Lanes(y.device, self.lanes + 1 if len(draws) > 1 else 0)
         with lanes.lane(self.lanes):
             learned = [self._learn_shared(y, drawn) for drawn in draws]
-        for index, drawn in enumerate(draws):
-            with lanes.lane(index % self.lanes):
-                learned[index].update(self._learn_alone(index, batch, drawn))
-        lanes.join()
-        return learned
+        return Step(batch, draws, lanes, learned)
+
+    def _learn_unit(self, index: int, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
+        with step.lanes.lane(index % self.lanes):
+            terms = self._learn_alone(index, step.batch, step.draws[index])
+        return (), {f"block {index} loss": terms[DENOISING]}
+
+    def _pass_unit(self, index: int, signal: Signal, question: tuple[Tensor, SampleNoise]) -> Signal:
+        x, noise = question
+        process = self.process
+        assert isinstance(process, DiscreteDiffusion)
+        block, (z,) = self._block(index), signal
+        _, z = process.denoise(block, index, index + 1, x, z, self.shared, noise, self.sampler, index)
+        return (z,)
 
     @torch.enable_grad()
     def _learn_together(self, batch: Batch) -> list[Metrics]:
@@ -384,13 +423,16 @@ class NoProp(Learner):
         self, inputs: Tensor, steps: int, draw: int, watch: Callable[[int, Tensor], None] = lambda step, logits: None
     ) -> Tensor:
         """Scores; `watch` sees each step's logits."""
-        noise = SampleNoise(inputs, self.noise.key, draw, self.embeddings.dim, self.embeddings.weight.dtype)
+        noise = self._sample_noise(inputs, draw)
         blocks: tuple[Any, ...] = self.blocks()
         way = self.process.trajectory(blocks, inputs, self.shared, noise, self.sampler, steps)
         for step, (logits, state) in enumerate(way):
             watch(step, logits)
             z = state
         return self.process.scores(z, self.shared)
+
+    def _sample_noise(self, inputs: Tensor, draw: int) -> SampleNoise:
+        return SampleNoise(inputs, self.noise.key, draw, self.embeddings.dim, self.embeddings.weight.dtype)
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:
@@ -427,6 +469,25 @@ class NoProp(Learner):
     def search_space(trial: Trial) -> dict[str, Any]:
         """The weight of the denoising loss."""
         return {"eta": trial.suggest_float("eta", 0.03, 3.0, log=True)}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What blocks of a step share: the batch, every block's draws, side streams, and what p_out learned from."""
+
+    batch: Batch
+    draws: list[Draws]
+    lanes: Lanes
+    shared: list[Metrics]
+
+
+def _of_the_whole(learned: Sequence[Terms]) -> Metrics:
+    """Metrics of what blocks share: the terms of the last block's loss, the read-out's as a mean over blocks."""
+    readout = [terms[READOUT] for terms in learned if READOUT in terms]
+    metrics = {f"{name} loss": value for name, value in learned[-1].items() if name != READOUT}
+    if readout:
+        metrics[f"{READOUT} loss"] = torch.stack(readout).mean()
+    return metrics
 
 
 def _parameters(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:

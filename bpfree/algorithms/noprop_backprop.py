@@ -76,6 +76,7 @@ class NoPropBackprop(Learner):
         follows="the back-propagation baseline: the same blocks, gated residual steps, trained end to end",
     )
     locality = "network"
+    undivided = "the error of a block comes from the blocks behind it, so that each rank would wait for the next one"
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from bpfree.errors import BpfreeError, UsageError
+from bpfree.parallel.ranks import is_leader
 
 ENVIRONMENT_NOTE = (
     "Every option can also be given as an environment variable BPFREE_COMMAND_OPTION, such as "
@@ -21,7 +22,8 @@ EXIT_NOTE = "Exit codes: 0 done, 1 failure, 2 usage, 3 target accuracy missed."
 
 
 def fail(error: BpfreeError) -> NoReturn:
-    click.echo(f"bpfree: error: {error}", err=True)
+    if is_leader():  # of processes that all say the same
+        click.echo(f"bpfree: error: {error}", err=True)
     sys.exit(error.exit_code)
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from bpfree.algorithms.learner import TASKS, Task
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default, refuse_others
+from bpfree.cli.launch import one_voice, start_ranks
 from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
 from bpfree.energy import KINDS
+from bpfree.errors import UsageError
 from bpfree.experiments.config import RunConfig, parse_settings, resolve, training_config
+from bpfree.parallel import FORMS, Ranks, Spread, launched
+from bpfree.parallel.ranks import TIMEOUT_S
 
 EXIT_TARGET_MISSED = 3
+OF_RANKS = ("nproc", "nnodes", "rdzv_endpoint", "form_of_ranks", "cut", "rank_timeout")
 INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that is another way to answer
 
 
@@ -73,6 +81,32 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
 @click.option(
     "--config", "config_file", type=click.Path(dir_okay=False, path_type=Path), help="Repeat the run of a config.json."
 )
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1),
+    help="Train on this many processes of this machine, one per GPU; see --parallel.  [default: 1]",
+)
+@click.option("--nnodes", default="1", metavar="N", help="Machines, each with --nproc processes, as torchrun takes it.")
+@click.option(
+    "--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet; the same command is given on each of them."
+)
+@click.option(
+    "--parallel",
+    "form_of_ranks",
+    type=click.Choice(FORMS),
+    help="What each process does: 'layer', consecutive blocks that hand activations on, with the weights of one "
+    "process; 'block', blocks that need nothing from each other (NoProp-DT); 'data', a part of every batch.",
+)
+@click.option(
+    "--cut", metavar="3,7", help="The last block of each process, from 0.  [default: balanced by measured time]"
+)
+@click.option(
+    "--rank-timeout",
+    type=click.FloatRange(min=1),
+    default=TIMEOUT_S,
+    metavar="SECONDS",
+    help="A process that does not answer for so long ends the run on all of them (30 s later at most).",
+)
 @click.option("--download/--no-download", default=True, help="Fetch the data set if it is not there.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on standard error.")
 @data_option
@@ -94,6 +128,12 @@ def run(
     target_accuracy: float | None,
     resumed: Path | None,
     config_file: Path | None,
+    nproc: int | None,
+    nnodes: str,
+    rdzv_endpoint: str | None,
+    form_of_ranks: str | None,
+    cut: str | None,
+    rank_timeout: float,
     download: bool,
     quiet: bool,
     data_root: Path | None,
@@ -108,6 +148,10 @@ def run(
     bpfree run --algo ccl --task autoencode --dataset cifar10
     bpfree run --preset mono_forward-cifar10 --seed 1 --seed 2 --seed 3
     bpfree run --resume results/runs/cifar10-mf-...
+    bpfree run --algo mf --network mlp:16x8192 --nproc 2 --parallel layer
+
+    With --nproc, torchrun starts the processes (or start them yourself: torchrun -m bpfree run ...). Which rule can be
+    spread in which way, and what is exact, is in docs/scaling.md.
 
     A preset with the hyperparameters of a paper or of our tuning is taken when one fits the rule, the data set and
     the network; options override it. `bpfree tune` writes presets of your own. Parameters of a rule are listed by
@@ -115,60 +159,121 @@ def run(
     """
     from bpfree.experiments import run as runs
 
-    console = Console(quiet=quiet)
-    options: dict[str, Any] = {
-        "data_root": data_root,
-        "reporter": console,
-        "keep_model": keep_model,
-    }
-    if resumed is not None:
-        refuse_others(
-            "--resume", allowed={"resumed", "target_accuracy", "data_root", "keep_model", "carbon", "quiet", "form"}
-        )
-        summaries = [runs.resume(resumed, measuring=runs.Measuring(carbon=carbon), **options)]
-        _print_summary(summaries[0], form)
-    else:
-        given = {name: value for name, value in training.items() if value is not None}
-        if config_file is not None:
-            refuse_others("--config", refused={"algorithm_name", "dataset", "network", "task", "preset"})
-            start = RunConfig.read(config_file)
-            config = replace(
-                start,
-                training=training_config({**vars(start.training), **given}),
-                parameters={**start.parameters, **parse_settings(settings, start.algorithm)},
-                device=start.device if is_default("device") else device,
-                energy=start.energy if is_default("energy") else energy,
+    spread = _spread(nproc, form_of_ranks, cut, device, seeds)
+    if spread is not None and not launched():
+        start_ranks(nproc or 1, nnodes, rdzv_endpoint)
+    with ExitStack() as stack:
+        together = None
+        if spread is not None:
+            ranks = Ranks(device, timeout_s=rank_timeout)
+            stack.enter_context(one_voice(ranks))
+            together = runs.Together(ranks, spread)
+        leader = together is None or together.ranks.rank == 0
+        options: dict[str, Any] = {
+            "data_root": data_root,
+            "reporter": Console(quiet=quiet) if leader else None,
+            "keep_model": keep_model,
+            "together": together,
+        }
+        if resumed is not None:
+            refuse_others(
+                "--resume",
+                allowed={"resumed", "target_accuracy", "data_root", "keep_model", "carbon", "quiet", "form", *OF_RANKS},
             )
-            seeds = (start.seed,) if is_default("seeds") else seeds
+            summaries = [runs.resume(resumed, measuring=runs.Measuring(carbon=carbon), **options)]
+            if leader:
+                _print_summary(summaries[0], form)
         else:
-            rule = algorithm_name or (None if preset not in (None, "none") else "mf")
-            named = rule or _preset_rule(str(preset))
-            config = resolve(
-                rule,
-                dataset,
-                network,
-                preset=preset,
-                parameters=parse_settings(settings, named),
-                training=given,
-                device=device,
-                energy=energy,
-                task=task,
-            )
-        loaded = runs.load_dataset(config.dataset, data_root, download=download)
-        idle_w = runs.measure_idle(config, idle_seconds) if idle_seconds else ()
-        summaries = []
-        for seed in seeds:
-            measuring = runs.Measuring(idle_w, idle_seconds, carbon)
-            summaries.append(
-                runs.run(replace(config, seed=seed), results, dataset=loaded, measuring=measuring, **options)
-            )
-            if idle_seconds:  # after this run is before the next
-                idle_w = tuple(summaries[-1]["energy"]["source"]["idle_w"][-1:])
-            _print_summary(summaries[-1], form)
-    worst = min(summary["test_accuracy"] for summary in summaries)
-    if target_accuracy is not None and worst < target_accuracy:
-        click.echo(f"bpfree: test accuracy {worst:.2f} % is below the target of {target_accuracy:g} %", err=True)
-        sys.exit(EXIT_TARGET_MISSED)
+            given = {name: value for name, value in training.items() if value is not None}
+            if config_file is not None:
+                refuse_others("--config", refused={"algorithm_name", "dataset", "network", "task", "preset"})
+                start = RunConfig.read(config_file)
+                config = replace(
+                    start,
+                    training=training_config({**vars(start.training), **given}),
+                    parameters={**start.parameters, **parse_settings(settings, start.algorithm)},
+                    device=start.device if is_default("device") else device,
+                    energy=start.energy if is_default("energy") else energy,
+                )
+                seeds = (start.seed,) if is_default("seeds") else seeds
+            else:
+                rule = algorithm_name or (None if preset not in (None, "none") else "mf")
+                named = rule or _preset_rule(str(preset))
+                config = resolve(
+                    rule,
+                    dataset,
+                    network,
+                    preset=preset,
+                    parameters=parse_settings(settings, named),
+                    training=given,
+                    device=device,
+                    energy=energy,
+                    task=task,
+                )
+            loaded = _loaded(config.dataset, data_root, download, together)
+            device_of_rank = None if together is None else together.ranks.device
+            idle_w = runs.measure_idle(config, idle_seconds, device_of_rank) if idle_seconds else ()
+            summaries = []
+            for seed in seeds:
+                measuring = runs.Measuring(idle_w, idle_seconds, carbon)
+                summaries.append(
+                    runs.run(replace(config, seed=seed), results, dataset=loaded, measuring=measuring, **options)
+                )
+                if not leader:
+                    continue
+                if idle_seconds:  # after this run is before the next
+                    idle_w = tuple(summaries[-1]["energy"]["source"]["idle_w"][-1:])
+                _print_summary(summaries[-1], form)
+        if not leader:
+            return
+        worst = min(summary["test_accuracy"] for summary in summaries)
+        if target_accuracy is not None and worst < target_accuracy:
+            click.echo(f"bpfree: test accuracy {worst:.2f} % is below the target of {target_accuracy:g} %", err=True)
+            sys.exit(EXIT_TARGET_MISSED)
+
+
+def _spread(nproc: int | None, form: str | None, cut: str | None, device: str, seeds: tuple[int, ...]) -> Spread | None:
+    """How the run is spread over processes; None for one process.
+
+    Raises:
+        UsageError: options that do not go together, before any process is started.
+    """
+    if nproc is None and not launched():
+        for option, given in (("--parallel", form), ("--cut", cut)):
+            if given is not None:
+                raise UsageError(f"{option} spreads a run over processes; say how many with --nproc")
+        return None
+    count = nproc if not launched() else int(os.environ["WORLD_SIZE"])
+    if form is None:
+        if count == 1:
+            return None
+        raise UsageError("say what each process does: --parallel layer, block or data (see docs/scaling.md)")
+    if len(seeds) > 1:
+        raise UsageError("processes that train together do one run at a time; give one --seed")
+    if device not in {"auto", "cpu", "cuda"}:
+        raise UsageError(f"each process takes a device of its own, so --device is auto, cpu or cuda, not {device}")
+    boards = torch.cuda.device_count()
+    if nproc is not None and device != "cpu" and (boards or device == "cuda") and nproc > boards:
+        raise UsageError(f"{nproc} processes need {nproc} CUDA devices, and there are {boards}; use --device cpu")
+    try:
+        ends = tuple(int(end) for end in cut.split(",")) if cut else ()
+    except ValueError:
+        raise UsageError(f"--cut takes numbers of blocks such as 3,7, got {cut!r}") from None
+    return Spread(form, ends)
+
+
+def _loaded(name: str, root: Path | None, download: bool, together: Any) -> Any:
+    """The data set; of several processes one fetches it, before the others look."""
+    from bpfree.experiments import run as runs
+
+    if together is None:
+        return runs.load_dataset(name, root, download=download)
+    ranks: Ranks = together.ranks
+    loaded = None
+    if ranks.local_rank == 0:
+        loaded = runs.load_dataset(name, root, download=download)
+    ranks.of_all(None)  # a machine's first process has it by now
+    return runs.load_dataset(name, root) if loaded is None else loaded
 
 
 def _preset_rule(name: str) -> str:

@@ -102,6 +102,19 @@ class EnergyResult:
             regime=_join_regimes(self, other),
         )
 
+    def beside(self, other: EnergyResult) -> EnergyResult:
+        """Add the energy of another device in the same span of time: joules and idle powers add up, seconds do not."""
+        return EnergyResult(
+            gross_j=add_known(self.gross_j, other.gross_j),
+            seconds=max(self.seconds, other.seconds),
+            method=_join(self.method, other.method),
+            scope=_join(self.scope, other.scope),
+            idle_w=add_known(self.idle_w, other.idle_w),
+            windows=max(self.windows, other.windows),
+            flags=flag_names(Flag[name] for name in (*self.flags, *other.flags)),
+            regime=_join_regimes(self, other),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """All fields and the derived numbers, ready for JSON."""
         derived = {name: getattr(self, name) for name in ("net_j", "mean_w", "wh", "power_share")}

@@ -192,8 +192,13 @@ def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
     return list(zip(spent.tolist(), accuracies, strict=True))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware and source of this process, for the record. Nothing that names the machine or its user."""
+def environment(device: torch.device, ranks: int = 1) -> dict[str, Any]:
+    """Versions, hardware and source of this process, for the record. Nothing that names the machine or its user.
+
+    Args:
+        device: the device that trains.
+        ranks: how many of them train together.
+    """
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -210,7 +215,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "bpfree": __version__,
         "commit": _source_commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "hardware": hardware(device),
+        "hardware": hardware(device) if ranks == 1 else f"{ranks} x {hardware(device)}",
         **versions,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.energy import EnergyMeter, EnergyResult, choose_source
 from bpfree.energy.carbon import CarbonTracker, carbon_intensity
+from bpfree.energy.simulated import SimulatedSource
+from bpfree.energy.sources import PowerSource
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
@@ -30,9 +32,10 @@ from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, reveal
 from bpfree.experiments.pictures import draw_reconstructions, require_matplotlib
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
-from bpfree.experiments.stepper import step_precision
+from bpfree.experiments.stepper import numerics, step_precision
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
 from bpfree.networks import build_network, set_dropout
+from bpfree.parallel import Alone, Ranks, Spread, Team, check_spread, spread_over
 
 MIB: Final = 2**20
 AnyDataset = Dataset | GraphDataset
@@ -64,6 +67,14 @@ class Measuring:
     idle_after_s: float = 0.0
     carbon: str | None = None
     start_temperature_c: float | None = None
+
+
+@dataclass(frozen=True)
+class Together:
+    """The processes of a run, and what each of them does."""
+
+    ranks: Ranks
+    spread: Spread
 
 
 class Reporter:
@@ -108,8 +119,17 @@ def load_dataset(name: str, root: Path | None = None, *, download: bool = False)
     return loaded
 
 
-def build_learner(config: RunConfig, dataset: AnyDataset, device: torch.device) -> Learner:
-    """The learner of a run: the seed fixes the network first, so that every rule starts from the same one."""
+def build_learner(
+    config: RunConfig, dataset: AnyDataset, device: torch.device, *, place: torch.device | None = None
+) -> Learner:
+    """The learner of a run: the seed fixes the network first, so that every rule starts from the same one.
+
+    Args:
+        config: the run.
+        dataset: what it trains on.
+        device: where it will compute.
+        place: where to leave the learner, if that is not `device`.
+    """
     torch.manual_seed(config.seed)
     if isinstance(dataset, GraphDataset):
         if config.task == "autoencode":
@@ -124,7 +144,7 @@ def build_learner(config: RunConfig, dataset: AnyDataset, device: torch.device) 
         set_dropout(network, config.training.dropout)
     learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
     convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
-    return learner.to(device)
+    return learner.to(device if place is None else place)
 
 
 def preferred_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
@@ -143,6 +163,7 @@ def run(
     measuring: Measuring = Measuring(),
     keep_model: bool = True,
     test: bool = True,
+    together: Together | None = None,
 ) -> dict[str, Any]:
     """Do a run and record it in a new folder under `root`.
 
@@ -156,11 +177,14 @@ def run(
         keep_model: whether to keep the trained weights in the folder.
         test: whether to test at the end. Otherwise the test part is not touched, the summary has no test results and
             is called untested.json, which tables do not read: a trial of a tuner.
+        together: the processes that do this run together, each of which calls this function; None for this one alone.
 
     Returns:
-        The run's summary, as written to summary.json, and where that is ("run_dir").
+        The run's summary, as written to summary.json, and where that is ("run_dir"). Of several processes, those that
+        are not the leader get an empty one.
 
     Raises:
+        LostRankError: another process has died or does not answer.
         UsageError: something in `config` is unknown or does not fit.
         DataError: the data set is missing or damaged.
         TrainingError: a loss is not finite, or memory ran out.
@@ -174,18 +198,39 @@ def run(
     config = replace(config, dataset=dataset.name)  # the record names what was trained on
     if config.task == "autoencode":
         require_matplotlib()  # before hours of training, not behind them
-    device = pick_device(config.device)
-    learner = build_learner(config, dataset, device)
-    folder = RunFolder.create(
-        root,
-        dataset=config.dataset,
-        algorithm=algorithm(config.algorithm).alias,
-        network=config.network,
-        seed=config.seed,
+    device, learner = _learner_of(config, dataset, together)
+    if together is None or together.ranks.rank == 0:
+        folder = RunFolder.create(
+            root,
+            dataset=config.dataset,
+            algorithm=algorithm(config.algorithm).alias,
+            network=config.network,
+            seed=config.seed,
+        )
+        ranks = 1 if together is None else together.ranks.size
+        folder.write_json(records.CONFIG, config.to_dict())
+        folder.write_json(records.ENVIRONMENT, records.environment(device, ranks))
+    if together is not None:
+        folder = RunFolder(Path(together.ranks.from_leader(str(folder.path) if together.ranks.rank == 0 else "")))
+    state = None
+    return _train(
+        config, folder, dataset, learner, device, reporter or Reporter(), measuring, keep_model, test, state, together
     )
-    folder.write_json(records.CONFIG, config.to_dict())
-    folder.write_json(records.ENVIRONMENT, records.environment(device))
-    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, test, state=None)
+
+
+def _learner_of(config: RunConfig, dataset: AnyDataset, together: Together | None) -> tuple[torch.device, Learner]:
+    """Device and learner of this process; refuses what cannot be spread as asked, before anything is made."""
+    if together is None:
+        device = pick_device(config.device)
+        return device, build_learner(config, dataset, device)
+    ranks, spread = together.ranks, together.spread
+    place = None if spread.whole else torch.device("cpu")
+    learner = build_learner(config, dataset, ranks.device, place=place)
+    graph = isinstance(dataset, GraphDataset)
+    check_spread(spread, learner, ranks.size, config.training.batch_size, graph=graph)
+    if config.training.diagnose and not spread.whole:
+        raise UsageError("diagnostics of every epoch need the whole network on every rank; leave out --diagnose")
+    return ranks.device, learner
 
 
 def resume(
@@ -197,10 +242,12 @@ def resume(
     measuring: Measuring = Measuring(),
     keep_model: bool = True,
     test: bool = True,
+    together: Together | None = None,
 ) -> dict[str, Any]:
     """Go on with an interrupted run; its weights end up as if it had never stopped.
 
-    A run that is finished already just returns its summary. See `run` for arguments and errors.
+    A run that is finished already just returns its summary. The number of processes may be another than before, and
+    the form as well; of several, all must see the run's folder. See `run` for arguments and errors.
 
     Raises:
         CheckpointError: `path` is not a run folder, or its checkpoint is damaged.
@@ -213,10 +260,12 @@ def resume(
         require_matplotlib()
     if dataset is None:
         dataset = load_dataset(config.dataset, data_root)
-    learner = build_learner(config, dataset, pick_device(config.device))
+    device, learner = _learner_of(config, dataset, together)
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None
-    return _train(config, folder, dataset, learner, reporter or Reporter(), measuring, keep_model, test, state)
+    return _train(
+        config, folder, dataset, learner, device, reporter or Reporter(), measuring, keep_model, test, state, together
+    )
 
 
 def summary_name(test: bool) -> str:
@@ -229,33 +278,45 @@ def _train(
     folder: RunFolder,
     dataset: AnyDataset,
     learner: Learner,
+    device: torch.device,
     reporter: Reporter,
     measuring: Measuring,
     keep_model: bool,
     test: bool,
     state: dict[str, Any] | None,
+    together: Together | None,
 ) -> dict[str, Any]:
     """Train from the start or from a checkpoint's state, test if asked to, and write the record."""
-    device = next(learner.parameters()).device
     stop = StopRequest()
-    with told_of_memory(config, device), closing(choose_source(config.energy, device)) as source:
+    leader = together is None or together.ranks.rank == 0
+    with told_of_memory(config, device), closing(_source(config, device, together)) as source:
         train, validation, *held = load_batches(config, dataset, device, preferred_layout(learner, device), test=test)
+        team = _team(config, learner, train, together)
         earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
         meter = EnergyMeter(
             source,
             device=device,
             idle_w=measuring.idle_w,
-            earlier=earlier,
+            earlier=earlier if together is None else {},
             poll_hz=POLL_HZ,
             start_temperature_c=measuring.start_temperature_c,
         )
 
+        def totals() -> dict[str, EnergyResult]:
+            return (
+                meter.totals()
+                if together is None
+                else _totals(meter, together.ranks, earlier, _counts(config, together))
+            )
+
         def save(progress: dict[str, Any]) -> None:
-            spent = {name: result.as_dict() for name, result in meter.totals().items()}
-            folder.save(records.CHECKPOINT, {**progress, "energy": spent})
+            spent = {name: result.as_dict() for name, result in totals().items()}
+            if leader:
+                folder.save(records.CHECKPOINT, {**progress, "energy": spent})
 
         def on_epoch(record: dict[str, Any]) -> None:
-            folder.append_metrics(record)
+            if leader:
+                folder.append_metrics(record)
             reporter.epoch(record)
 
         trainer = Trainer(
@@ -269,14 +330,18 @@ def _train(
             on_steps=reporter.steps,
             save=save,
             interrupted=stop,
+            team=team,
         )
         if state is not None:
             trainer.load_state_dict(state)
-        folder.write_metrics(trainer.progress.history)
+        if leader:
+            folder.write_metrics(trainer.progress.history)
         reporter.started(config, folder.path, learner, trainer)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        tracker = None if measuring.carbon is None else CarbonTracker(measuring.carbon, folder=folder.path)
+        tracker = None
+        if measuring.carbon is not None and leader:
+            tracker = CarbonTracker(measuring.carbon, folder=folder.path)
         try:
             with ExitStack() as running:
                 if tracker is not None:
@@ -286,28 +351,42 @@ def _train(
                 progress = trainer.run()
         except InterruptedRunError as error:
             how = f"the run is saved, go on with: bpfree run --resume {folder.path}"
-            raise InterruptedRunError(f"{error} ({stop.name}); {how}") from None
+            raise InterruptedRunError(f"{error} ({stop.name or 'asked by another rank'}); {how}") from None
         except TrainingError:
             if keep_model and trainer.has_best:
-                folder.save(records.MODEL, learner.state_dict())
+                team.collect(learner)
+                if leader:
+                    folder.save(records.MODEL, learner.state_dict())
             raise
         finally:
             reporter.finished()
         if measuring.idle_after_s:
             meter.measure_idle(measuring.idle_after_s)
+        spent = totals()
         data_mib = stored_bytes(train, validation, *held) / MIB
-        measured = {
-            "energy": _energy(meter, progress, train.step_size(config.training.batch_size)),
-            "memory": {**peak_memory(device), "data_mib": data_mib},
+        memory = {**peak_memory(device), "data_mib": data_mib}
+        measured: dict[str, Any] = {
+            "energy": _energy(spent, meter, progress, train.step_size(config.training.batch_size)),
+            "memory": memory,
         }
+        if together is not None:
+            team.collect(learner)
+            measured["parallel"] = {**team.describe(), **_by_rank(meter, memory, device, together.ranks)}
+            measured["memory"]["peak_mib"] = max(rank["memory"]["peak_mib"] for rank in measured["parallel"]["by_rank"])
+            together.ranks.leave()  # what is left is for the leader, which holds the whole learner by now
+            if not leader:
+                return {}
+            learner.to(device)
         if tracker is not None:
-            measured["carbon"] = tracker.report(meter.totals()["total"])
+            measured["carbon"] = tracker.report(spent["total"])
         summary = {
             **_summary(config, folder, learner, progress, measured),
             "metric": validation.metric,
             "criterion": validation.criterion,
             "forward_flops": forward_flops(learner, validation, config.training.precision),
         }
+        if together is not None:
+            summary["command"] += _parallel_words(together)
         for part in held:
             summary.update(_tested(config, dataset, learner, part))
             if isinstance(part, Batches) and part.reconstruct:
@@ -318,6 +397,67 @@ def _train(
     folder.write_json(summary_name(test), summary)
     folder.remove(records.CHECKPOINT)
     return {**summary, "run_dir": str(folder.path)}
+
+
+def _team(config: RunConfig, learner: Learner, train: AnyBatches, together: Together | None) -> Team:
+    """The processes that train together, each with its part."""
+    if together is None:
+        return Alone()
+    training, device = config.training, together.ranks.device
+    sample = next(iter(train.in_order(training.batch_size)))
+    with numerics(training.precision), step_precision(training.precision, device):
+        return spread_over(
+            together.ranks,
+            together.spread,
+            learner,
+            sample,
+            batch_size=training.batch_size,
+            graphs=training.graph,
+        )
+
+
+def _counts(config: RunConfig, together: Together) -> bool:
+    """Whether this rank's joules count: processors of a machine are measured once, boards each for itself."""
+    ranks = together.ranks
+    return ranks.device.type == "cuda" or ranks.local_rank == 0 or config.energy == "simulated"
+
+
+def _source(config: RunConfig, device: torch.device, together: Together | None) -> PowerSource:
+    """Where this process's joules come from: nowhere, if another process measures the same device."""
+    if together is None or _counts(config, together):
+        return choose_source(config.energy, device)
+    return SimulatedSource(0.0)  # which knows for certain that it adds nothing
+
+
+def _totals(
+    meter: EnergyMeter, ranks: Ranks, earlier: dict[str, EnergyResult], counts: bool
+) -> dict[str, EnergyResult]:
+    """What all ranks have spent, by the name of the window; all of them must call this."""
+    own = {name: result.as_dict() for name, result in meter.totals().items()} if counts else {}
+    sums: dict[str, EnergyResult] = {}
+    for spent in ranks.of_all(own):
+        for name, result in spent.items():
+            part = EnergyResult.from_dict(result)
+            sums[name] = sums[name].beside(part) if name in sums else part
+    later = {name: earlier[name] + result if name in earlier else result for name, result in sums.items()}
+    return {**earlier, **later}
+
+
+def _by_rank(meter: EnergyMeter, memory: dict[str, Any], device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """Energy since this start and peak memory of every rank, for the record; all of them must call this."""
+    own = {
+        "device": str(device),
+        "hardware": records.hardware(device),
+        "energy": meter.totals()["total"].as_dict(),
+        "memory": memory,
+    }
+    return {"by_rank": [{"rank": rank, **known} for rank, known in enumerate(ranks.of_all(own))]}
+
+
+def _parallel_words(together: Together) -> str:
+    """The options that spread a run like this one."""
+    cut = f" --cut {','.join(map(str, together.spread.cut))}" if together.spread.cut else ""
+    return f" --parallel {together.spread.form} --nproc {together.ranks.size}{cut}"
 
 
 def trained(
@@ -380,9 +520,10 @@ def stored_bytes(*parts: AnyBatches) -> int:
     return sum(part.nbytes for part in parts) - sum(part.nbytes - part.targets.nbytes for part in shared)
 
 
-def _energy(meter: EnergyMeter, progress: Progress, step_size: int) -> dict[str, Any]:
+def _energy(
+    totals: Mapping[str, EnergyResult], meter: EnergyMeter, progress: Progress, step_size: int
+) -> dict[str, Any]:
     """The energy of the whole run, of its training and validation, per step and per sample, and its source."""
-    totals = meter.totals()
     total = totals["total"]
     per_step = None if total.gross_j is None else total.gross_j / progress.steps
     per_sample = None if per_step is None else per_step / step_size
@@ -443,14 +584,15 @@ def forward_flops(learner: Learner, batches: AnyBatches, precision: str) -> int:
     return int(counter.get_total_flops())
 
 
-def measure_idle(config: RunConfig, seconds: float) -> tuple[float, ...]:
+def measure_idle(config: RunConfig, seconds: float, device: torch.device | None = None) -> tuple[float, ...]:
     """Mean power of the idle device with its context alive, W, for `run`; empty where it cannot be measured.
 
     Args:
         config: names the device and the source.
         seconds: how long to measure; a counter wants at least 10 s.
+        device: instead of the one that `config` names.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device) if device is None else device
     torch.zeros(1, device=device)  # a context draws power even when nothing runs
     with closing(choose_source(config.energy, device)) as source:
         watts = EnergyMeter(source, device=device).measure_idle(seconds)

@@ -17,11 +17,13 @@ from bpfree.algorithms.learner import Learner, Stage
 from bpfree.data.batches import Draw
 from bpfree.data.graph_batches import AnyBatches
 from bpfree.errors import unknown_name
+from bpfree.parallel.team import Alone, Team
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 STAGING_BYTES: Final = 64 * 2**20
 MAX_STAGED_STEPS: Final = 64
 WARMUP_STEPS: Final = 3
+REHEARSED_STEPS: Final = 6  # of stages that capture their own graphs: eager ones, then one of each graph
 
 
 @contextmanager
@@ -73,6 +75,7 @@ class Stepper:
         precision: "fp32", "tf32" or "bf16".
         scheduled: whether the learning rate changes during training.
         graph: whether to use CUDA graphs where possible.
+        team: the processes that train together. Where a step talks to others it is no single graph.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class Stepper:
         precision: str,
         scheduled: bool,
         graph: bool,
+        team: Team | None = None,
     ) -> None:
+        self._team = team or Alone()
         self._learner, self._stage, self._train, self._live_prefix = learner, stage, train, live_prefix
         self._precision, self._scheduled = precision, scheduled
         device = train.device
@@ -95,14 +100,16 @@ class Stepper:
         chunks = -(-self.steps_per_epoch // most)
         self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
         self._staged = train.stage(self.capacity, batch_size)
-        self.use_graph = graph and device.type == "cuda" and learner.capture_safe and train.fixed_shapes
+        possible = graph and device.type == "cuda" and learner.capture_safe and train.fixed_shapes
+        self.use_graph = possible and self._team.size == 1
+        on_device = self.use_graph or self._team.captures  # what a graph must find there
         self._groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
         for group in self._groups:
             # kept in the optimiser's state, as torch's own schedulers do it; a graph reads the rate from the device
             rate = group.setdefault("initial_lr", float(group["lr"]))
-            group["lr"] = torch.tensor(rate, device=device) if self.use_graph else rate
+            group["lr"] = torch.tensor(rate, device=device) if on_device else rate
             if "capturable" in group:
-                group["capturable"] = self.use_graph
+                group["capturable"] = on_device
         self._rates = torch.ones(self.capacity, device=device)
         self._factors = [1.0] * self.capacity
         self._metrics = torch.empty(0, device=device)
@@ -147,6 +154,7 @@ class Stepper:
         if self.use_graph:
             self._graphs[count].replay()
             return self._metrics[:count]
+        self._team.expect(count)
         for position in range(count):
             self._record(position)
             if interrupted():
@@ -172,10 +180,15 @@ class Stepper:
         with FlopCounterMode(display=False) as counter:
             metrics = self._step(0)
         self.flops_per_step = counter.get_total_flops()
+        if self._team.size > 1:  # a rank has counted what it does
+            (flops,) = self._team.add([self.flops_per_step])
+            self.flops_per_step = int(flops or 0)
         self.metric_names = tuple(metrics)
         self._metrics = torch.zeros(self.capacity, len(metrics), device=device)
         if self.use_graph:
             self._capture()
+        for _ in range(REHEARSED_STEPS if self._team.captures else 0):
+            self._record(0)
         with torch.no_grad():
             for tensor, before in zip(state, saved, strict=True):
                 tensor.copy_(before)

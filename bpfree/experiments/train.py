@@ -20,6 +20,7 @@ from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
+from bpfree.parallel.team import Alone, Team
 
 EVALUATION_BATCH: Final = 2000
 MONITORS: Final = ("loss", "metric")
@@ -169,6 +170,7 @@ class Trainer:
         on_steps: called with the stage's name, its epoch and the number of steps just done.
         save: called with the whole state when a checkpoint is due.
         interrupted: asked between steps whether to save and stop.
+        team: the processes that train together, each with a trainer of its own; None for this one alone.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class Trainer:
         on_steps: Callable[[str, int, int], None] | None = None,
         save: Callable[[dict[str, Any]], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
+        team: Team | None = None,
     ) -> None:
         if not train.steps_per_epoch(config.batch_size):
             raise DataError(
@@ -194,6 +197,8 @@ class Trainer:
             raise DataError("there is no validation sample, so no epoch can be called best; use --validation 1 or more")
         self.learner, self.train, self.validation, self.config, self.seed = learner, train, validation, config, seed
         self.meter: Meter = meter or NoMeter()
+        self.team = team or Alone()
+        self._stages = self.team.stages(learner)
         self._on_epoch = on_epoch or (lambda record: None)
         self._on_steps = on_steps or (lambda stage, epoch, steps: None)
         self._save = save
@@ -209,7 +214,12 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit: tensors and plain values only."""
+        """Everything needed to go on bit for bit, with any number of processes: tensors and plain values only.
+
+        Of several processes all must call this, and the leader's is the state.
+        """
+        self.team.collect(self.learner, self._best)
+        metrics = self._epoch_metrics
         generators = {"cpu": torch.get_rng_state()}
         if self.train.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.train.device)
@@ -217,7 +227,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "progress": asdict(self.progress),
             "best": self._best,
-            "epoch_metrics": self._epoch_metrics,
+            "epoch_metrics": None if metrics is None else self.team.share_metrics(metrics),
             "generators": generators,
         }
 
@@ -225,9 +235,14 @@ class Trainer:
         """Take up the state of an interrupted training; the counterpart of `state_dict`."""
         self.learner.load_state_dict(state["learner"])
         self.progress = Progress(**state["progress"])
-        self._best = [tensor.to(self.train.device) for tensor in state["best"]]
+        self.team.settle(self.learner)
+        places = [t.device for m in self._stages[0].modules for t in (*m.parameters(), *m.buffers())]
+        if self.team.whole:
+            places = [self.train.device] * len(state["best"])
+        self._best = [tensor.to(place) for tensor, place in zip(state["best"], places, strict=False)]
         metrics = state["epoch_metrics"]
-        self._epoch_metrics = None if metrics is None else metrics.to(self.train.device)
+        kept = None if metrics is None else self.team.keep_metrics(metrics.to(self.train.device))
+        self._epoch_metrics = kept
         torch.set_rng_state(state["generators"]["cpu"])
         if "cuda" in state["generators"] and self.train.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.train.device)
@@ -235,7 +250,7 @@ class Trainer:
     @property
     def fraction(self) -> float:
         """Share of the epochs planned at most that are done, 0 to 1; every stage counts alike."""
-        stages = len(self.learner.stages())
+        stages = len(self._stages)
         within = self.progress.epoch * self.steps_per_epoch / self.planned_steps if self.planned_steps else 0.0
         return (self.progress.stage + within) / stages
 
@@ -255,6 +270,10 @@ class Trainer:
                 self._save(self.state_dict())
             self._last_save = time.monotonic()
 
+    def _save_if_due(self) -> None:
+        (due,) = self.team.decide(self._checkpoint_due())
+        self._save_if(due)
+
     def _checkpoint_due(self) -> bool:
         return time.monotonic() - self._last_save >= self.config.checkpoint_every
 
@@ -267,7 +286,7 @@ class Trainer:
             InterruptedRunError: `interrupted` said so; the state has been saved.
             TrainingError: a loss is not finite, or memory ran out.
         """
-        stages = self.learner.stages()
+        stages = self._stages
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
                 self._load_libraries()
@@ -292,7 +311,11 @@ class Trainer:
             step_precision(self.config.precision, self.train.device),
             FlopCounterMode(display=False),  # its first use imports a compiler
         ):
-            self.learner.scores(inputs)
+            if self.team.whole:
+                self.learner.scores(inputs)
+            else:  # whose only stage answers for it
+                with evaluation_mode(self.learner), torch.no_grad():
+                    self._stages[0].scores(inputs)
 
     def _start_next_stage(self) -> None:
         self.progress.stage += 1
@@ -331,6 +354,7 @@ class Trainer:
             precision=config.precision,
             scheduled=config.lr_schedule != "constant" or config.warmup_epochs > 0,
             graph=config.graph,
+            team=self.team,
         )
         with self.meter.paused():
             stepper.rehearse(train.draw(self.seed, progress.stage, 0))
@@ -357,7 +381,7 @@ class Trainer:
             progress.history.append(record)
             progress.epoch, progress.step = progress.epoch + 1, 0
             self._on_epoch(record)
-            self._save_if(self._checkpoint_due())
+            self._save_if_due()
         self._restore_best(trained)
         self._note_finished(stage, stopped_early=stopping.stop, graph=stepper.use_graph)
         stepper.close()
@@ -463,7 +487,8 @@ class Trainer:
             count = min(stepper.capacity, stepper.steps_per_epoch - first)
             factors = [self._factor(first + position, stepper, epochs) for position in range(count)]
             stepper.stage_batches(draw, first, count, factors)
-            rows = stepper.run(count, self._interrupted)
+            # processes that train together stop together, between these calls
+            rows = stepper.run(count, self._interrupted if self.team.size == 1 else lambda: False)
             metrics[first : first + len(rows)] = rows
             if first == 0:
                 self._read_joules()
@@ -482,8 +507,8 @@ class Trainer:
         progress.step += count
         progress.steps += count
         self._on_steps(stage.name, progress.epoch, count)
-        interrupted = self._interrupted()
-        self._save_if(interrupted or self._checkpoint_due())
+        interrupted, due = self.team.decide(self._interrupted(), self._checkpoint_due())
+        self._save_if(interrupted or due)
         if interrupted:
             raise InterruptedRunError(
                 f"stopped in {stage.name}, epoch {progress.epoch + 1}, after step {progress.step}"
@@ -497,7 +522,9 @@ class Trainer:
         """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
-        rating = rate(stage.scores, validation, self.config.precision, self.learner)
+        (self._epoch_joules,) = self.team.add([self._epoch_joules])
+        rating = self.team.share_rating(rate(stage.scores, validation, self.config.precision, self.learner))
+        metrics = self.team.share_metrics(metrics)
         numbers = torch.cat([rating, metrics.double().flatten()]).cpu()
         validation_loss, validation_accuracy = numbers[:2].tolist()
         steps = numbers[2:].view(metrics.shape)
@@ -545,6 +572,8 @@ def rate(scores: Callable[[Any], Tensor], batches: AnyBatches, precision: str, l
         for inputs, targets in batches.in_order(EVALUATION_BATCH):
             with step_precision(precision, batches.device):
                 logits = scores(inputs).float()
+            if not len(logits):  # of a learner that is spread, another process knows them
+                continue
             total += torch.stack([batches.losses(logits, targets), batches.hits(logits, targets)])
     return total / len(batches)
 

@@ -104,6 +104,10 @@ class Stream(nn.Module):
     Args:
         key: what it draws is a function of the key and of how often it was asked before; None draws a key from
             PyTorch's global generator.
+
+    Attributes:
+        share: the number of this process among those that draw for parts of the same batch, and how many they are:
+            each draws numbers of its own, and the state stays the same in all.
     """
 
     key: Tensor
@@ -113,6 +117,7 @@ class Stream(nn.Module):
         super().__init__()
         self.register_buffer("key", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.share = (0, 1)
         self.reset_parameters() if key is None else self.rekey(key)
 
     def reset_parameters(self) -> None:
@@ -127,7 +132,8 @@ class Stream(nn.Module):
     @torch.no_grad()
     def bits(self, count: int) -> Tensor:
         """(count,) int64 hashes; the next call gives others."""
-        drawn = hashes(self.key, self.count, count)
+        rank, ranks = self.share
+        drawn = hashes(self.key, self.count if ranks == 1 else self.count * ranks + rank, count)
         self.count.add_(1)
         return drawn
 

@@ -296,7 +296,7 @@ def test_the_learnable_part_alone_is_a_host_with_one_more_unit() -> None:
 
 
 def test_without_copy_nothing_follows() -> None:
-    assert not residual(bias="twin")._momentum._copies
+    assert not residual(bias="twin")._momentum._pairs
     assert all(isinstance(auxiliary, nn.Identity) for auxiliary in residual().auxiliaries)
 
 

@@ -1,0 +1,511 @@
+"""Consecutive blocks on each rank: activations go forward, nothing but what a rule declares goes back.
+
+Rank r holds some consecutive units of the rule (`algorithms.local_units`). In every step it receives the signal of the
+unit before its first one, lets its units learn, hands the last one's signal to rank r + 1 and ends the step; rank r + 1
+works on step k while rank r works on step k + 1. Signals are received into two buffers in turn, the next one while a
+step computes, and sent without waiting, so that only the first step of an epoch and its validation find ranks idle.
+Inputs and targets are not sent: every rank has the data, in the same order. Where a unit reads parameters of the next
+one (`LocalUnit.borrows`) that lives on rank r + 1, rank r + 1 sends them as they are when its step begins.
+
+A rule whose units learn independently sends nothing while it learns, and is validated the same way.
+
+On CUDA a rank's step is two graphs: the units' learning, and the end of the step; signals are sent between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits, Signal
+from bpfree.errors import UsageError
+from bpfree.networks.partition import balanced_ends
+from bpfree.parallel.ranks import Ranks
+from bpfree.parallel.team import Team
+
+SLOTS: Final = 2
+EAGER_STEPS: Final = 3  # before capture: libraries load, optimisers make their state
+TIMED_STEPS: Final = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor of a signal lies in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """The layout of a tensor that is contiguous in one way or the other."""
+        last = tensor.ndim == 4 and not tensor.is_contiguous()
+        return cls(tuple(tensor.shape), tensor.dtype, last and tensor.is_contiguous(memory_format=torch.channels_last))
+
+    def empty(self, device: torch.device) -> Tensor:
+        """A tensor of this layout."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty(self.shape, dtype=self.dtype, device=device, memory_format=layout)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor's memory as it lies, contiguous."""
+    return tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
+
+
+class Link:
+    """Messages from one rank to a neighbour, in order.
+
+    Args:
+        ranks: the processes.
+        group: the two of them.
+        peer: the other one.
+    """
+
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, peer: int) -> None:
+        self._ranks, self._group, self._peer = ranks, group, peer
+        self._layouts: dict[Any, list[Layout]] = {}
+        self._buffers: dict[Any, list[Signal]] = {}
+        self._turn = 0
+        self._sent: deque[tuple[list[Any], Signal]] = deque()
+
+    def declare(self, kind: Any, layouts: list[Layout]) -> None:
+        """What messages of a kind look like, where both sides know that; otherwise the first one is announced."""
+        self._layouts[kind] = layouts
+        self._buffers[kind] = [tuple(layout.empty(self._ranks.device) for layout in layouts) for _ in range(SLOTS)]
+
+    def send(self, kind: Any, signal: Signal) -> None:
+        """Send without waiting.
+
+        Args:
+            kind: what the message is: equal kinds have equal layouts, and both sides meet the kinds in the same order.
+            signal: detached tensors; they must not change before `room` has made room for the next message but one.
+        """
+        signal = tuple(t if t.is_contiguous() or Layout.of(t).channels_last else t.contiguous() for t in signal)
+        if kind not in self._layouts:
+            self._layouts[kind] = [Layout.of(tensor) for tensor in signal]
+            dist.send_object_list([self._layouts[kind]], self._peer)
+        works = [dist.isend(flat(tensor), self._peer, group=self._group) for tensor in signal]
+        self._sent.append((works, signal))
+
+    def room(self, most: int = SLOTS - 1) -> None:
+        """Wait until at most this many messages are under way."""
+        while len(self._sent) > most:
+            works, _ = self._sent.popleft()
+            for work in works:
+                work.wait()
+
+    def receive(self, kind: Any) -> tuple[list[Any], Signal]:
+        """Begin to receive; the signal is there once the works have been waited for, until the next message but one."""
+        if kind not in self._layouts:
+            box: list[Any] = [None]
+            dist.recv_object_list(box, self._peer)
+            self.declare(kind, box[0])
+        self._turn += 1
+        signal = self._buffers[kind][self._turn % SLOTS]
+        return [dist.irecv(flat(tensor), self._peer, group=self._group) for tensor in signal], signal
+
+
+def arrived(pending: tuple[list[Any], Signal]) -> Signal:
+    """Wait for a message (on CUDA the current stream waits, not the host)."""
+    works, signal = pending
+    for work in works:
+        work.wait()
+    return signal
+
+
+class LayerTeam(Team):
+    """Ranks that hold consecutive units.
+
+    Args:
+        ranks: the processes.
+        learner: complete, on the CPU, and the same on every rank. The rank's own part is moved to its device.
+        sample: a batch to measure units with, on the rank's device.
+        cut: the last unit of each rank, from 0; None balances the ranks by the measured time of each unit's step.
+        graphs: on CUDA, replay steps as CUDA graphs.
+        independent: the units must need nothing from each other while they learn.
+
+    Raises:
+        UsageError: the rule cannot be cut, there are more ranks than units, or the cut does not fit.
+    """
+
+    whole = False
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        learner: Learner,
+        sample: Batch,
+        *,
+        cut: Sequence[int] | None = None,
+        graphs: bool = True,
+        independent: bool = False,
+    ) -> None:
+        self.rank, self.size = ranks.rank, ranks.size
+        self._ranks, self._form = ranks, "block" if independent else "layer"
+        self._chain = chain = cut_rule(learner, self._form, ranks.size)
+        if cut is None:
+            costs = unit_seconds(learner, sample, ranks.device) if ranks.rank == 0 else None
+            ends = tuple(balanced_ends(ranks.from_leader(costs), ranks.size))
+        else:
+            ends = checked_cut(cut, len(chain.units), ranks.size)
+        self.ends = ends
+        first = [0, *(end + 1 for end in ends)]
+        self.members = range(first[self.rank], first[self.rank + 1])
+        self._owner = {
+            id(tensor): owner
+            for owner in range(self.size)
+            for number in range(first[owner], first[owner + 1])
+            for module in chain.units[number].modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        borrowed = chain.units[self.members[-1]].borrows if self.rank + 1 < self.size else ()
+        self._borrowed = tuple(borrowed)
+        self._lent = chain.units[self.members[0] - 1].borrows if self.rank else ()
+        self.captures = graphs and ranks.device.type == "cuda" and learner.capture_safe
+        self._place(learner)
+        self._forward_links = [ranks.link(lower) for lower in range(self.size - 1)]
+        self._before = Link(ranks, self._forward_links[self.rank - 1], self.rank - 1) if self.rank else None
+        self._after = Link(ranks, self._forward_links[self.rank], self.rank + 1) if self.rank + 1 < self.size else None
+        self._back_before, self._back_after = self._back_links()
+        self._pending: tuple[list[Any], Signal] | None = None
+        self._to_come = 0
+        self._steps = 0
+        self._parts: list[_Graphed | None] = [None] * SLOTS
+        self._names: list[str] = []
+        self._empty_scores = torch.empty(0, learner.classes, device=ranks.device)
+
+    def _back_links(self) -> tuple[Link | None, Link | None]:
+        """For what units borrow: to the rank before, from the rank behind; none where the rule borrows nothing."""
+        if not any(unit.borrows for unit in self._chain.units):
+            return None, None
+        groups = [self._ranks.link(lower) for lower in range(self.size - 1)]
+        before = Link(self._ranks, groups[self.rank - 1], self.rank - 1) if self.rank and self._lent else None
+        after = Link(self._ranks, groups[self.rank], self.rank + 1) if self._borrowed else None
+        for link, parameters in ((before, self._lent), (after, self._borrowed)):
+            if link is not None:
+                # an announcement would go against the stream of those of signals, each side waiting for the other
+                size = sum(parameter.numel() for parameter in parameters)
+                link.declare("borrowed", [Layout((size,), parameters[0].dtype, channels_last=False)])
+        return before, after
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return self._owner.get(id(tensor), self.rank) == self.rank
+
+    def _place(self, learner: Learner) -> None:
+        """Move what this rank computes with to its device; the rest stays on the host, and out of its optimisers."""
+        borrowed = {id(parameter) for parameter in self._borrowed}
+        for tensor in (*learner.parameters(), *learner.buffers()):
+            if self._is_own(tensor) or id(tensor) in borrowed:
+                tensor.data = tensor.data.to(self._ranks.device)
+            if isinstance(tensor, nn.Parameter) and not self._is_own(tensor):
+                tensor.requires_grad_(False)
+                tensor.grad = None
+
+    # -- what the fit loop asks -------------------------------------------------------------------------------
+
+    def stages(self, learner: Learner) -> tuple[Stage, ...]:
+        (stage,) = learner.stages()
+        return (
+            Stage(
+                name=stage.name,
+                modules=stage.modules,
+                optimizers=stage.optimizers,
+                update=self._update,
+                scores=self._scores,
+                input_shape=stage.input_shape,
+                classes=stage.classes,
+            ),
+        )
+
+    def expect(self, steps: int) -> None:
+        self._to_come = steps
+
+    def share_metrics(self, rows: Tensor) -> Tensor:
+        self._drain()
+        shared = rows.clone()
+        dist.all_reduce(shared, group=self._ranks.everyone)  # each rank has zeros for the units of others
+        return shared
+
+    def keep_metrics(self, rows: Tensor) -> Tensor:
+        return rows if self.leader else torch.zeros_like(rows)
+
+    def share_rating(self, rating: Tensor) -> Tensor:
+        self._drain()
+        dist.broadcast(rating, self.size - 1, group=self._ranks.everyone)
+        return rating
+
+    def decide(self, *wishes: bool) -> tuple[bool, ...]:
+        return self._ranks.agree(*wishes)
+
+    def add(self, numbers: Iterable[float | None]) -> list[float | None]:
+        return self._ranks.add(numbers)
+
+    def describe(self) -> dict[str, Any]:
+        return {"form": self._form, "ranks": self.size, "last_units": list(self.ends)}
+
+    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
+        self._drain()
+        tensors = [*learner.parameters(), *learner.buffers()]
+        for index, tensor in enumerate(tensors):
+            owner = self._owner.get(id(tensor), 0)
+            self._ranks.to_leader(tensor, owner)
+            if copies:
+                self._ranks.to_leader(copies[index], owner)
+        for optimizer in learner.optimizers():
+            self._collect_state(optimizer)
+
+    def _collect_state(self, optimizer: Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        owners = [self._owner.get(id(parameter), 0) for parameter in parameters]
+        mine = {
+            index: {
+                name: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+                for name, value in optimizer.state[parameter].items()
+            }
+            for index, parameter in enumerate(parameters)
+            if owners[index] == self.rank and parameter in optimizer.state
+        }
+        for owner, described in enumerate(self._ranks.of_all(mine)):
+            for index, state in described.items() if owner else ():
+                parameter = parameters[index]
+                for name, value in state.items():
+                    if not isinstance(value, tuple):
+                        optimizer.state[parameter][name] = value
+                        continue
+                    if self.leader:
+                        optimizer.state[parameter][name] = torch.empty(value[0], dtype=value[1])
+                    if self.leader or self.rank == owner:
+                        self._ranks.to_leader(optimizer.state[parameter][name], owner)
+
+    def settle(self, learner: Learner) -> None:
+        for optimizer in learner.optimizers():
+            for parameter in [p for p in optimizer.state if not self._is_own(p)]:
+                del optimizer.state[parameter]
+
+    # -- learning ---------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Wait until everything that was sent has arrived."""
+        for link in (self._after, self._back_before):
+            if link is not None:
+                link.room(0)
+
+    def _update(self, batch: Batch) -> Metrics:
+        """One step of this rank's units; the metrics of others are zero."""
+        kind = "step", len(batch[1])
+        self._lend()
+        signal = self._next_signal(kind)
+        slot, self._steps = self._steps % SLOTS, self._steps + 1
+        if self._after is not None:
+            self._after.room()
+        part = self._part(slot, batch, signal)
+        outputs, metrics = part.learn(batch, signal)
+        if self._after is not None and outputs:
+            # a unit that passes its input on would send from the loop's staging buffer, which is filled anew
+            own = (t.clone() if t.data_ptr() == batch[0].data_ptr() else t for t in outputs)
+            self._after.send(kind, tuple(own))
+        self._borrow()
+        shared = part.end()
+        self._to_come -= 1
+        return self._named({**metrics, **shared} if self.leader else metrics)
+
+    def _next_signal(self, kind: tuple[str, int]) -> Signal | None:
+        """What the unit before this rank's first one handed on; begins to receive the next one as well."""
+        if self._before is None or self._chain.independent:
+            return None
+        signal = arrived(self._pending or self._before.receive(kind))
+        self._pending = self._before.receive(kind) if self._to_come > 1 else None
+        return signal
+
+    def _lend(self) -> None:
+        """Send the rank before what it borrows, as it is now."""
+        if self._back_before is not None:
+            self._back_before.room()
+            message = torch.cat([parameter.detach().flatten() for parameter in self._lent])
+            self._back_before.send("borrowed", (message,))
+
+    def _borrow(self) -> None:
+        """Take what the rank behind sends into this rank's copies of its parameters."""
+        if self._back_after is not None:
+            (message,) = arrived(self._back_after.receive("borrowed"))
+            parts = message.split([parameter.numel() for parameter in self._borrowed])
+            for parameter, part in zip(self._borrowed, parts, strict=True):
+                parameter.detach().copy_(part.view(parameter.shape))
+
+    def _named(self, metrics: Metrics) -> Metrics:
+        """The metrics of all ranks, in the order of the units."""
+        if not self._names:
+            self._names = [name for names in self._ranks.of_all(list(metrics)) for name in names]
+            # those of the whole, which only the leader reports, come behind those of units
+            whole = [name for name in self._names if not any(name.startswith(u.name) for u in self._chain.units)]
+            self._names = [name for name in self._names if name not in whole] + whole
+        zero = torch.zeros((), dtype=next(iter(metrics.values())).dtype, device=self._ranks.device)
+        return {name: metrics.get(name, zero) for name in self._names}
+
+    def _part(self, slot: int, batch: Batch, signal: Signal | None) -> _Eager | _Graphed:
+        """How this step is done: as graphs, once there are some."""
+        if not self.captures or self._steps <= EAGER_STEPS:
+            return _Eager(self._chain, self.members)
+        part = self._parts[slot]
+        if part is None:
+            pool = next((other.pool for other in self._parts if other is not None), None)
+            part = self._parts[slot] = _Graphed(self._chain, self.members, batch, signal, pool)
+        return part
+
+    def _scores(self, inputs: Any) -> Tensor:
+        """(B, C) scores on the rank that holds the last unit, none elsewhere."""
+        kind = "scores", len(inputs)
+        question = self._chain.ask(inputs)
+        signal = None if self._before is None else arrived(self._before.receive(kind))
+        signal = self._chain.forward(question, self.members, signal)
+        if self._after is None:
+            return self._chain.answer(signal, question)
+        self._after.room()
+        self._after.send(kind, signal)
+        return self._empty_scores
+
+
+class _Eager:
+    """A rank's step, launched piece by piece."""
+
+    def __init__(self, chain: LocalUnits, members: range) -> None:
+        self._chain, self._members = chain, members
+        self._step: Any = None
+
+    def learn(self, batch: Batch, signal: Signal | None) -> tuple[Signal, Metrics]:
+        """The units' learning: the signal to hand on, and metrics."""
+        self._step, outputs, metrics = self._chain.learn(batch, self._members, signal)
+        return outputs, metrics
+
+    def end(self) -> Metrics:
+        """The end of the step."""
+        return self._chain.end(self._step, self._members)
+
+
+class _Graphed:
+    """A rank's step as two CUDA graphs over buffers of its own, so that two steps can be under way.
+
+    Args:
+        chain: the units.
+        members: which of them.
+        batch: like those of the steps.
+        signal: like those of the steps, or None.
+        pool: memory of the other step's graphs, which run before or behind these, or None.
+    """
+
+    def __init__(self, chain: LocalUnits, members: range, batch: Batch, signal: Signal | None, pool: Any) -> None:
+        self._batch = batch[0].clone(), batch[1].clone()
+        self._signal = None if signal is None else tuple(tensor.clone() for tensor in signal)
+        self._learning, self._ending = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # the watchdog of NCCL asks for its events meanwhile, which only "thread_local" allows
+        with torch.cuda.graph(self._learning, pool=pool, capture_error_mode="thread_local"):
+            step, self._outputs, self._metrics = chain.learn(self._batch, members, self._signal)
+        self.pool = self._learning.pool()
+        with torch.cuda.graph(self._ending, pool=self.pool, capture_error_mode="thread_local"):
+            self._shared = chain.end(step, members)
+
+    def learn(self, batch: Batch, signal: Signal | None) -> tuple[Signal, Metrics]:
+        """See `_Eager.learn`."""
+        for buffer, value in zip((*self._batch, *(self._signal or ())), (*batch, *(signal or ())), strict=True):
+            buffer.copy_(value)
+        self._learning.replay()
+        return self._outputs, self._metrics
+
+    def end(self) -> Metrics:
+        """See `_Eager.end`."""
+        self._ending.replay()
+        return self._shared
+
+
+def cut_rule(learner: Learner, form: str, ranks: int) -> LocalUnits:
+    """The units of a rule that is to be spread.
+
+    Raises:
+        UsageError: why it cannot be.
+    """
+    rule = type(learner).__name__
+    if not isinstance(learner, HasLocalUnits):
+        reason = learner.undivided or "its blocks do not learn from forward activations alone"
+        raise UsageError(f"{rule} cannot be spread with --parallel {form}: {reason}; use --parallel data")
+    try:
+        chain = learner.local_units()
+    except UsageError as error:
+        raise UsageError(f"{rule} cannot be spread with --parallel {form}: {error}") from None
+    if form == "block" and not chain.independent:
+        raise UsageError(
+            f"{rule} cannot be spread with --parallel block: its blocks need each other's activations; "
+            "use --parallel layer"
+        )
+    if ranks > len(chain.units):
+        raise UsageError(f"{ranks} ranks are more than the {len(chain.units)} blocks that {rule} has here; use fewer")
+    return chain
+
+
+def checked_cut(cut: Sequence[int], units: int, ranks: int) -> tuple[int, ...]:
+    """The last unit of each rank.
+
+    Raises:
+        UsageError: it does not fit.
+    """
+    ends = tuple(cut)
+    if len(ends) != ranks or list(ends) != sorted(set(ends)) or ends[0] < 0 or ends[-1] != units - 1:
+        raise UsageError(f"a cut for {ranks} ranks names the last block of each, rising to {units - 1}, got {ends}")
+    return ends
+
+
+def unit_seconds(learner: Learner, sample: Batch, device: torch.device) -> list[float]:
+    """Seconds of each unit's step, one unit on the device at a time: the least of a few.
+
+    Args:
+        learner: on the CPU; it is copied, and stays as it is.
+        sample: a batch on the device.
+        device: where to measure.
+    """
+    generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+    twin = copy.deepcopy(learner)
+    assert isinstance(twin, HasLocalUnits)
+    chain = twin.local_units()
+    owned = {id(t) for unit in chain.units for m in unit.modules for t in (*m.parameters(), *m.buffers())}
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if id(tensor) not in owned:
+            tensor.data = tensor.data.to(device)
+    seconds = []
+    step = chain.begin(sample)
+    signal = chain.enter(step)
+    for unit in chain.units:
+        held = [t for module in unit.modules for t in (*module.parameters(), *module.buffers())]
+        for tensor in held:
+            tensor.data = tensor.data.to(device)
+        timed = []
+        for _ in range(1 + TIMED_STEPS):
+            _wait_for(device)
+            started = time.perf_counter()
+            outputs, _ = unit.learn(signal, step)
+            _wait_for(device)
+            timed.append(time.perf_counter() - started)
+        seconds.append(min(timed[1:]))
+        signal = outputs
+        for tensor in held:
+            tensor.grad = None
+            tensor.data = tensor.data.cpu()
+    chain.join(step)
+    torch.set_rng_state(generators[0])
+    if generators[1]:
+        torch.cuda.set_rng_state_all(generators[1])
+    return seconds
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

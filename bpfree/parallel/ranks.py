@@ -1,0 +1,183 @@
+"""The process group: who is there, which device is whose, and small messages on the host.
+
+Processes are started by torchrun; everything that travels does so by `torch.distributed`, NCCL between CUDA devices and
+gloo between hosts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bpfree.errors import BpfreeError, UsageError
+
+TIMEOUT_S: Final = 300.0
+"""How long a process waits for another one, s, before it takes it for dead."""
+
+SAID: Final = "bpfree/said"
+SPOKEN: Final = "bpfree/spoken"
+SAY_WITHIN: Final = timedelta(seconds=10)
+
+
+class LostRankError(BpfreeError):
+    """Another process has died or does not answer."""
+
+    exit_code = 4
+
+
+def launched() -> bool:
+    """Whether torchrun (or anything that sets the same variables) has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that prints."""
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
+class Ranks:
+    """The processes that train together.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; each process takes the CUDA device of its number on its machine.
+        timeout_s: how long to wait for another process, s.
+        store: where processes find each other, with `rank` and `size`; None for torchrun's variables.
+
+    Raises:
+        UsageError: one device was named for all, or a machine has fewer CUDA devices than processes.
+        LostRankError: the others did not come in time.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        *,
+        timeout_s: float = TIMEOUT_S,
+        store: dist.Store | None = None,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        self.timeout_s = timeout_s
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if store is None else rank
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if store is None else size
+        self.device = self._device(device)
+        try:
+            if store is None:
+                store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+            store.set_timeout(timeout)
+            self.rank, self.size, self._store = rank, size, store
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+            cuda = self.device.type == "cuda"
+            self._timeout, self._backend = timeout, "nccl" if cuda else "gloo"
+            self.everyone = dist.new_group(backend="nccl", timeout=timeout) if cuda else dist.group.WORLD
+        except (RuntimeError, ValueError) as error:
+            raise self.lost(error) from error
+
+    def _device(self, name: str) -> torch.device:
+        if name not in {"auto", "cpu", "cuda"}:
+            raise UsageError(f"each rank takes a device of its own, so --device is auto, cpu or cuda, not {name}")
+        boards = torch.cuda.device_count()
+        if name == "cpu" or (name == "auto" and not boards):
+            return torch.device("cpu")
+        if self.local_size > boards:
+            raise UsageError(f"{self.local_size} ranks need {self.local_size} CUDA devices, and there are {boards}")
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    def lost(self, error: Exception) -> LostRankError:
+        """What to say when `torch.distributed` fails."""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return LostRankError(
+            f"lost contact with another rank ({reason}); a rank died, or did not answer for {self.timeout_s:g} s"
+        )
+
+    @staticmethod
+    def is_loss(error: RuntimeError) -> bool:
+        """Whether this is how `torch.distributed` tells that another rank is gone or silent."""
+        words = str(error)
+        return isinstance(error, dist.DistError) or any(
+            word in words for word in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL")
+        )
+
+    def link(self, lower: int) -> dist.ProcessGroup:
+        """A group of rank `lower` and the next one, for what they send each other; all processes must call this.
+
+        Each has a communicator of its own: messages of different links, and the two directions of one link, must not
+        wait for each other.
+        """
+        pair = [lower, lower + 1]
+        group: dist.ProcessGroup = dist.new_group(pair, backend=self._backend, timeout=self._timeout)
+        if self.rank in pair:  # NCCL makes the communicator at first use, and then waits for the other side
+            token = torch.zeros(1, device=self.device)
+            if self.rank == lower:
+                dist.send(token, lower + 1, group=group)
+            else:
+                dist.recv(token, lower, group=group)
+        return group
+
+    def agree(self, *wishes: bool) -> tuple[bool, ...]:
+        """The wishes of rank 0."""
+        flags = torch.tensor(wishes, dtype=torch.int64)
+        dist.broadcast(flags, 0)
+        return tuple(bool(flag) for flag in flags)
+
+    def from_leader(self, value: Any) -> Any:
+        """Rank 0's value, any object that can be pickled."""
+        box = [value]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def of_all(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add(self, numbers: Iterable[float | None]) -> list[float | None]:
+        """Sums over ranks; None where one does not know its number."""
+        given = [float("nan") if number is None else float(number) for number in numbers]
+        sums = torch.tensor(given, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return [None if value != value else value for value in sums.tolist()]
+
+    def to_leader(self, tensor: Tensor, owner: int) -> None:
+        """Copy `tensor` of rank `owner` to that of rank 0, wherever either is."""
+        if owner == 0:
+            return
+        if self.rank == owner:
+            dist.send(tensor.detach().cpu().contiguous(), 0)
+        elif self.rank == 0:
+            received = torch.empty(tensor.shape, dtype=tensor.dtype)
+            dist.recv(received, owner)
+            with torch.no_grad():
+                tensor.copy_(received)
+
+    def may_speak(self) -> bool:
+        """Whether this rank is the one to report a failure: the first to ask is, the others wait until it has."""
+        try:
+            if self._store.add(SAID, 1) == 1:
+                return True
+            self._store.wait([SPOKEN], SAY_WITHIN)
+        except (RuntimeError, ValueError):  # the store is gone, and with it whoever could have spoken
+            return False
+        return False
+
+    def has_spoken(self) -> None:
+        """Tell the others that the failure has been reported."""
+        try:
+            self._store.set(SPOKEN, "1")
+        except (RuntimeError, ValueError):
+            return
+
+    def leave(self) -> None:
+        """Take the process group down."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,87 @@
+"""How a run is spread: the forms by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from bpfree.algorithms.learner import Batch, Learner
+from bpfree.errors import UsageError, unknown_name
+from bpfree.parallel.data import DataTeam, check_divides
+from bpfree.parallel.layer import LayerTeam, checked_cut, cut_rule
+from bpfree.parallel.ranks import Ranks
+from bpfree.parallel.team import Team
+
+FORMS: Final = ("layer", "block", "data")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What each process does.
+
+    Attributes:
+        form: "layer" (consecutive blocks that hand activations on), "block" (blocks that need nothing from each other)
+            or "data" (a part of each batch).
+        cut: the last block of each rank, from 0; () balances by measured time.
+
+    Raises:
+        UsageError: an unknown form, or a cut of batches.
+    """
+
+    form: str
+    cut: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise unknown_name("form of --parallel", self.form, FORMS)
+        if self.cut and self.form == "data":
+            raise UsageError("--cut says which blocks a rank has, and with --parallel data each has all of them")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds the whole learner on its device."""
+        return self.form == "data"
+
+
+def check_spread(spread: Spread, learner: Learner, ranks: int, batch_size: int, *, graph: bool) -> None:
+    """Refuse what cannot be spread this way, before anything is made.
+
+    Args:
+        spread: the form.
+        learner: anywhere.
+        ranks: number of processes.
+        batch_size: of a whole batch.
+        graph: whether inputs are graphs.
+
+    Raises:
+        UsageError: the reason.
+    """
+    if graph:
+        raise UsageError("a graph is served whole to every block, so there is nothing to spread; leave out --nproc")
+    if spread.whole:
+        check_divides(learner, batch_size, ranks)
+        return
+    chain = cut_rule(learner, spread.form, ranks)
+    if spread.cut:
+        checked_cut(spread.cut, len(chain.units), ranks)
+
+
+def spread_over(
+    ranks: Ranks, spread: Spread, learner: Learner, sample: Batch, *, batch_size: int, graphs: bool
+) -> Team:
+    """The team that trains `learner`; all processes must call this together.
+
+    Args:
+        ranks: the processes.
+        spread: the form.
+        learner: the same on all; on the rank's device for "data", otherwise on the CPU.
+        sample: a batch on the device.
+        batch_size: of a whole batch.
+        graphs: whether steps may be CUDA graphs.
+
+    Raises:
+        UsageError: the learner cannot be spread this way; the message says why.
+    """
+    if spread.whole:
+        return DataTeam(ranks, learner, batch_size)
+    return LayerTeam(ranks, learner, sample, cut=spread.cut or None, graphs=graphs, independent=spread.form == "block")

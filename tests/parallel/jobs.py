@@ -1,0 +1,125 @@
+"""What the processes of the pool are asked to do, and the same in one process."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpfree.algorithms import Learner, algorithm
+from bpfree.data.batches import Batches
+from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.train import InterruptedRunError
+from bpfree.networks import build_network, cnn, mlp
+from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
+
+CLASSES = 4
+SHAPE = (2, 8, 8)
+BATCH = 12
+
+NETWORKS = {
+    "mlp": lambda: mlp(SHAPE, (24, 20, 16, 12, 8)),
+    "mlp-2": lambda: mlp(SHAPE, (24, 20)),
+    "cnn": lambda: cnn(SHAPE, (8, 12)),
+    "cnn-bn": lambda: cnn(SHAPE, (6, 8, 10), pool="max", batch_norm=True),
+}
+
+
+def make_learner(rule: str, network: str, options: dict[str, Any]) -> Learner:
+    """A float64 learner, the same in every process."""
+    torch.manual_seed(3)
+    return algorithm(rule).build(NETWORKS[network](), CLASSES, SHAPE, **options).double()
+
+
+def samples(count: int, seed: int) -> Batches:
+    """Images whose class is the quadrant that is lit, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64)
+    targets = torch.randint(CLASSES, (count,), generator=generator)
+    for image, target in zip(images, targets, strict=True):
+        row, column = divmod(int(target), 2)
+        image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 0.5
+    return Batches(images, targets, dtype=torch.float64)
+
+
+def train(
+    ranks: Ranks | None,
+    *,
+    rule: str,
+    network: str = "mlp",
+    options: dict[str, Any] | None = None,
+    form: str = "layer",
+    cut: tuple[int, ...] = (),
+    training: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Train, or go on from `state`, possibly only for `stop_after` decisions; weights, records and checkpoint."""
+    learner = make_learner(rule, network, options or {})
+    learner_train, validation = samples(60, 0), samples(30, 1)
+    config = TrainingConfig(
+        **{"batch_size": BATCH, "epochs": 3, "precision": "fp32", "checkpoint_every": 1e9, **(training or {})}
+    )
+    team: Team = Alone()
+    if ranks is not None:
+        sample = next(iter(learner_train.in_order(BATCH)))
+        team = spread_over(ranks, Spread(form, cut), learner, sample, batch_size=BATCH, graphs=True)
+    asked = itertools.count(1)
+    saved: list[dict[str, Any]] = []
+    trainer = Trainer(
+        learner,
+        learner_train,
+        validation,
+        config,
+        seed=5,
+        save=saved.append,
+        # only the leader's wish counts
+        interrupted=lambda: stop_after is not None and team.leader and next(asked) >= stop_after,
+        team=team,
+    )
+    if state is not None:
+        trainer.load_state_dict(copy.deepcopy(state))  # pipes hand tensors over in memory that processes share
+    stopped = False
+    try:
+        trainer.run()
+    except InterruptedRunError:
+        stopped = True
+    if not stopped:
+        team.collect(learner)
+    held = sum(parameter.requires_grad for parameter in learner.parameters())
+    return {
+        "weights": {name: value for name, value in learner.state_dict().items() if isinstance(value, Tensor)},
+        "history": trainer.progress.history,
+        "flops": trainer.progress.flops,
+        "steps": trainer.progress.steps,
+        "stopped": stopped,
+        "state": saved[-1] if saved else None,
+        "trained": held,
+        "team": team.describe(),
+    }
+
+
+def refuse(ranks: Ranks, *, rule: str, form: str, network: str = "mlp", **options: Any) -> None:
+    """Try to spread what cannot be."""
+    cut = options.pop("cut", ())
+    learner = make_learner(rule, network, options)
+    sample = next(iter(samples(BATCH, 0).in_order(BATCH)))
+    spread_over(ranks, Spread(form, cut), learner, sample, batch_size=BATCH, graphs=True)
+
+
+def agree(ranks: Ranks) -> list[Any]:
+    """The small messages."""
+    return [
+        ranks.agree(ranks.rank == 0, ranks.rank == 1),
+        ranks.add([1.5, float(ranks.rank), None if ranks.rank == 1 else 2.0]),
+        ranks.from_leader(f"from {ranks.rank}"),
+        ranks.of_all(ranks.rank**2),
+    ]
+
+
+def build(network: str) -> nn.Sequential:
+    """A network of the registry for these samples."""
+    return build_network(network, SHAPE)

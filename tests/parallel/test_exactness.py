@@ -1,0 +1,199 @@
+"""Weights of several processes against those of one: bit for bit where blocks are spread, to rounding with batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bpfree.errors import UsageError
+from tests.parallel import jobs
+from tests.parallel.pool import Pool
+
+LOCAL = {"optimizer": "adam", "lr": 0.01, "head_pool": "flatten"}
+RULES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mf": ("mf", "mlp", {}),
+    "mf-sums": ("mf", "mlp", {"inference": "sum_probs", "input_projection": True}),
+    "mf-post": ("mf", "cnn-bn", {"pass_on": "post", "inference": "sum_logits"}),
+    "greedy": ("greedy", "cnn-bn", {**LOCAL}),
+    "dgl": ("dgl", "cnn-bn", {**LOCAL, "optimizer": "sgd"}),
+    "predsim": ("predsim", "cnn-bn", {**LOCAL}),
+    "infopro": ("infopro", "cnn-bn", {**LOCAL}),
+    "man": ("man", "cnn-bn", {**LOCAL}),
+    "man-light": ("man", "mlp", {**LOCAL, "bias": "light"}),
+    "ff": ("ff", "mlp", {"negatives": "random"}),
+    "ff-softmax": ("ff", "mlp", {"negatives": "random", "loss": "symba", "inference": "softmax", "label": "concat"}),
+    "ff-hybrid": ("ff", "mlp", {"negatives": "hybrid", "inference": "softmax"}),
+}
+NOPROP = ("noprop", "mlp-2", {"steps": 5, "width": 16})
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def without_joules(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "joules_at_start": None} for record in history]
+
+
+def check(found: list[dict[str, Any]], expected: dict[str, Any], *, shared_work: bool = False) -> None:
+    """The leader has the weights of one process, and all ranks the same records.
+
+    What every process does for itself (NoProp's read-out, masks of hybrids) is counted as often as it is done.
+    """
+    assert same(found[0]["weights"], expected["weights"])
+    for rank in found:
+        assert without_joules(rank["history"]) == without_joules(expected["history"])
+        assert rank["steps"] == expected["steps"]
+        if shared_work:
+            assert expected["flops"] < rank["flops"] < len(found) * expected["flops"]
+        else:
+            assert rank["flops"] == expected["flops"]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_layers_on_two_ranks_learn_what_one_process_learns(name: str, pool: Pool) -> None:
+    rule, network, options = RULES[name]
+    job = {"rule": rule, "network": network, "options": options}
+    found = pool.run(2, jobs.train, **job)
+    check(found, jobs.train(None, **job), shared_work=name == "ff-hybrid")
+    # neither rank trained everything, and together they did
+    whole = sum(parameter.requires_grad for parameter in jobs.make_learner(rule, network, options).parameters())
+    assert all(0 < rank["trained"] < whole for rank in found)
+    assert sum(rank["trained"] for rank in found) == whole
+
+
+@pytest.mark.parametrize("cut", [(0, 3, 4), (2, 3, 4)])
+def test_uneven_cuts(cut: tuple[int, ...], pool: Pool) -> None:
+    found = pool.run(3, jobs.train, rule="mf", cut=cut)
+    check(found, jobs.train(None, rule="mf"))
+    assert found[0]["team"] == {"form": "layer", "ranks": 3, "last_units": list(cut)}
+
+
+def test_momentum_copies_over_four_ranks(pool: Pool) -> None:
+    job = {"rule": "man", "network": "mlp", "options": LOCAL}
+    check(pool.run(4, jobs.train, **job), jobs.train(None, **job))
+
+
+def test_schedules_and_early_stopping_are_those_of_one_process(pool: Pool) -> None:
+    training = {"lr_schedule": "cosine", "warmup_epochs": 1, "epochs": 8, "patience": 1}
+    job = {"rule": "mf", "options": {"lr": 0.05}, "training": training}
+    expected = jobs.train(None, **job)
+    assert len(expected["history"]) < 8  # it does stop early
+    check(pool.run(2, jobs.train, **job), expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_independent_blocks(ranks: int, pool: Pool) -> None:
+    rule, network, options = NOPROP
+    job = {"rule": rule, "network": network, "options": options, "form": "block"}
+    check(pool.run(ranks, jobs.train, **job), jobs.train(None, **job), shared_work=True)
+
+
+DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bp": ("bp", "mlp", {}),
+    "mf": ("mf", "mlp", {}),
+    "mf-sequential": ("mf", "mlp-2", {"schedule": "sequential"}),
+    "greedy": ("greedy", "mlp", {"head": "0c1f"}),
+    "dfa": ("dfa", "mlp", {}),
+    "cwc": ("cwc", "cnn", {}),
+    "cafo-ce": ("cafo", "mlp", {"loss": "ce"}),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, pool: Pool) -> None:
+    rule, network, options = DATA[name]
+    # few steps: what rounding differs by grows from step to step
+    options = {**options, "optimizer": "sgd", "lr": 0.01}
+    job = {"rule": rule, "network": network, "options": options, "form": "data", "training": {"epochs": 1}}
+    found = pool.run(3, jobs.train, **job)
+    expected = jobs.train(None, **job)
+    start = jobs.make_learner(rule, network, options).state_dict()
+    moved = 0.0
+    for key, value in expected["weights"].items():
+        for rank in found:
+            torch.testing.assert_close(rank["weights"][key], value, rtol=1e-12, atol=1e-12)
+        assert torch.equal(found[0]["weights"][key], found[1]["weights"][key])  # ranks do not drift apart
+        moved = max(moved, float((value.double() - start[key].double()).abs().max()) if value.numel() else 0.0)
+    assert moved > 1e-6  # there was something to get wrong
+
+
+def test_statistics_of_a_divided_batch_are_those_of_all_ranks(pool: Pool) -> None:
+    job = {"rule": "bp", "network": "cnn-bn", "form": "data", "training": {"epochs": 1}}
+    first, second = pool.run(2, jobs.train, **job)
+    assert same(first["weights"], second["weights"])
+    one = jobs.train(None, **job)["weights"]
+    kept = [name for name in one if name.endswith("running_mean")]
+    assert kept
+    for name in kept:  # means over ranks; not bit for bit, as each rank normalises by its own rows
+        torch.testing.assert_close(first["weights"][name], one[name], rtol=0.1, atol=0.02)
+
+
+def test_ranks_draw_numbers_of_their_own_for_their_rows(pool: Pool) -> None:
+    rule, network, options = NOPROP
+    job = {"rule": rule, "network": network, "options": options, "form": "data", "training": {"epochs": 1}}
+    first, second = pool.run(2, jobs.train, **job)
+    assert same(first["weights"], second["weights"])
+    counts = [name for name in first["weights"] if name.endswith(".count")]
+    expected = jobs.train(None, **job)["weights"]
+    assert counts
+    assert all(torch.equal(first["weights"][name], expected[name]) for name in counts)
+    assert not same(first["weights"], expected)
+
+
+@pytest.mark.parametrize("before", ["layer", "alone"])
+def test_resuming_with_another_number_of_ranks(before: str, pool: Pool) -> None:
+    """2 -> 1 -> 3 ranks; the state of an epoch in training goes along."""
+    job: dict[str, Any] = {"rule": "man", "network": "mlp", "options": LOCAL, "training": {"epochs": 4}}
+    expected = jobs.train(None, **job)
+    stops = {**job, "stop_after": 2}
+    first = pool.run(2, jobs.train, **stops)[0] if before == "layer" else jobs.train(None, **{**job, "stop_after": 4})
+    assert first["stopped"]
+    second = jobs.train(None, **{**stops, "stop_after": 3}, state=first["state"])
+    assert second["stopped"]
+    assert 0 < first["steps"] < second["steps"] < expected["steps"]
+    third = pool.run(3, jobs.train, **job, state=second["state"])
+    check(third, expected)
+
+
+def test_resuming_independent_blocks(pool: Pool) -> None:
+    rule, network, options = NOPROP
+    job: dict[str, Any] = {"rule": rule, "network": network, "options": options, "form": "block"}
+    first = pool.run(3, jobs.train, **job, stop_after=2)[0]
+    assert first["stopped"]
+    found = pool.run(2, jobs.train, **job, state=first["state"])
+    expected = jobs.train(None, **job)
+    assert same(found[0]["weights"], expected["weights"])
+    assert without_joules(found[0]["history"]) == without_joules(expected["history"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "job", "reason"),
+    [
+        (3, {"rule": "mf", "form": "layer", "network": "mlp-2"}, "3 ranks are more than the 2 blocks"),
+        (2, {"rule": "mf", "form": "layer", "schedule": "sequential"}, "one block at a time"),
+        (2, {"rule": "mf", "form": "block"}, "need each other's activations"),
+        (2, {"rule": "mf", "form": "layer", "cut": (1, 3)}, "rising to 4"),
+        (2, {"rule": "ccl", "form": "layer"}, "feedback stream"),
+        (2, {"rule": "bp", "form": "layer"}, "from the blocks behind it"),
+        (2, {"rule": "ff", "form": "layer"}, "negatives=random"),
+        (2, {"rule": "ff", "form": "layer", "negatives": "random", "loss": "collaboration-preceding"}, "adds up"),
+        (2, {"rule": "cafo", "form": "block"}, "batched product"),
+        (2, {"rule": "man", "form": "layer", "ema_update": "after"}, "ema_update=before"),
+        (2, {"rule": "noprop", "form": "block", "variant": "ct", "steps": 4}, "one block"),
+        (2, {"rule": "noprop", "form": "block", "embeddings": "learned", "steps": 4}, "embeddings=onehot"),
+        (2, {"rule": "cafo", "form": "data"}, "closed form"),
+        (2, {"rule": "ccl", "form": "data"}, "clip=0"),
+        (4, {"rule": "ff", "form": "data", "cut": (1,)}, "each has all of them"),
+    ],
+)
+def test_what_cannot_be_spread_says_why(ranks: int, job: dict[str, Any], reason: str, pool: Pool) -> None:
+    with pytest.raises(UsageError, match=reason):
+        pool.run(ranks, jobs.refuse, **job)
+
+
+def test_small_messages(pool: Pool) -> None:
+    found = pool.run(3, jobs.agree)
+    assert found == [[(True, False), [4.5, 3.0, None], "from 0", [0, 1, 4]]] * 3

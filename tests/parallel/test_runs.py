@@ -1,0 +1,165 @@
+"""Whole runs on several processes: records, sums, errors, and what happens when a rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bpfree.cli import cli
+from bpfree.data import load
+from bpfree.energy import EnergyResult
+from bpfree.experiments import records
+from bpfree.experiments.config import resolve
+from bpfree.experiments.run import Reporter, Together, run
+from bpfree.parallel import Ranks, Spread
+from tests.parallel.pool import Pool
+
+RUN = ("run", "--algo", "mf", "--preset", "none", "--network", "mlp:3x24", "--energy", "simulated", "--device", "cpu")
+
+
+class Order(Reporter):
+    """Notes the validation losses in the order in which they are heard."""
+
+    def __init__(self) -> None:
+        self.heard: list[float] = []
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.heard.append(record["validation_loss"])
+
+
+def recorded(ranks: Ranks | None, *, root: str, form: str = "layer", algorithm: str = "mf") -> dict[str, Any]:
+    """A run of three epochs; its summary and what this process heard of it."""
+    training = {"epochs": 3, "batch_size": 64}
+    config = resolve(
+        algorithm, "digits", "mlp:3x24", preset="none", training=training, energy="simulated", device="cpu"
+    )
+    order = Order()
+    together = None if ranks is None else Together(ranks, Spread(form))
+    summary = run(config, Path(root), dataset=load("digits"), reporter=order, together=together)
+    return {"summary": summary, "heard": order.heard}
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    state = torch.load(Path(path) / records.MODEL, weights_only=True)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def test_one_record_of_a_run_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
+    leader, other = pool.run(2, recorded, root=str(tmp_path / "two"))
+    alone = recorded(None, root=str(tmp_path / "one"))
+    assert other["summary"] == {}
+    assert len(list((tmp_path / "two").iterdir())) == 1
+    assert leader["heard"] == other["heard"] == alone["heard"]  # same data in the same order, same decisions
+    summary, expected = leader["summary"], alone["summary"]
+    for key in ("test_accuracy", "passes", "updates", "flops", "stages", "parameters", "validation_loss"):
+        assert summary[key] == expected[key]
+    found, right = weights(summary["run_dir"]), weights(expected["run_dir"])
+    assert all(torch.equal(found[name], right[name]) for name in right)
+    lines = (Path(summary["run_dir"]) / records.METRICS).read_text().splitlines()
+    assert len(lines) == 3
+    assert summary["hardware"].startswith("2 x ")
+    assert summary["command"].endswith("--parallel layer --nproc 2")
+    assert not (Path(summary["run_dir"]) / records.CHECKPOINT).exists()
+
+
+def test_energy_is_that_of_all_ranks(pool: Pool, tmp_path: Path) -> None:
+    summary = pool.run(2, recorded, root=str(tmp_path), form="data", algorithm="bp")[0]["summary"]
+    by_rank = summary["parallel"]["by_rank"]
+    assert [rank["rank"] for rank in by_rank] == [0, 1]
+    assert all(rank["energy"]["gross_j"] > 0 for rank in by_rank)
+    assert summary["energy"]["gross_j"] == pytest.approx(sum(rank["energy"]["gross_j"] for rank in by_rank))
+    assert summary["energy"]["seconds"] == max(rank["energy"]["seconds"] for rank in by_rank)
+    assert summary["peak_memory_mib"] == max(rank["memory"]["peak_mib"] for rank in by_rank)
+
+
+def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
+    one = EnergyResult(100.0, 10.0, "nvml-counter", "gpu board", idle_w=2.0)
+    two = EnergyResult(50.0, 8.0, "nvml-counter", "gpu board", idle_w=3.0)
+    both = one.beside(two)
+    assert (both.gross_j, both.seconds, both.idle_w, both.method) == (150.0, 10.0, 5.0, "nvml-counter")
+    assert both.net_j == 100.0
+    assert one.beside(EnergyResult(None, 1.0, "none", "none")).gross_j is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--parallel", "layer"), "--nproc"),
+        (("--nproc", "2"), "--parallel layer, block or data"),
+        (("--nproc", "2", "--parallel", "sideways"), "sideways"),
+        (("--nproc", "2", "--parallel", "data", "--cut", "1,2"), "each has all of them"),
+        (("--nproc", "2", "--parallel", "layer", "--cut", "a"), "numbers of blocks"),
+        (("--nproc", "2", "--parallel", "layer", "--seed", "1", "--seed", "2"), "one --seed"),
+        (("--nproc", "2", "--parallel", "layer", "--nnodes", "2"), "--rdzv-endpoint"),
+    ],
+)
+def test_options_that_do_not_go_together(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, [*RUN, "--results", str(tmp_path / "runs"), *options])
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def start(results: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bpfree", *RUN, "--results", str(results), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_more_ranks_than_blocks_is_one_line_and_nothing_is_made(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", "--network", "mlp:1x24", "--nproc", "2", "--parallel", "layer")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert err.strip().splitlines() == [
+        "bpfree: error: 2 ranks are more than the 1 blocks that MonoForward has here; use fewer"
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in found.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
+def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -> None:
+    """Then the run is finished by one process, with the weights of a run that nothing happened to."""
+    settings = ("--epochs", "60", "--patience", "60", "--checkpoint-every", "0", "--batch-size", "16")
+    process = start(tmp_path / "runs", *settings, "--nproc", "2", "--parallel", "layer", "--rank-timeout", "30")
+    for _ in range(6000):
+        found = list((tmp_path / "runs").glob(f"*/{records.CHECKPOINT}"))
+        if found:
+            break
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    (path,) = (tmp_path / "runs").iterdir()
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out == ""
+    errors = [line for line in err.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, err
+    assert "was ended by SIGKILL" in errors[0]
+    assert "Traceback" not in err
+    assert (path / records.CHECKPOINT).exists()
+    assert not (path / records.SUMMARY).exists()
+
+    runner = CliRunner()
+    resumed = runner.invoke(cli, ["run", "--resume", str(path), "--quiet", "--format", "json"])
+    straight = runner.invoke(cli, [*RUN, *settings, "--results", str(tmp_path / "one"), "--quiet", "--format", "json"])
+    assert resumed.exit_code == straight.exit_code == 0, resumed.output + straight.output
+    found_weights = weights(str(path))
+    right = weights(json.loads(straight.output)["run_dir"])
+    assert all(torch.equal(found_weights[name], right[name]) for name in right)
