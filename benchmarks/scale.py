@@ -52,6 +52,7 @@ from bpfree.networks.heads import Head
 from bpfree.networks.partition import balanced_ends, partition, step_seconds
 from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
 
+DATASET: Final = "cifar10"  # whose shape the random images have
 CLASSES: Final = 10
 SEED: Final = 0
 WARM_CHUNKS: Final = 2
@@ -316,7 +317,7 @@ class Bench:
         samples = repeats * steps * batch
         return {
             "samples_per_s": samples / slowest,
-            "step_ms": 1e3 * slowest / (repeats * steps),
+            "step_seconds": slowest / (repeats * steps),
             "steps": repeats * steps,
             "j_per_sample": None if None in joules else sum(joules) / samples,
             "peak_mib": [rank["memory"]["peak_mib"] for rank in by_rank],
@@ -353,6 +354,20 @@ def compare(one: list[tuple[int, float]], spread: list[tuple[int, float]]) -> di
     }
 
 
+def as_measured(case: Case, arm: str, ranks: int) -> dict[str, Any]:
+    """What `bpfree plan --compare` needs to know of an arm, beside the seconds of its step."""
+    forms = {"one": "one-process", "bp": "one-process", "spread": case.form, "ddp": "data", "1f1b": "1f1b"}
+    return {
+        "form": forms[arm],
+        "ranks": 1 if forms[arm] == "one-process" else ranks,
+        "batch_size": case.batch // ranks if arm == "ddp" else case.batch,
+        "algo": case.rule if arm in {"one", "spread"} else "bp",
+        "network": case.network,
+        "dataset": DATASET,
+        "precision": case.precision,
+    }
+
+
 def measure(bench: Bench, case: Case, arms: list[str], record: dict[str, Any]) -> None:
     """All arms of a case, added to the record as they come."""
     how: dict[str, Callable[[], dict[str, Any] | None]] = {
@@ -372,12 +387,19 @@ def measure(bench: Bench, case: Case, arms: list[str], record: dict[str, Any]) -
         bench.ranks.of_all(None)  # those that had no part wait here
         if found is not None and bench.ranks.rank == 0:
             digests[arm] = found.pop("digest", None)
-            row = {"case": vars(case), "arm": arm, **found, "whole_s": time.perf_counter() - started}
+            row = {
+                "case": vars(case),
+                "arm": arm,
+                **found,
+                **as_measured(case, arm, bench.ranks.size),
+                "whole_s": time.perf_counter() - started,
+            }
             if arm == "spread" and digests.get("one"):
                 row["same_weights"] = compare(digests["one"], digests["spread"])
             record["arms"].append(row)
             print(
-                f"{case.name} {arm}: {row['samples_per_s']:.0f} samples/s, {row['step_ms']:.2f} ms a step", flush=True
+                f"{case.name} {arm}: {row['samples_per_s']:.0f} samples/s, {1e3 * row['step_seconds']:.2f} ms a step",
+                flush=True,
             )
             if bench.arguments.json:
                 bench.arguments.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -434,12 +434,16 @@ def _block(values: dict[str, Any]) -> BlockCost:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The measured steps in a JSON file: an object, or a list of them; docs/planning.md names the fields.
+    """The measured steps in a JSON file: an object, a list of them, or what benchmarks/scale.py writes.
+
+    docs/planning.md names the fields.
 
     Raises:
         DataError: the file is missing, or does not hold measurements.
     """
     found = _read_json(path)
+    if isinstance(found, dict) and isinstance(found.get("arms"), list):
+        found = found["arms"]
     objects = found if isinstance(found, list) else [found]
     if not objects:
         raise DataError(f"{path} holds no measured step")
