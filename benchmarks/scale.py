@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --json scale.json
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --nets "" --sweep 1024x1024,2048x4096
-    python benchmarks/scale.py --show scale.json
+    python benchmarks/scale.py --show results/scale/*.json
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --device cpu --small --seconds 0.2     (a smoke test)
 
 Arms, all with the same network, whole batch, precision and random images:
@@ -46,7 +46,7 @@ from bpfree.energy import EnergyMeter, choose_source
 from bpfree.experiments.records import environment
 from bpfree.experiments.run import peak_memory, preferred_layout
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
-from bpfree.experiments.tables import text_table
+from bpfree.experiments.tables import markdown_table, text_table
 from bpfree.networks.blocks import block_output_shapes
 from bpfree.networks.heads import Head
 from bpfree.networks.partition import balanced_ends, partition, step_seconds
@@ -405,11 +405,12 @@ def measure(bench: Bench, case: Case, arms: list[str], record: dict[str, Any]) -
                 bench.arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def show(record: dict[str, Any]) -> str:
-    """The record as a table."""
-    single = {row["case"]["name"]: row["samples_per_s"] for row in record["arms"] if row["arm"] == "one"}
+def rows_of(found: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The arms of some records, for a table."""
+    arms = [(row, record["environment"]) for record in found for row in record["arms"]]
+    single = {row["case"]["name"]: row["samples_per_s"] for row, _ in arms if row["arm"] == "one"}
     rows = []
-    for row in record["arms"]:
+    for row, described in arms:
         name, joules = row["case"]["name"], row["j_per_sample"]
         base, same = single.get(name), row.get("same_weights")
         rows.append(
@@ -418,13 +419,16 @@ def show(record: dict[str, Any]) -> str:
                 "arm": row["arm"],
                 "samples/s": f"{row['samples_per_s']:.0f}",
                 "of one": "" if base is None else f"{row['samples_per_s'] / base:.2f}",
+                "step, ms": f"{1e3 * row['step_seconds']:.2f}",
                 "mJ/sample": "not measured" if joules is None else f"{1e3 * joules:.3g}",
                 "peak MiB by rank": ", ".join(f"{mib:.0f}" for mib in row["peak_mib"]),
                 "mode": row["mode"],
                 "same weights": "" if same is None else f"{same['parameters_equal']} of {same['parameters']}",
+                "hardware": described["hardware"],
+                "date": described["date"][:10],
             }
         )
-    return f"{record['environment']['hardware']}, {record['environment']['date']}\n{text_table(rows)}"
+    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -442,7 +446,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--energy", default="auto", help="where joules come from")
     parser.add_argument("--json", type=Path, help="where the record goes")
-    parser.add_argument("--show", type=Path, help="only print the table of a record")
+    parser.add_argument("--show", type=Path, nargs="+", help="only print the table of such records, as Markdown")
     arguments = parser.parse_args()
     if arguments.small:
         arguments.depth, arguments.width, arguments.batch = min(arguments.depth, 4), 64, 64
@@ -452,14 +456,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.show:
-        print(show(json.loads(arguments.show.read_text())))
+        print(markdown_table(rows_of([json.loads(path.read_text()) for path in arguments.show])))
         return
+    given = sys.argv[1:]
+    if arguments.json:  # where it was put is nobody's business
+        place = given.index("--json") if "--json" in given else len(given)
+        given = [*given[:place], *given[place + 2 :]]
     ranks = Ranks(arguments.device)
     bench = Bench(ranks, arguments)
     record = {
         "environment": environment(ranks.device, ranks.size),
         "seed": SEED,
-        "command": shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), *sys.argv]),
+        "command": shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), "benchmarks/scale.py", *given]),
         "arms": [],
     }
     for case in cases(arguments):
@@ -468,7 +476,7 @@ def main() -> None:
         without = {"man": {"bp", "ddp", "1f1b"}, "noprop": {"bp", "ddp", "1f1b"}}.get(case.name, set())
         measure(bench, case, [arm for arm in arms if arm not in without], record)
     if ranks.rank == 0:
-        print(show(record))
+        print(text_table(rows_of([record])))
     ranks.leave()
 
 
