@@ -160,7 +160,7 @@ class DataTeam(Team):
             return
         own = torch.cat([buffer.flatten().double() for buffer in kept])
         first = own.clone()
-        dist.broadcast(first, 0, group=self._ranks.everyone)
+        dist.broadcast(first, self._ranks.among_all(0), group=self._ranks.everyone)
         apart = own.sub_(first)  # so that what is the same everywhere stays what it is, to the bit
         dist.all_reduce(apart, group=self._ranks.everyone)
         pieces = first.add_(apart.div_(self.size)).split([buffer.numel() for buffer in kept])
@@ -179,7 +179,7 @@ class DataTeam(Team):
         return rows
 
     def share_rating(self, rating: Tensor) -> Tensor:
-        dist.broadcast(rating, 0, group=self._ranks.everyone)
+        dist.broadcast(rating, self._ranks.among_all(0), group=self._ranks.everyone)
         return rating
 
     def decide(self, *wishes: bool) -> tuple[bool, ...]:

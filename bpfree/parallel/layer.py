@@ -69,7 +69,7 @@ class Link:
     Args:
         ranks: the processes.
         group: the two of them.
-        peer: the other one.
+        peer: the other one, by its number among all processes.
     """
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup, peer: int) -> None:
@@ -78,6 +78,19 @@ class Link:
         self._buffers: dict[Any, list[Signal]] = {}
         self._turn = 0
         self._sent: deque[tuple[list[Any], Signal]] = deque()
+
+    @classmethod
+    def to(cls, ranks: Ranks, groups: Sequence[dist.ProcessGroup | None], neighbour: int) -> Link:
+        """To the rank before or behind this one.
+
+        Args:
+            ranks: the processes.
+            groups: by the lower of the two ranks that each joins.
+            neighbour: the other rank.
+        """
+        group = groups[min(ranks.rank, neighbour)]
+        assert group is not None
+        return cls(ranks, group, ranks.among_all(neighbour))
 
     def declare(self, kind: Any, layouts: list[Layout]) -> None:
         """What messages of a kind look like, where both sides know that; otherwise the first one is announced."""
@@ -175,8 +188,8 @@ class LayerTeam(Team):
         self.captures = graphs and ranks.device.type == "cuda" and learner.capture_safe
         self._place(learner)
         self._forward_links = [ranks.link(lower) for lower in range(self.size - 1)]
-        self._before = Link(ranks, self._forward_links[self.rank - 1], self.rank - 1) if self.rank else None
-        self._after = Link(ranks, self._forward_links[self.rank], self.rank + 1) if self.rank + 1 < self.size else None
+        self._before = Link.to(ranks, self._forward_links, self.rank - 1) if self.rank else None
+        self._after = Link.to(ranks, self._forward_links, self.rank + 1) if self.rank + 1 < self.size else None
         self._back_before, self._back_after = self._back_links()
         self._pending: tuple[list[Any], Signal] | None = None
         self._to_come = 0
@@ -190,8 +203,8 @@ class LayerTeam(Team):
         if not any(unit.borrows for unit in self._chain.units):
             return None, None
         groups = [self._ranks.link(lower) for lower in range(self.size - 1)]
-        before = Link(self._ranks, groups[self.rank - 1], self.rank - 1) if self.rank and self._lent else None
-        after = Link(self._ranks, groups[self.rank], self.rank + 1) if self._borrowed else None
+        before = Link.to(self._ranks, groups, self.rank - 1) if self.rank and self._lent else None
+        after = Link.to(self._ranks, groups, self.rank + 1) if self._borrowed else None
         for link, parameters in ((before, self._lent), (after, self._borrowed)):
             if link is not None:
                 # an announcement would go against the stream of those of signals, each side waiting for the other
@@ -242,7 +255,7 @@ class LayerTeam(Team):
 
     def share_rating(self, rating: Tensor) -> Tensor:
         self._drain()
-        dist.broadcast(rating, self.size - 1, group=self._ranks.everyone)
+        dist.broadcast(rating, self._ranks.among_all(self.size - 1), group=self._ranks.everyone)
         return rating
 
     def decide(self, *wishes: bool) -> tuple[bool, ...]:
