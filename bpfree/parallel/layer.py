@@ -212,16 +212,17 @@ class LayerTeam(Team):
                 link.declare("borrowed", [Layout((size,), parameters[0].dtype, channels_last=False)])
         return before, after
 
-    def _is_own(self, tensor: Tensor) -> bool:
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a parameter or buffer is this rank's, or everyone's."""
         return self._owner.get(id(tensor), self.rank) == self.rank
 
     def _place(self, learner: Learner) -> None:
         """Move what this rank computes with to its device; the rest stays on the host, and out of its optimisers."""
         borrowed = {id(parameter) for parameter in self._borrowed}
         for tensor in (*learner.parameters(), *learner.buffers()):
-            if self._is_own(tensor) or id(tensor) in borrowed:
+            if self.owns(tensor) or id(tensor) in borrowed:
                 tensor.data = tensor.data.to(self._ranks.device)
-            if isinstance(tensor, nn.Parameter) and not self._is_own(tensor):
+            if isinstance(tensor, nn.Parameter) and not self.owns(tensor):
                 tensor.requires_grad_(False)
                 tensor.grad = None
 
@@ -245,7 +246,7 @@ class LayerTeam(Team):
         self._to_come = steps
 
     def share_metrics(self, rows: Tensor) -> Tensor:
-        self._drain()
+        self.drain()
         shared = rows.clone()
         dist.all_reduce(shared, group=self._ranks.everyone)  # each rank has zeros for the units of others
         return shared
@@ -254,7 +255,7 @@ class LayerTeam(Team):
         return rows if self.leader else torch.zeros_like(rows)
 
     def share_rating(self, rating: Tensor) -> Tensor:
-        self._drain()
+        self.drain()
         dist.broadcast(rating, self._ranks.among_all(self.size - 1), group=self._ranks.everyone)
         return rating
 
@@ -268,7 +269,7 @@ class LayerTeam(Team):
         return {"form": self._form, "ranks": self.size, "last_units": list(self.ends)}
 
     def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
-        self._drain()
+        self.drain()
         tensors = [*learner.parameters(), *learner.buffers()]
         for index, tensor in enumerate(tensors):
             owner = self._owner.get(id(tensor), 0)
@@ -303,12 +304,12 @@ class LayerTeam(Team):
 
     def settle(self, learner: Learner) -> None:
         for optimizer in learner.optimizers():
-            for parameter in [p for p in optimizer.state if not self._is_own(p)]:
+            for parameter in [p for p in optimizer.state if not self.owns(p)]:
                 del optimizer.state[parameter]
 
     # -- learning ---------------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Wait until everything that was sent has arrived."""
         for link in (self._after, self._back_before):
             if link is not None:

@@ -53,6 +53,7 @@ def train(
     options: dict[str, Any] | None = None,
     form: str = "layer",
     cut: tuple[int, ...] = (),
+    mesh: tuple[int, ...] = (),
     training: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
     stop_after: int | None = None,
@@ -66,7 +67,7 @@ def train(
     team: Team = Alone()
     if ranks is not None:
         sample = next(iter(learner_train.in_order(BATCH)))
-        team = spread_over(ranks, Spread(form, cut), learner, sample, batch_size=BATCH, graphs=True)
+        team = spread_over(ranks, Spread(form, cut, mesh), learner, sample, batch_size=BATCH, graphs=True)
     asked = itertools.count(1)
     saved: list[dict[str, Any]] = []
     trainer = Trainer(

@@ -98,6 +98,8 @@ def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
         (("--nproc", "2"), "--parallel layer, block or data"),
         (("--nproc", "2", "--parallel", "sideways"), "sideways"),
         (("--nproc", "2", "--parallel", "data", "--cut", "1,2"), "each has all of them"),
+        (("--nproc", "4", "--parallel", "layer,data"), "--mesh LxD"),
+        (("--nproc", "4", "--parallel", "layer,data", "--mesh", "3x2"), "has 6 processes"),
         (("--nproc", "2", "--parallel", "layer", "--cut", "a"), "numbers of blocks"),
         (("--nproc", "2", "--parallel", "layer", "--seed", "1", "--seed", "2"), "one --seed"),
         (("--nproc", "2", "--parallel", "layer", "--nnodes", "2"), "--rdzv-endpoint"),
