@@ -265,9 +265,8 @@ def _spread(
         ends = tuple(int(end) for end in cut.split(",")) if cut else ()
         shape = tuple(int(size) for size in mesh.split("x")) if mesh else ()
     except ValueError:
-        raise UsageError(
-            f"--cut takes numbers of blocks such as 3,7, --mesh sizes such as 2x2; got {cut or mesh!r}"
-        ) from None
+        given = " and ".join(filter(None, (cut, mesh)))
+        raise UsageError(f"--cut takes numbers of blocks such as 3,7, --mesh sizes such as 2x2; got {given}") from None
     spread = Spread(form, ends, shape)
     if shape and math.prod(shape) != count:
         raise UsageError(f"a mesh of {mesh} has {math.prod(shape)} processes, and --nproc says {count}")

@@ -1,7 +1,7 @@
 """Consecutive blocks on the ranks of a column, a part of every batch on each column: a mesh of both.
 
-Rank l D + d of an L x D mesh holds the l-th run of blocks and learns from the d-th part of each batch. A column is a chain of
-ranks as in `layer`; the ranks of a row hold the same blocks and average their gradients as in `data`.
+Rank l D + d of an L x D mesh holds the l-th run of blocks and learns from the d-th part of each batch. A column is a
+chain of ranks as in `layer`; the ranks of a row hold the same blocks and average their gradients as in `data`.
 """
 
 from __future__ import annotations

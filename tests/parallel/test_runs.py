@@ -138,7 +138,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
 def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -> None:
     """Then the run is finished by one process, with the weights of a run that nothing happened to."""
-    settings = ("--epochs", "60", "--patience", "60", "--checkpoint-every", "0", "--batch-size", "16")
+    settings = ("--epochs", "20", "--patience", "20", "--checkpoint-every", "0", "--batch-size", "16")
     process = start(tmp_path / "runs", *settings, "--nproc", "2", "--parallel", "layer", "--rank-timeout", "30")
     for _ in range(6000):
         found = list((tmp_path / "runs").glob(f"*/{records.CHECKPOINT}"))
