@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bpfree.algorithms import ALGORITHMS, Algorithm
 from bpfree.errors import UsageError
 from tests.parallel import jobs
 from tests.parallel.pool import Pool
@@ -210,6 +211,11 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
 def test_what_cannot_be_spread_says_why(ranks: int, job: dict[str, Any], reason: str, pool: Pool) -> None:
     with pytest.raises(UsageError, match=reason):
         pool.run(ranks, jobs.refuse, **job)
+
+
+@pytest.mark.parametrize("entry", ALGORITHMS, ids=lambda entry: entry.alias)
+def test_every_rule_is_a_chain_or_says_why_not(entry: Algorithm) -> None:
+    assert hasattr(entry.learner, "local_units") != bool(entry.learner.undivided)
 
 
 def test_small_messages(pool: Pool) -> None:
