@@ -45,7 +45,7 @@ def start_ranks(nproc: int, nnodes: str, rdzv_endpoint: str | None) -> NoReturn:
     # torchrun would set one thread, and say so at length
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ[STARTED_BY_US] = "1"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # this process only waits from here on, and says itself how it ended
     config, program, arguments = torchrun.config_from_args(torchrun.parse_args([*how, "--module", "bpfree"]))
     try:  # our own arguments go past torchrun's parser, which would take some for its own
         elastic_launch(config, program)(*arguments, *sys.argv[1:])

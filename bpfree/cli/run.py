@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from bpfree.parallel import FORMS, Ranks, Spread, launched
 from bpfree.parallel.ranks import TIMEOUT_S
 
 EXIT_TARGET_MISSED = 3
-OF_RANKS = ("nproc", "nnodes", "rdzv_endpoint", "form_of_ranks", "cut", "rank_timeout")
+OF_RANKS = ("nproc", "nnodes", "rdzv_endpoint", "form_of_ranks", "cut", "mesh", "rank_timeout")
 INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that is another way to answer
 
 
@@ -95,11 +96,13 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
     "form_of_ranks",
     type=click.Choice(FORMS),
     help="What each process does: 'layer', consecutive blocks that hand activations on, with the weights of one "
-    "process; 'block', blocks that need nothing from each other (NoProp-DT); 'data', a part of every batch.",
+    "process; 'block', blocks that need nothing from each other (NoProp-DT); 'data', a part of every batch; "
+    "'layer,data', both.",
 )
 @click.option(
     "--cut", metavar="3,7", help="The last block of each process, from 0.  [default: balanced by measured time]"
 )
+@click.option("--mesh", metavar="LxD", help="With --parallel layer,data: L runs of blocks times D parts of a batch.")
 @click.option(
     "--rank-timeout",
     type=click.FloatRange(min=1),
@@ -133,6 +136,7 @@ def run(
     rdzv_endpoint: str | None,
     form_of_ranks: str | None,
     cut: str | None,
+    mesh: str | None,
     rank_timeout: float,
     download: bool,
     quiet: bool,
@@ -159,7 +163,7 @@ def run(
     """
     from bpfree.experiments import run as runs
 
-    spread = _spread(nproc, form_of_ranks, cut, device, seeds)
+    spread = _spread(nproc, form_of_ranks, cut, mesh, device, seeds)
     if spread is not None and not launched():
         start_ranks(nproc or 1, nnodes, rdzv_endpoint)
     with ExitStack() as stack:
@@ -232,14 +236,16 @@ def run(
             sys.exit(EXIT_TARGET_MISSED)
 
 
-def _spread(nproc: int | None, form: str | None, cut: str | None, device: str, seeds: tuple[int, ...]) -> Spread | None:
+def _spread(
+    nproc: int | None, form: str | None, cut: str | None, mesh: str | None, device: str, seeds: tuple[int, ...]
+) -> Spread | None:
     """How the run is spread over processes; None for one process.
 
     Raises:
         UsageError: options that do not go together, before any process is started.
     """
     if nproc is None and not launched():
-        for option, given in (("--parallel", form), ("--cut", cut)):
+        for option, given in (("--parallel", form), ("--cut", cut), ("--mesh", mesh)):
             if given is not None:
                 raise UsageError(f"{option} spreads a run over processes; say how many with --nproc")
         return None
@@ -257,9 +263,14 @@ def _spread(nproc: int | None, form: str | None, cut: str | None, device: str, s
         raise UsageError(f"{nproc} processes need {nproc} CUDA devices, and there are {boards}; use --device cpu")
     try:
         ends = tuple(int(end) for end in cut.split(",")) if cut else ()
+        shape = tuple(int(size) for size in mesh.split("x")) if mesh else ()
     except ValueError:
-        raise UsageError(f"--cut takes numbers of blocks such as 3,7, got {cut!r}") from None
-    return Spread(form, ends)
+        given = " and ".join(filter(None, (cut, mesh)))
+        raise UsageError(f"--cut takes numbers of blocks such as 3,7, --mesh sizes such as 2x2; got {given}") from None
+    spread = Spread(form, ends, shape)
+    if shape and math.prod(shape) != count:
+        raise UsageError(f"a mesh of {mesh} has {math.prod(shape)} processes, and --nproc says {count}")
+    return spread
 
 
 def _loaded(name: str, root: Path | None, download: bool, together: Any) -> Any:

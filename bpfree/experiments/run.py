@@ -457,7 +457,8 @@ def _by_rank(meter: EnergyMeter, memory: dict[str, Any], device: torch.device, r
 def _parallel_words(together: Together) -> str:
     """The options that spread a run like this one."""
     cut = f" --cut {','.join(map(str, together.spread.cut))}" if together.spread.cut else ""
-    return f" --parallel {together.spread.form} --nproc {together.ranks.size}{cut}"
+    mesh = f" --mesh {'x'.join(map(str, together.spread.mesh))}" if together.spread.mesh else ""
+    return f" --parallel {together.spread.form} --nproc {together.ranks.size}{mesh}{cut}"
 
 
 def trained(

@@ -102,9 +102,7 @@ class DataTeam(Team):
         self._averages = Averages(ranks)
         for optimizer in learner.optimizers():
             optimizer.register_step_pre_hook(self._before_step)
-        for module in learner.modules():
-            if isinstance(module, Stream):
-                module.share = (self.rank, self.size)
+        draw_apart(learner, ranks)
         self._chained = isinstance(learner, HasLocalUnits) and len(learner.stages()) == 1
         if learner.locality == "network":  # the error goes backwards in one piece: let gradients go as they come
             for parameter in learner.parameters():
@@ -120,14 +118,9 @@ class DataTeam(Team):
             for stage in learner.stages()
         )
 
-    def _share(self, rows: int) -> slice:
-        """This rank's rows."""
-        bounds = [rows * rank // self.size for rank in (self.rank, self.rank + 1)]
-        return slice(*bounds)
-
     def _update(self, stage: Stage, batch: Batch) -> Metrics:
         inputs, targets = batch
-        share = self._share(len(targets))
+        share = rows_of(len(targets), self._ranks)
         part = inputs[share], targets[share]
         if self._chained:
             assert isinstance(self._learner, HasLocalUnits)
@@ -141,7 +134,7 @@ class DataTeam(Team):
 
     def _scores(self, stage: Stage, inputs: Any) -> Tensor:
         """Scores of all inputs, each rank having answered for some of them."""
-        self._average_statistics()
+        average_statistics(self._learner.buffers(), self._ranks)
         rows = len(inputs)
         most = -(-rows // self.size)
         first = min(rows, self.rank * most)
@@ -152,20 +145,6 @@ class DataTeam(Team):
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self._ranks.everyone)
         return torch.cat(gathered)[:rows]
-
-    def _average_statistics(self) -> None:
-        """Make kept statistics means over ranks."""
-        kept = [buffer for buffer in self._learner.buffers() if buffer.is_floating_point()]
-        if not kept:
-            return
-        own = torch.cat([buffer.flatten().double() for buffer in kept])
-        first = own.clone()
-        dist.broadcast(first, 0, group=self._ranks.everyone)
-        apart = own.sub_(first)  # so that what is the same everywhere stays what it is, to the bit
-        dist.all_reduce(apart, group=self._ranks.everyone)
-        pieces = first.add_(apart.div_(self.size)).split([buffer.numel() for buffer in kept])
-        for buffer, piece in zip(kept, pieces, strict=True):
-            buffer.copy_(piece.view(buffer.shape))
 
     def expect(self, steps: int) -> None:
         pass
@@ -179,7 +158,7 @@ class DataTeam(Team):
         return rows
 
     def share_rating(self, rating: Tensor) -> Tensor:
-        dist.broadcast(rating, 0, group=self._ranks.everyone)
+        dist.broadcast(rating, self._ranks.among_all(0), group=self._ranks.everyone)
         return rating
 
     def decide(self, *wishes: bool) -> tuple[bool, ...]:
@@ -189,14 +168,41 @@ class DataTeam(Team):
         return self._ranks.add(numbers)
 
     def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
-        with torch.no_grad():
-            self._average_statistics()
+        average_statistics(learner.buffers(), self._ranks)
 
     def settle(self, learner: Learner) -> None:
         pass
 
     def describe(self) -> dict[str, Any]:
         return {"form": "data", "ranks": self.size}
+
+
+def rows_of(rows: int, ranks: Ranks) -> slice:
+    """Which of the rows of a batch are this rank's."""
+    return slice(*(rows * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1)))
+
+
+def draw_apart(learner: Learner, ranks: Ranks) -> None:
+    """Let each rank draw random numbers of its own for its own rows."""
+    for module in learner.modules():
+        if isinstance(module, Stream):
+            module.share = (ranks.rank, ranks.size)
+
+
+@torch.no_grad()
+def average_statistics(buffers: Iterable[Tensor], ranks: Ranks) -> None:
+    """Make kept statistics means over ranks."""
+    kept = [buffer for buffer in buffers if buffer.is_floating_point()]
+    if not kept:
+        return
+    own = torch.cat([buffer.flatten().double() for buffer in kept])
+    first = own.clone()
+    dist.broadcast(first, ranks.among_all(0), group=ranks.everyone)
+    apart = own.sub_(first)  # so that what is the same everywhere stays what it is, to the bit
+    dist.all_reduce(apart, group=ranks.everyone)
+    pieces = first.add_(apart.div_(ranks.size)).split([buffer.numel() for buffer in kept])
+    for buffer, piece in zip(kept, pieces, strict=True):
+        buffer.copy_(piece.view(buffer.shape))
 
 
 def check_divides(learner: Learner, batch_size: int, ranks: int) -> None:

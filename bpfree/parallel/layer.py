@@ -69,7 +69,7 @@ class Link:
     Args:
         ranks: the processes.
         group: the two of them.
-        peer: the other one.
+        peer: the other one, by its number among all processes.
     """
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup, peer: int) -> None:
@@ -78,6 +78,19 @@ class Link:
         self._buffers: dict[Any, list[Signal]] = {}
         self._turn = 0
         self._sent: deque[tuple[list[Any], Signal]] = deque()
+
+    @classmethod
+    def to(cls, ranks: Ranks, groups: Sequence[dist.ProcessGroup | None], neighbour: int) -> Link:
+        """To the rank before or behind this one.
+
+        Args:
+            ranks: the processes.
+            groups: by the lower of the two ranks that each joins.
+            neighbour: the other rank.
+        """
+        group = groups[min(ranks.rank, neighbour)]
+        assert group is not None
+        return cls(ranks, group, ranks.among_all(neighbour))
 
     def declare(self, kind: Any, layouts: list[Layout]) -> None:
         """What messages of a kind look like, where both sides know that; otherwise the first one is announced."""
@@ -175,8 +188,8 @@ class LayerTeam(Team):
         self.captures = graphs and ranks.device.type == "cuda" and learner.capture_safe
         self._place(learner)
         self._forward_links = [ranks.link(lower) for lower in range(self.size - 1)]
-        self._before = Link(ranks, self._forward_links[self.rank - 1], self.rank - 1) if self.rank else None
-        self._after = Link(ranks, self._forward_links[self.rank], self.rank + 1) if self.rank + 1 < self.size else None
+        self._before = Link.to(ranks, self._forward_links, self.rank - 1) if self.rank else None
+        self._after = Link.to(ranks, self._forward_links, self.rank + 1) if self.rank + 1 < self.size else None
         self._back_before, self._back_after = self._back_links()
         self._pending: tuple[list[Any], Signal] | None = None
         self._to_come = 0
@@ -190,8 +203,8 @@ class LayerTeam(Team):
         if not any(unit.borrows for unit in self._chain.units):
             return None, None
         groups = [self._ranks.link(lower) for lower in range(self.size - 1)]
-        before = Link(self._ranks, groups[self.rank - 1], self.rank - 1) if self.rank and self._lent else None
-        after = Link(self._ranks, groups[self.rank], self.rank + 1) if self._borrowed else None
+        before = Link.to(self._ranks, groups, self.rank - 1) if self.rank and self._lent else None
+        after = Link.to(self._ranks, groups, self.rank + 1) if self._borrowed else None
         for link, parameters in ((before, self._lent), (after, self._borrowed)):
             if link is not None:
                 # an announcement would go against the stream of those of signals, each side waiting for the other
@@ -199,16 +212,17 @@ class LayerTeam(Team):
                 link.declare("borrowed", [Layout((size,), parameters[0].dtype, channels_last=False)])
         return before, after
 
-    def _is_own(self, tensor: Tensor) -> bool:
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a parameter or buffer is this rank's, or everyone's."""
         return self._owner.get(id(tensor), self.rank) == self.rank
 
     def _place(self, learner: Learner) -> None:
         """Move what this rank computes with to its device; the rest stays on the host, and out of its optimisers."""
         borrowed = {id(parameter) for parameter in self._borrowed}
         for tensor in (*learner.parameters(), *learner.buffers()):
-            if self._is_own(tensor) or id(tensor) in borrowed:
+            if self.owns(tensor) or id(tensor) in borrowed:
                 tensor.data = tensor.data.to(self._ranks.device)
-            if isinstance(tensor, nn.Parameter) and not self._is_own(tensor):
+            if isinstance(tensor, nn.Parameter) and not self.owns(tensor):
                 tensor.requires_grad_(False)
                 tensor.grad = None
 
@@ -232,7 +246,7 @@ class LayerTeam(Team):
         self._to_come = steps
 
     def share_metrics(self, rows: Tensor) -> Tensor:
-        self._drain()
+        self.drain()
         shared = rows.clone()
         dist.all_reduce(shared, group=self._ranks.everyone)  # each rank has zeros for the units of others
         return shared
@@ -241,8 +255,8 @@ class LayerTeam(Team):
         return rows if self.leader else torch.zeros_like(rows)
 
     def share_rating(self, rating: Tensor) -> Tensor:
-        self._drain()
-        dist.broadcast(rating, self.size - 1, group=self._ranks.everyone)
+        self.drain()
+        dist.broadcast(rating, self._ranks.among_all(self.size - 1), group=self._ranks.everyone)
         return rating
 
     def decide(self, *wishes: bool) -> tuple[bool, ...]:
@@ -255,7 +269,7 @@ class LayerTeam(Team):
         return {"form": self._form, "ranks": self.size, "last_units": list(self.ends)}
 
     def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
-        self._drain()
+        self.drain()
         tensors = [*learner.parameters(), *learner.buffers()]
         for index, tensor in enumerate(tensors):
             owner = self._owner.get(id(tensor), 0)
@@ -290,12 +304,12 @@ class LayerTeam(Team):
 
     def settle(self, learner: Learner) -> None:
         for optimizer in learner.optimizers():
-            for parameter in [p for p in optimizer.state if not self._is_own(p)]:
+            for parameter in [p for p in optimizer.state if not self.owns(p)]:
                 del optimizer.state[parameter]
 
     # -- learning ---------------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Wait until everything that was sent has arrived."""
         for link in (self._after, self._back_before):
             if link is not None:

@@ -6,6 +6,7 @@ gloo between hosts.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -77,6 +78,8 @@ class Ranks:
             cuda = self.device.type == "cuda"
             self._timeout, self._backend = timeout, "nccl" if cuda else "gloo"
             self.everyone = dist.new_group(backend="nccl", timeout=timeout) if cuda else dist.group.WORLD
+            self._members, self._control = list(range(self.size)), dist.group.WORLD
+            self._parts = [self._members]
         except (RuntimeError, ValueError) as error:
             raise self.lost(error) from error
 
@@ -91,6 +94,30 @@ class Ranks:
         device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(device)
         return device
+
+    def part(self, control: dist.ProcessGroup, parts: list[list[int]]) -> Ranks:
+        """Some of the processes by themselves, numbered from 0; all processes must call this.
+
+        Args:
+            control: the group of this process's part, over gloo.
+            parts: all parts, of equal size, by the numbers of their processes.
+        """
+        some = copy.copy(self)
+        some._control, some._parts = control, parts
+        some._members = next(part for part in parts if self.rank in part)
+        some.rank, some.size = some._members.index(self.rank), len(some._members)
+        some.everyone = control if self.device.type == "cpu" else some._group(parts)
+        return some
+
+    def _group(self, parts: list[list[int]]) -> dist.ProcessGroup | None:
+        """A group for tensors in each of some parts, which all processes make; the one of this process, if any."""
+        groups = [dist.new_group(part, backend=self._backend, timeout=self._timeout) for part in parts]
+        number = self.among_all(self.rank)
+        return next((group for group, part in zip(groups, parts, strict=True) if number in part), None)
+
+    def among_all(self, rank: int) -> int:
+        """The number among all processes of one of these."""
+        return self._members[rank]
 
     def lost(self, error: Exception) -> LostRankError:
         """What to say when `torch.distributed` fails."""
@@ -107,45 +134,46 @@ class Ranks:
             word in words for word in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL")
         )
 
-    def link(self, lower: int) -> dist.ProcessGroup:
-        """A group of rank `lower` and the next one, for what they send each other; all processes must call this.
+    def link(self, lower: int) -> dist.ProcessGroup | None:
+        """A group of rank `lower` and the next one, for what they send each other; None for others. All must call this.
 
         Each has a communicator of its own: messages of different links, and the two directions of one link, must not
         wait for each other.
         """
-        pair = [lower, lower + 1]
-        group: dist.ProcessGroup = dist.new_group(pair, backend=self._backend, timeout=self._timeout)
-        if self.rank in pair:  # NCCL makes the communicator at first use, and then waits for the other side
-            token = torch.zeros(1, device=self.device)
-            if self.rank == lower:
-                dist.send(token, lower + 1, group=group)
-            else:
-                dist.recv(token, lower, group=group)
+        group = self._group([part[lower : lower + 2] for part in self._parts])
+        if self.rank not in (lower, lower + 1):
+            return None
+        first, second = self.among_all(lower), self.among_all(lower + 1)
+        token = torch.zeros(1, device=self.device)  # NCCL makes the communicator at first use, and waits for both
+        if self.rank == lower:
+            dist.send(token, second, group=group)
+        else:
+            dist.recv(token, first, group=group)
         return group
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
         """The wishes of rank 0."""
         flags = torch.tensor(wishes, dtype=torch.int64)
-        dist.broadcast(flags, 0)
+        dist.broadcast(flags, self.among_all(0), group=self._control)
         return tuple(bool(flag) for flag in flags)
 
     def from_leader(self, value: Any) -> Any:
         """Rank 0's value, any object that can be pickled."""
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, self.among_all(0), group=self._control)
         return box[0]
 
     def of_all(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._control)
         return values
 
     def add(self, numbers: Iterable[float | None]) -> list[float | None]:
         """Sums over ranks; None where one does not know its number."""
         given = [float("nan") if number is None else float(number) for number in numbers]
         sums = torch.tensor(given, dtype=torch.float64)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self._control)
         return [None if value != value else value for value in sums.tolist()]
 
     def to_leader(self, tensor: Tensor, owner: int) -> None:
@@ -153,10 +181,10 @@ class Ranks:
         if owner == 0:
             return
         if self.rank == owner:
-            dist.send(tensor.detach().cpu().contiguous(), 0)
+            dist.send(tensor.detach().cpu().contiguous(), self.among_all(0))
         elif self.rank == 0:
             received = torch.empty(tensor.shape, dtype=tensor.dtype)
-            dist.recv(received, owner)
+            dist.recv(received, self.among_all(owner))
             with torch.no_grad():
                 tensor.copy_(received)
 

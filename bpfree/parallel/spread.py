@@ -9,10 +9,11 @@ from bpfree.algorithms.learner import Batch, Learner
 from bpfree.errors import UsageError, unknown_name
 from bpfree.parallel.data import DataTeam, check_divides
 from bpfree.parallel.layer import LayerTeam, checked_cut, cut_rule
+from bpfree.parallel.mesh import MeshTeam
 from bpfree.parallel.ranks import Ranks
 from bpfree.parallel.team import Team
 
-FORMS: Final = ("layer", "block", "data")
+FORMS: Final = ("layer", "block", "data", "layer,data")
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,25 @@ class Spread:
 
     Attributes:
         form: "layer" (consecutive blocks that hand activations on), "block" (blocks that need nothing from each other)
-            or "data" (a part of each batch).
+            or "data" (a part of each batch), or "layer,data" (both).
         cut: the last block of each rank, from 0; () balances by measured time.
+        mesh: for "layer,data", how many runs of blocks and how many parts of a batch; () otherwise.
 
     Raises:
-        UsageError: an unknown form, or a cut of batches.
+        UsageError: an unknown form, a cut of batches, or a mesh where there is none or the other way round.
     """
 
     form: str
     cut: tuple[int, ...] = ()
+    mesh: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise unknown_name("form of --parallel", self.form, FORMS)
         if self.cut and self.form == "data":
             raise UsageError("--cut says which blocks a rank has, and with --parallel data each has all of them")
+        if (self.form == "layer,data") != (len(self.mesh) == 2):
+            raise UsageError("--parallel layer,data and --mesh LxD go together: L runs of blocks, D parts of a batch")
 
     @property
     def whole(self) -> bool:
@@ -61,9 +66,15 @@ def check_spread(spread: Spread, learner: Learner, ranks: int, batch_size: int, 
     if spread.whole:
         check_divides(learner, batch_size, ranks)
         return
-    chain = cut_rule(learner, spread.form, ranks)
+    deep = ranks
+    if spread.mesh:
+        deep, wide = spread.mesh
+        if deep * wide != ranks:
+            raise UsageError(f"a mesh of {deep}x{wide} has {deep * wide} ranks, and there are {ranks}")
+        check_divides(learner, batch_size, wide)
+    chain = cut_rule(learner, spread.form, deep)
     if spread.cut:
-        checked_cut(spread.cut, len(chain.units), ranks)
+        checked_cut(spread.cut, len(chain.units), deep)
 
 
 def spread_over(
@@ -84,4 +95,7 @@ def spread_over(
     """
     if spread.whole:
         return DataTeam(ranks, learner, batch_size)
+    if spread.mesh:
+        deep, wide = spread.mesh
+        return MeshTeam(ranks, learner, sample, (deep, wide), spread.cut or None)
     return LayerTeam(ranks, learner, sample, cut=spread.cut or None, graphs=graphs, independent=spread.form == "block")

@@ -7,18 +7,20 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bpfree.algorithms import Learner, algorithm
 from bpfree.data.batches import Batches
 from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.experiments.train import InterruptedRunError
-from bpfree.networks import build_network, cnn, mlp
+from bpfree.networks import cnn, mlp
+from bpfree.networks.streams import Stream
 from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
 BATCH = 12
+SAMPLED: dict[str, Any] = {"batch_size": BATCH, "graphs": True}
 
 NETWORKS = {
     "mlp": lambda: mlp(SHAPE, (24, 20, 16, 12, 8)),
@@ -53,6 +55,7 @@ def train(
     options: dict[str, Any] | None = None,
     form: str = "layer",
     cut: tuple[int, ...] = (),
+    mesh: tuple[int, ...] = (),
     training: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
     stop_after: int | None = None,
@@ -66,7 +69,7 @@ def train(
     team: Team = Alone()
     if ranks is not None:
         sample = next(iter(learner_train.in_order(BATCH)))
-        team = spread_over(ranks, Spread(form, cut), learner, sample, batch_size=BATCH, graphs=True)
+        team = spread_over(ranks, Spread(form, cut, mesh), learner, sample, **SAMPLED)
     asked = itertools.count(1)
     saved: list[dict[str, Any]] = []
     trainer = Trainer(
@@ -107,7 +110,7 @@ def refuse(ranks: Ranks, *, rule: str, form: str, network: str = "mlp", **option
     cut = options.pop("cut", ())
     learner = make_learner(rule, network, options)
     sample = next(iter(samples(BATCH, 0).in_order(BATCH)))
-    spread_over(ranks, Spread(form, cut), learner, sample, batch_size=BATCH, graphs=True)
+    spread_over(ranks, Spread(form, cut), learner, sample, **SAMPLED)
 
 
 def agree(ranks: Ranks) -> list[Any]:
@@ -120,6 +123,11 @@ def agree(ranks: Ranks) -> list[Any]:
     ]
 
 
-def build(network: str) -> nn.Sequential:
-    """A network of the registry for these samples."""
-    return build_network(network, SHAPE)
+def draws(ranks: Ranks) -> list[float]:
+    """What a block's random stream gives this rank for its part of a batch, after one step."""
+    learner = make_learner("noprop", "mlp-2", {"steps": 2, "width": 16, "noise_seed": 1})
+    team = spread_over(ranks, Spread("data"), learner, next(iter(samples(BATCH, 0).in_order(BATCH))), **SAMPLED)
+    team.stages(learner)[0].step(next(iter(samples(BATCH, 0).in_order(BATCH))))
+    stream = next(module for module in learner.modules() if isinstance(module, Stream))
+    drawn: list[float] = stream.uniform((4,), torch.float64).tolist()
+    return drawn

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bpfree.algorithms import ALGORITHMS, Algorithm
 from bpfree.errors import UsageError
 from tests.parallel import jobs
 from tests.parallel.pool import Pool
@@ -120,6 +121,23 @@ def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, pool: Pool) ->
     assert moved > 1e-6  # there was something to get wrong
 
 
+@pytest.mark.parametrize("rule", ["mf", "man-one"])
+def test_blocks_times_parts_of_a_batch(rule: str, pool: Pool) -> None:
+    """Two runs of blocks times two halves of a batch."""
+    sgd = {"optimizer": "sgd", "lr": 0.01}
+    options = sgd if rule == "mf" else {**sgd, "ema": True, "bias": "light", "head": "0c1f", "host": "greedy"}
+    job = {"rule": "mf" if rule == "mf" else "man", "options": options, "form": "layer,data", "mesh": (2, 2)}
+    found = pool.run(4, jobs.train, **job, training={"epochs": 1})
+    expected = jobs.train(None, **job, training={"epochs": 1})
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][key], value, rtol=1e-12, atol=1e-12)
+    assert same(found[0]["weights"], found[1]["weights"])  # rank 1 leads the other column
+    losses = [name for name in expected["history"][0] if name.endswith("loss")]
+    assert len(losses) > 2
+    for name in losses:
+        assert found[3]["history"][0][name] == pytest.approx(expected["history"][0][name], rel=1e-5)
+
+
 def test_statistics_of_a_divided_batch_are_those_of_all_ranks(pool: Pool) -> None:
     job = {"rule": "bp", "network": "cnn-bn", "form": "data", "training": {"epochs": 1}}
     first, second = pool.run(2, jobs.train, **job)
@@ -140,7 +158,8 @@ def test_ranks_draw_numbers_of_their_own_for_their_rows(pool: Pool) -> None:
     expected = jobs.train(None, **job)["weights"]
     assert counts
     assert all(torch.equal(first["weights"][name], expected[name]) for name in counts)
-    assert not same(first["weights"], expected)
+    one, two = pool.run(2, jobs.draws)
+    assert len({*one, *two}) == 8
 
 
 @pytest.mark.parametrize("before", ["layer", "alone"])
@@ -192,6 +211,11 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
 def test_what_cannot_be_spread_says_why(ranks: int, job: dict[str, Any], reason: str, pool: Pool) -> None:
     with pytest.raises(UsageError, match=reason):
         pool.run(ranks, jobs.refuse, **job)
+
+
+@pytest.mark.parametrize("entry", ALGORITHMS, ids=lambda entry: entry.alias)
+def test_every_rule_is_a_chain_or_says_why_not(entry: Algorithm) -> None:
+    assert hasattr(entry.learner, "local_units") != bool(entry.learner.undivided)
 
 
 def test_small_messages(pool: Pool) -> None:

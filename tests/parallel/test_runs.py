@@ -98,6 +98,8 @@ def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
         (("--nproc", "2"), "--parallel layer, block or data"),
         (("--nproc", "2", "--parallel", "sideways"), "sideways"),
         (("--nproc", "2", "--parallel", "data", "--cut", "1,2"), "each has all of them"),
+        (("--nproc", "4", "--parallel", "layer,data"), "--mesh LxD"),
+        (("--nproc", "4", "--parallel", "layer,data", "--mesh", "3x2"), "has 6 processes"),
         (("--nproc", "2", "--parallel", "layer", "--cut", "a"), "numbers of blocks"),
         (("--nproc", "2", "--parallel", "layer", "--seed", "1", "--seed", "2"), "one --seed"),
         (("--nproc", "2", "--parallel", "layer", "--nnodes", "2"), "--rdzv-endpoint"),
@@ -136,7 +138,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
 def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -> None:
     """Then the run is finished by one process, with the weights of a run that nothing happened to."""
-    settings = ("--epochs", "60", "--patience", "60", "--checkpoint-every", "0", "--batch-size", "16")
+    settings = ("--epochs", "20", "--patience", "20", "--checkpoint-every", "0", "--batch-size", "16")
     process = start(tmp_path / "runs", *settings, "--nproc", "2", "--parallel", "layer", "--rank-timeout", "30")
     for _ in range(6000):
         found = list((tmp_path / "runs").glob(f"*/{records.CHECKPOINT}"))
@@ -153,6 +155,7 @@ def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -
     assert len(errors) == 1, err
     assert "was ended by SIGKILL" in errors[0]
     assert "Traceback" not in err
+    assert "torch" not in err
     assert (path / records.CHECKPOINT).exists()
     assert not (path / records.SUMMARY).exists()
 
