@@ -17,8 +17,9 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -167,9 +168,12 @@ class LayerTeam(Team):
         self.rank, self.size = ranks.rank, ranks.size
         self._ranks, self._form = ranks, "block" if independent else "layer"
         self._chain = chain = cut_rule(learner, self._form, ranks.size)
+        self.captures = graphs and ranks.device.type == "cuda" and learner.capture_safe
+        self._seconds: list[float] | None = None
         if cut is None:
-            costs = unit_seconds(learner, sample, ranks.device) if ranks.rank == 0 else None
-            ends = tuple(balanced_ends(ranks.from_leader(costs), ranks.size))
+            costs = unit_seconds(learner, sample, ranks.device, graphs=self.captures) if ranks.rank == 0 else None
+            self._seconds = ranks.from_leader(costs)
+            ends = tuple(balanced_ends(self._seconds, ranks.size))
         else:
             ends = checked_cut(cut, len(chain.units), ranks.size)
         self.ends = ends
@@ -185,7 +189,6 @@ class LayerTeam(Team):
         borrowed = chain.units[self.members[-1]].borrows if self.rank + 1 < self.size else ()
         self._borrowed = tuple(borrowed)
         self._lent = chain.units[self.members[0] - 1].borrows if self.rank else ()
-        self.captures = graphs and ranks.device.type == "cuda" and learner.capture_safe
         self._place(learner)
         self._forward_links = [ranks.link(lower) for lower in range(self.size - 1)]
         self._before = Link.to(ranks, self._forward_links, self.rank - 1) if self.rank else None
@@ -266,7 +269,8 @@ class LayerTeam(Team):
         return self._ranks.add(numbers)
 
     def describe(self) -> dict[str, Any]:
-        return {"form": self._form, "ranks": self.size, "last_units": list(self.ends)}
+        measured = {} if self._seconds is None else {"unit_seconds": self._seconds}
+        return {"form": self._form, "ranks": self.size, "last_units": list(self.ends), **measured}
 
     def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
         self.drain()
@@ -478,13 +482,14 @@ def checked_cut(cut: Sequence[int], units: int, ranks: int) -> tuple[int, ...]:
     return ends
 
 
-def unit_seconds(learner: Learner, sample: Batch, device: torch.device) -> list[float]:
-    """Seconds of each unit's step, one unit on the device at a time: the least of a few.
+def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graphs: bool) -> list[float]:
+    """Seconds of each unit's learning, one unit on the device at a time: the least of a few.
 
     Args:
         learner: on the CPU; it is copied, and stays as it is.
         sample: a batch on the device.
         device: where to measure.
+        graphs: time replays of a CUDA graph, which small kernels take a fraction of their launches in.
     """
     generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     twin = copy.deepcopy(learner)
@@ -501,14 +506,9 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device) -> list[
         held = [t for module in unit.modules for t in (*module.parameters(), *module.buffers())]
         for tensor in held:
             tensor.data = tensor.data.to(device)
-        timed = []
-        for _ in range(1 + TIMED_STEPS):
-            _wait_for(device)
-            started = time.perf_counter()
-            outputs, _ = unit.learn(signal, step)
-            _wait_for(device)
-            timed.append(time.perf_counter() - started)
-        seconds.append(min(timed[1:]))
+        outputs, _ = unit.learn(signal, step)
+        learn = partial(unit.learn, signal, step)
+        seconds.append(_least_seconds(_replayed(learn) if graphs else learn, device))
         signal = outputs
         for tensor in held:
             tensor.grad = None
@@ -518,6 +518,33 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device) -> list[
     if generators[1]:
         torch.cuda.set_rng_state_all(generators[1])
     return seconds
+
+
+def _replayed(work: Callable[[], Any]) -> Callable[[], None]:
+    """The replay of `work` as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(EAGER_STEPS):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a few repetitions, after one that is not timed."""
+    timed = []
+    for _ in range(1 + TIMED_STEPS):
+        _wait_for(device)
+        started = time.perf_counter()
+        work()
+        _wait_for(device)
+        timed.append(time.perf_counter() - started)
+    return min(timed[1:])
 
 
 def _wait_for(device: torch.device) -> None:

@@ -46,7 +46,7 @@ class MeshTeam(Team):
         self.rank, self.size = ranks.rank, ranks.size
         self._ranks, self._learner, self._shape = ranks, learner, mesh
         if cut is None:  # once for all columns
-            costs = unit_seconds(learner, sample, ranks.device) if ranks.rank == 0 else None
+            costs = unit_seconds(learner, sample, ranks.device, graphs=False) if ranks.rank == 0 else None
             cut = balanced_ends(ranks.from_leader(costs), mesh[0])
         devices = init_device_mesh("cpu", mesh, mesh_dim_names=("layer", "data"))  # small messages go by gloo
         rows: list[list[int]] = devices.mesh.tolist()
