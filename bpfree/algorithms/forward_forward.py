@@ -35,23 +35,21 @@ mean square activity of 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpfree.algorithms._ff_goodness import Activity, Goodness, Normalizer, PeerNormalization, length_of
+from bpfree.algorithms._ff_goodness import Activity, Goodness, Normalizer, PeerNormalization
+from bpfree.algorithms._ff_layers import Chain, Layer, labelled_activity, learn_readout, read
 from bpfree.algorithms._ff_losses import contrastive_loss
 from bpfree.algorithms._ff_negatives import NEGATIVES, HybridViews, LabelledViews, Views
 from bpfree.algorithms._lanes import Lanes
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
-from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
-from bpfree.algorithms.mono_forward import encode_targets
+from bpfree.algorithms.local_units import LocalUnits
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, linear_relu
 from bpfree.networks.streams import Stream
@@ -251,18 +249,14 @@ class ForwardForward(Learner):
 
     def _logits(self, activities: list[Activity]) -> tuple[Tensor, list[Tensor]]:
         """(B, C) logits of the read-out over the layers that were run, and the z_l that each of its parts saw."""
-        seen, logits = [], None
         passed = [activity.inputs for activity in activities[1:]]
         passed.append(self.normalizer.of(activities[-1].hidden))
-        for layer, signal in zip(self._layers, passed, strict=False):
-            if layer.head is not None:
-                seen.append(signal.to(layer.head.weight.dtype))
-                with torch.autocast(seen[-1].device.type, enabled=False):
-                    part: Tensor = layer.head(seen[-1])
-                logits = part if logits is None else logits + part
-        if logits is None:  # only the first layer is there, and it is not read
-            logits = self._layers[0].linear.weight.new_zeros(len(activities[0].hidden), self.classes)
-        return logits, seen
+        pairs = [(layer.head, z) for layer, z in zip(self._layers, passed, strict=False) if layer.head is not None]
+        seen = [signal.to(head.weight.dtype) for head, signal in pairs]
+        if seen:
+            return read([head for head, _ in pairs], seen), seen
+        # only the first layer is there, and it is not read
+        return self._layers[0].linear.weight.new_zeros(len(activities[0].hidden), self.classes), seen
 
     @torch.no_grad()
     def label_goodness(self, inputs: Tensor, depth: int | None = None) -> Tensor:
@@ -283,20 +277,9 @@ class ForwardForward(Learner):
         """
         if not isinstance(self.views, LabelledViews):
             raise UsageError("hybrid negatives carry no label, so there is no goodness of a label")
-        activities = self._run_from(self._label_activity(inputs), len(self._layers) if depth is None else depth)
+        first = labelled_activity(self._layers[0], self.views, self.normalizer, inputs)
+        activities = self._run_from(first, len(self._layers) if depth is None else depth)
         return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
-
-    def _label_activity(self, inputs: Tensor) -> Activity:
-        """The first layer for every label of every sample, (B C, N)."""
-        assert isinstance(self.views, LabelledViews)
-        first, strength = self._layers[0].linear, self.views.strength
-        blank = self.views.blank(inputs.flatten(1))
-        length = torch.sqrt(length_of(blank).square() + strength**2)
-        divisor = self.normalizer.divisor(length, blank.shape[1]).to(blank.dtype)
-        image = F.linear(blank / divisor, first.weight, first.bias)
-        label = (strength * first.weight[:, : self.classes].T) / divisor[:, None]  # (B, C, N)
-        hidden = F.relu(image[:, None] + label.to(image.dtype)).flatten(0, 1)
-        return Activity(blank, hidden)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C): summed goodness of each label, or the softmax read-out's logits."""
@@ -348,119 +331,32 @@ class ForwardForward(Learner):
             )
         if self.loss.startswith("collaboration"):
             raise UsageError("its loss adds up the goodness of several layers; use loss=original or loss=symba")
-        return self._local_units()
+        return self._chain.units()
 
     @property
     def _separate(self) -> bool:
         """Whether layers learn from what comes before them alone."""
         return self.schedule == "joint" and self.negatives != "hard" and not self.loss.startswith("collaboration")
 
-    def _local_units(self) -> LocalUnits:
-        layers = tuple(
-            LocalUnit(
-                layer.name, (layer.linear, layer.peer), partial(self._learn_layer, index), partial(self._pass, index)
-            )
-            for index, layer in enumerate(self._layers)
+    @property
+    def _chain(self) -> Chain:
+        """The layers as units, if they are separate."""
+        return Chain(
+            self._layers,
+            self.views,
+            self.goodness,
+            self.normalizer,
+            self.contrast,
+            self._optimizers[0],
+            first=self.first,
+            by_goodness=self.inference == "goodness",
         )
-        return LocalUnits(
-            units=(*layers, LocalUnit("read-out", tuple(self.heads), self._learn_heads, self._pass_heads)),
-            begin=self._begin,
-            enter=self._enter,
-            end=self._end,
-            join=lambda step: step.lanes.join(),
-            ask=lambda inputs: inputs,
-            offer=self._offer,
-            answer=self._answer,
-        )
-
-    def _begin(self, batch: Batch) -> Step:
-        inputs, targets = batch[0].flatten(1), batch[1]
-        lanes = Lanes(inputs.device, 1 + len(self._layers))
-        return Step(inputs, targets, self.views.draw(len(inputs)), lanes, [])
-
-    @torch.no_grad()
-    def _enter(self, step: Step) -> Signal:
-        """z_0 of the positive and negative rows, and of the plain rows if the read-out has rows of its own."""
-        rows = [self.views.contrast(step.inputs, step.targets, None, step.noise)]
-        if self.views.labelled:
-            rows.append(self.views.plain(step.inputs))
-        return tuple(self.normalizer.of(some) for some in rows)
-
-    @torch.no_grad()
-    def _learn_layer(self, index: int, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
-        """From z_{l-1} of all rows to z_l; what the read-out sees of the layers so far goes along."""
-        layer, size = self._layers[index], len(step.targets)
-        streams = 2 if self.views.labelled else 1
-        activity = layer.activate(signal[0])
-        goodness = self.goodness.of(activity)
-        (loss,), (slope,) = self.contrast(goodness[None], index)
-        step.kept.append((activity, slope))
-        with step.lanes.lane(1 + index):
-            layer.learn(activity, slope)
-        means = goodness.unflatten(0, (2, size)).mean(1)
-        metrics = {
-            f"{layer.name} loss": loss,
-            f"{layer.name} positive goodness": means[0],
-            f"{layer.name} negative goodness": means[1],
-        }
-        passed = [] if self.views.labelled and index + 1 == len(self._layers) else [self.normalizer.of(activity.hidden)]
-        if self.views.labelled:
-            passed.append(self.normalizer.of(layer.activate(signal[1]).hidden))
-        heard = (*signal[streams:], passed[-1][:size]) if layer.head is not None else signal[streams:]
-        return (heard if index + 1 == len(self._layers) else (*passed, *heard)), metrics
-
-    @torch.no_grad()
-    def _learn_heads(self, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
-        seen = [part.to(head.weight.dtype) for part, head in zip(signal, self.heads, strict=True)]
-        logits = self._read(seen)
-        step.kept.append((seen, logits))
-        with step.lanes.lane(0):
-            loss = self._learn_readout(range(len(self._layers)), logits, seen, step.targets)
-        return (), {"read-out loss": loss}
-
-    def _end(self, step: Step, members: range) -> Metrics:
-        for optimizer in self._optimizers[0]:
-            optimizer.step()  # of the layers that have gradients
-        return {}
-
-    def _offer(self, inputs: Tensor) -> Signal:
-        return () if self.inference == "goodness" else (self.normalizer.of(self.views.plain(inputs.flatten(1))),)
-
-    def _pass(self, index: int, signal: Signal, inputs: Tensor) -> Signal:
-        """z_{l-1} -> z_l; behind it the goodness of the layers so far, or what the read-out sees of them."""
-        layer = self._layers[index]
-        by_goodness = self.inference == "goodness"
-        activity = self._label_activity(inputs) if by_goodness and not index else layer.activate(signal[0])
-        passed = self.normalizer.of(activity.hidden)
-        if by_goodness:
-            return (passed, *signal[1:], self.goodness.of(activity))
-        return (passed, *signal[1:], passed) if layer.head is not None else (passed, *signal[1:])
-
-    def _pass_heads(self, signal: Signal, inputs: Tensor) -> Signal:
-        if self.inference == "goodness":
-            return signal[1:]
-        return (self._read([part.to(head.weight.dtype) for part, head in zip(signal[1:], self.heads, strict=True)]),)
-
-    def _answer(self, signal: Signal, inputs: Tensor) -> Tensor:
-        if self.inference == "goodness":
-            return torch.stack(signal).unflatten(1, (-1, self.classes))[self.first :].sum(0)
-        logits: Tensor = signal[0]
-        return logits
-
-    def _read(self, seen: list[Tensor]) -> Tensor:
-        """(B, C) logits of the parts of the read-out for what each of them sees."""
-        with torch.autocast(seen[0].device.type, enabled=False):
-            parts = [head(part) for head, part in zip(self.heads, seen, strict=True)]
-            logits: Tensor = parts[0]
-            for part in parts[1:]:
-                logits = logits + part
-        return logits
 
     @torch.no_grad()
     def _update(self, chosen: range, optimizers: tuple[Optimizer, ...], batch: Batch) -> Metrics:
         """Train the `chosen` layers; those before them only run."""
         if self._separate:
-            return self._local_units().update(batch)
+            return self._chain.units().update(batch)
         inputs, targets = batch[0].flatten(1), batch[1]
         size, depth = len(inputs), chosen.stop
         counts = (2, depth, max(1 + len(chosen), len(optimizers)))
@@ -483,7 +379,8 @@ class ForwardForward(Learner):
         metrics: Metrics = {}
         with late.lane(0):
             if seen:
-                metrics["read-out loss"] = self._learn_readout(chosen, logits, seen, targets)
+                parts = [(head, seen[index - self.first]) for index in chosen if (head := self._layers[index].head)]
+                metrics["read-out loss"] = learn_readout(logits, parts, targets)
         for index in chosen:
             with late.lane(1 + index - chosen.start):
                 self._layers[index].learn(activities[index], slopes[index])
@@ -498,18 +395,6 @@ class ForwardForward(Learner):
             metrics[f"{name} loss"] = losses[index]
             metrics[f"{name} positive goodness"], metrics[f"{name} negative goodness"] = liveliness[index]
         return metrics
-
-    def _learn_readout(self, chosen: range, logits: Tensor, seen: list[Tensor], targets: Tensor) -> Tensor:
-        """Set the gradients of U_l of the chosen layers, (softmax(logits) - onehot(y))^T z_l / B; return the loss."""
-        target_errors = encode_targets(targets, self.classes, logits.dtype)
-        log_probabilities = F.log_softmax(logits, 1)
-        errors = torch.add(target_errors, log_probabilities.exp(), alpha=1 / len(targets))
-        with torch.autocast(logits.device.type, enabled=False):
-            for index in chosen:
-                head = self._layers[index].head
-                if head is not None:
-                    set_gradients(head.parameters(), [errors.T @ seen[index - self.first]])
-        return (log_probabilities * target_errors).sum()
 
     # -- what it says of itself -------------------------------------------------------------------------------
 
@@ -549,58 +434,3 @@ class ForwardForward(Learner):
             "temperature": trial.suggest_float("temperature", 0.3, 100.0, log=True),
             "peer_normalization": trial.suggest_categorical("peer_normalization", (0.0, 0.03)),
         }
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What the layers of a step share: (B, D) inputs, (B,) targets, what is random in negatives, side streams, and
-    what must stay referenced until these are joined."""
-
-    inputs: Tensor
-    targets: Tensor
-    noise: Tensor
-    lanes: Lanes
-    kept: list[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """Everything that one layer's update touches.
-
-    Attributes:
-        name: shown in metrics.
-        linear: W_l and b_l.
-        scale: c of its goodness.
-        peer: m_l.
-        head: its part of the softmax read-out, U_l (C, N_l), or None.
-    """
-
-    name: str
-    linear: nn.Linear
-    scale: float
-    peer: PeerNormalization
-    head: nn.Linear | None
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """What a stage of this layer alone trains."""
-        return (self.linear, self.peer) if self.head is None else (self.linear, self.peer, self.head)
-
-    def activate(self, signal: Tensor) -> Activity:
-        """z_{l-1}, (M, N_{l-1}) -> the layer's activity."""
-        return Activity(signal, F.relu(F.linear(signal, self.linear.weight, self.linear.bias)))
-
-    def learn(self, activity: Activity, slope: Tensor) -> None:
-        """Set the gradients of W_l and b_l.
-
-        Args:
-            activity: of B positive rows and the B negative ones.
-            slope: dL/dg, (2B,).
-        """
-        hidden = activity.hidden
-        errors = hidden * (2 * self.scale * slope)[:, None].to(hidden.dtype)
-        if self.peer.strength:
-            positive = len(hidden) // 2
-            errors[:positive] += self.peer(hidden[:positive]).to(hidden.dtype)
-        gradients = [errors.T @ activity.inputs, errors.sum(0)]
-        set_gradients(self.linear.parameters(), gradients[: 1 if self.linear.bias is None else 2])
