@@ -107,6 +107,10 @@ class Stage:
         """Network inputs as the inputs of `step`."""
         return inputs if self.step_prefix is None else self.step_prefix(inputs)
 
+    def scores_of_inputs(self, inputs: Any) -> Tensor:
+        """`scores` of network inputs."""
+        return self.scores(inputs if self.prefix is None else self.prefix(inputs))
+
     def step(self, batch: Batch) -> Metrics:
         """One update from one batch of stage inputs.
 

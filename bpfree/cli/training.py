@@ -59,6 +59,11 @@ SETTINGS: Final[tuple[Decorator, ...]] = (
         type=click.IntRange(min=1),
         help="Graphs: cut the nodes into this many random parts, for graphs that do not fit the device.  [default: 1]",
     ),
+    click.option(
+        "--cache/--no-cache",
+        default=None,
+        help="Keep what frozen blocks make of the inputs, instead of running them in every step.  [default: cache]",
+    ),
     click.option("--graph/--no-graph", default=None, help="CUDA graphs for training steps.  [default: graph]"),
     click.option(
         "--checkpoint-every",

@@ -49,6 +49,8 @@ class TrainingConfig:
         augmentation: "none", "crop-flip" or "shift"; None takes the data set's own.
         standardize: subtract the data set's mean and divide by its standard deviation; otherwise images are in [0, 1].
         validation: number of validation samples; None takes the data set's own.
+        cache: compute what frozen blocks make of the inputs once per stage and keep it on the device, unless inputs are
+            augmented; otherwise those blocks run in every step and validation.
         graph: replay training steps as CUDA graphs where that is possible.
         checkpoint_every: seconds between checkpoints.
         diagnose: note the rule's own diagnostics of validation data after every epoch, beside those of the test.
@@ -75,6 +77,7 @@ class TrainingConfig:
     augmentation: str | None = None
     standardize: bool = True
     validation: int | None = None
+    cache: bool = True
     graph: bool = True
     checkpoint_every: float = 60.0
     diagnose: bool = False
@@ -338,11 +341,11 @@ class Trainer:
         config, progress = self.config, self.progress
         if stage.whole_graph and not self.train.fixed_shapes:
             raise UsageError(f"{stage.name} keeps something for each node of the graph; leave out graph_parts")
-        keep_prefix = self.train.augmentation == "none"
+        keep_prefix = config.cache and self.train.augmentation == "none"
         with self.meter.phase(TRAIN):
             train, flops = self._prefixed(stage.step_prefix, self.train) if keep_prefix else (self.train, 0)
         with self.meter.phase(VALIDATION):
-            validation, _ = self._prefixed(stage.prefix, self.validation)
+            validation, _ = self._prefixed(stage.prefix, self.validation) if config.cache else (self.validation, 0)
         if progress.epoch == progress.step == 0:  # not again after a resume
             progress.flops += flops
         stepper = Stepper(
@@ -367,11 +370,12 @@ class Trainer:
             EarlyStopping(**progress.stopping) if progress.stopping else EarlyStopping(patience, config.min_delta)
         )
         trained = [t for m in stage.modules for t in (*m.parameters(), *m.buffers())]
+        scores = stage.scores if config.cache else stage.scores_of_inputs
         while progress.epoch < epochs and not stopping.stop:
             with self.meter.phase(TRAIN):
                 self._run_epoch(stage, stepper, train, epochs)
             with self.meter.phase(VALIDATION):
-                record = self._close_epoch(stage, stepper, validation, epochs)
+                record = self._close_epoch(stage, scores, stepper, validation, epochs)
                 if config.diagnose:
                     record.update(diagnose(self.learner, self.validation, config.precision))
             record["best"] = stopping.update(progress.epoch, self._rating(record))
@@ -518,12 +522,14 @@ class Trainer:
         moment = self.progress.epoch + (step + 0.5) / stepper.steps_per_epoch
         return learning_rate_factor(self.config.lr_schedule, moment, epochs, self.config.warmup_epochs)
 
-    def _close_epoch(self, stage: Stage, stepper: Stepper, validation: AnyBatches, epochs: int) -> dict[str, Any]:
+    def _close_epoch(
+        self, stage: Stage, scores: Callable[[Any], Tensor], stepper: Stepper, validation: AnyBatches, epochs: int
+    ) -> dict[str, Any]:
         """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
         (self._epoch_joules,) = self.team.add([self._epoch_joules])
-        rating = self.team.share_rating(rate(stage.scores, validation, self.config.precision, self.learner))
+        rating = self.team.share_rating(rate(scores, validation, self.config.precision, self.learner))
         metrics = self.team.share_metrics(metrics)
         numbers = torch.cat([rating, metrics.double().flatten()]).cpu()
         validation_loss, validation_accuracy = numbers[:2].tolist()

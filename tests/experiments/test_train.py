@@ -159,10 +159,11 @@ def test_cosine_schedule_sets_the_rate_of_every_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("augmentation", "expected"),
-    [("none", 2), ("crop-flip", 1 + 1 + 3 * 4)],  # both sets once; or validation, rehearsal and every step
+    ("augmentation", "cache", "expected"),
+    # both sets once; or validation, rehearsal and every step; or every validation too
+    [("none", True, 2), ("crop-flip", True, 1 + 1 + 3 * 4), ("none", False, 3 + 1 + 3 * 4)],
 )
-def test_sequential_prefix_is_computed_once_unless_augmented(augmentation: str, expected: int) -> None:
+def test_sequential_prefix_is_computed_once_unless_augmented(augmentation: str, cache: bool, expected: int) -> None:
     first, second = cnn((1, 8, 8), (3, 4))
     learner = MonoForward([first, second], 2, schedule="sequential", input_shape=(1, 8, 8))
     calls: list[int] = []
@@ -173,7 +174,7 @@ def test_sequential_prefix_is_computed_once_unless_augmented(augmentation: str, 
             calls.clear()
 
     train, validation = images(64, augmentation=augmentation), images(16, seed=1)
-    config = TrainingConfig(batch_size=16, passes=6)
+    config = TrainingConfig(batch_size=16, passes=6, cache=cache)
     Trainer(learner, train, validation, config, on_epoch=forget_first_stage).run()
     assert len(calls) == expected
 
@@ -196,8 +197,11 @@ def test_kept_prefix_trains_to_the_same_weights_as_a_recomputed_one() -> None:
         with torch.no_grad():
             for parameter, value in zip(again.parameters(), state, strict=False):
                 parameter.copy_(value)
-    for a, b in zip(weights(kept), weights(again), strict=True):
+    uncached = build(schedule="sequential")
+    Trainer(uncached, train, validation, TrainingConfig(batch_size=16, passes=6, cache=False)).run()
+    for a, b, c in zip(weights(kept), weights(again), weights(uncached), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        torch.testing.assert_close(c, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
