@@ -38,9 +38,10 @@ from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradi
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
-from bpfree.networks.blocks import Shape, block_output_shapes, linear_relu
+from bpfree.networks.blocks import Shape, block_output_shapes, dropout_linear_relu
 from bpfree.networks.graph import Graph
 from bpfree.networks.heads import Head
+from bpfree.networks.streams import StreamDropout
 
 Schedule = Literal["simultaneous", "sequential"]
 PassOn = Literal["pre", "post"]
@@ -228,13 +229,14 @@ class MonoForward(Learner):
     @torch.no_grad()
     def _learn_unit(self, index: int, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
         unit, (inputs,) = self._units[index], signal
-        step.kept.append(inputs)
         if unit.linear is None:
             activations, loss = unit.learn_by_autograd(inputs, step.targets)
         else:
-            activations = unit.activate(inputs)
+            entered = unit.enter(inputs)
+            step.kept.append(entered)
+            activations = unit.activate(entered)
             with step.lanes.lane(index):  # nothing below this block waits for its update
-                loss = unit.learn_in_closed_form(inputs, activations, step.target_errors)
+                loss = unit.learn_in_closed_form(entered, activations, step.target_errors)
         if self.pass_on == "post":
             self._optimizers[index].step()
             activations = unit.block(inputs)
@@ -253,7 +255,8 @@ class MonoForward(Learner):
             _, loss = unit.learn_by_autograd(inputs, targets)
         else:
             target_errors = encode_targets(targets, self.classes, unit.head.weight.dtype)
-            loss = unit.learn_in_closed_form(inputs, unit.activate(inputs), target_errors)
+            entered = unit.enter(inputs)
+            loss = unit.learn_in_closed_form(entered, unit.activate(entered), target_errors)
         self._optimizers[index].step()
         return {f"{unit.name} loss": loss}
 
@@ -308,6 +311,7 @@ class Unit:
         block: f_i.
         head: M_i.
         input_shape: shape of one sample of a_{i-1}.
+        dropout: of a_{i-1}, if a block that learns in closed form begins with it.
         linear: W_i and b_i if the block learns in closed form, otherwise None.
         parameters: of the block, then of the head, without those that the user has frozen.
     """
@@ -316,6 +320,7 @@ class Unit:
     block: nn.Module
     head: Head
     input_shape: Shape
+    dropout: StreamDropout | None
     linear: nn.Linear | None
     parameters: tuple[nn.Parameter, ...]
 
@@ -324,20 +329,25 @@ class Unit:
         """A unit, with what follows from its block."""
         parameters = trained(block, head)
         whole = len(parameters) == len([*block.parameters(), *head.parameters()])
-        return cls(name, block, head, input_shape, linear_relu(block) if whole else None, tuple(parameters))
+        dropout, linear = dropout_linear_relu(block) if whole else (None, None)
+        return cls(name, block, head, input_shape, dropout, linear, tuple(parameters))
 
     def scores(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) block inputs -> (B, C) goodness."""
         goodness: Tensor = self.head(self.block(inputs))
         return goodness
 
+    def enter(self, inputs: Tensor) -> Tensor:
+        """a_{i-1} as a linear block sees it."""
+        return inputs if self.dropout is None else self.dropout(inputs)
+
     def activate(self, inputs: Tensor) -> Tensor:
-        """a_i of a linear block, (B, d_i)."""
+        """a_i of a linear block, (B, d_i), from what has entered."""
         assert self.linear is not None
         return F.relu(F.linear(inputs.flatten(1), self.linear.weight, self.linear.bias))
 
     def learn_in_closed_form(self, inputs: Tensor, activations: Tensor, target_errors: Tensor) -> Tensor:
-        """Set the gradients of W_i, b_i and M_i from `inputs` a_{i-1} and `activations` a_i; return the loss."""
+        """Set the gradients of W_i, b_i and M_i from `inputs` that entered and `activations` a_i; return the loss."""
         loss, errors = classifier_errors(self.head.weight, activations, target_errors)
         gradients = linear_relu_gradients(self.head.weight, inputs.flatten(1), activations, errors)
         if self.linear is not None and self.linear.bias is None:

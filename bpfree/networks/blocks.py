@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bpfree.errors import UsageError
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
+from bpfree.networks.streams import StreamDropout
 
 Shape = tuple[int, ...]
 
@@ -97,6 +98,15 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
             block.train(was_training)
         shapes.append(tuple((signal.x if isinstance(signal, Graph) else signal).shape[1:]))
     return shapes
+
+
+def dropout_linear_relu(block: nn.Module) -> tuple[StreamDropout | None, nn.Linear | None]:
+    """The parts of a block that is `[Dropout ->] Linear -> ReLU` and nothing else; see `linear_relu`."""
+    if isinstance(block, nn.Sequential) and len(block) and isinstance(block[0], StreamDropout):
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (block, block[0]))
+        linear = None if hooked else linear_relu(block[1:])
+        return (None if linear is None else block[0]), linear
+    return None, linear_relu(block)
 
 
 def linear_relu(block: nn.Module) -> nn.Linear | None:

@@ -14,7 +14,7 @@ from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.autoencoder import AUTOENCODER_CHANNELS, autoencoder
 from bpfree.networks.cnn import CAFO_CHANNELS, ELU_CHANNELS, MF_CHANNELS, cnn, elu_cnn
 from bpfree.networks.gnn import gnn
-from bpfree.networks.mlp import mlp
+from bpfree.networks.mlp import DROPOUT, mlp
 from bpfree.networks.noprop import Kind, image_branch
 from bpfree.networks.residual import CWCOMP_CHANNELS, DEEPER_WIDTHS, cwcomp, deeper, deeper_tiny, mobilenet
 from bpfree.networks.resnet import DEPTHS, resnet
@@ -47,8 +47,8 @@ def _depth_and_width(sizes: str) -> tuple[int, ...]:
     return widths
 
 
-def _mlp(elu: bool, input_shape: Shape, sizes: str) -> nn.Sequential:
-    return mlp(input_shape, _depth_and_width(sizes or "2x1000"), elu=elu)
+def _mlp(elu: bool, dropout: float | None, input_shape: Shape, sizes: str) -> nn.Sequential:
+    return mlp(input_shape, _depth_and_width(sizes or "2x1000"), elu=elu, dropout=dropout)
 
 
 def _gnn(kind: str, input_shape: Shape, sizes: str) -> nn.Sequential:
@@ -101,10 +101,15 @@ FAMILIES: Final[dict[str, Family]] = {
     "mlp": Family(
         "mlp:DEPTHxWIDTH | mlp:WxWxW..",
         "hidden layers Linear-ReLU; mlp:2x1000 is two of 1000 units, mlp:500x300 or mlp:800x400x200 names each width",
-        partial(_mlp, False),
+        partial(_mlp, False, None),
+    ),
+    "mlp-dropout": Family(
+        "mlp-dropout:DEPTHxWIDTH | mlp-dropout:WxWxW..",
+        f"the same with dropout ({DROPOUT:g} unless --dropout is given) at the entry of every block but the first",
+        partial(_mlp, False, DROPOUT),
     ),
     "mlp-elu": Family(
-        "mlp-elu:DEPTHxWIDTH | mlp-elu:WxWxW..", "hidden layers Linear-ELU without biases", partial(_mlp, True)
+        "mlp-elu:DEPTHxWIDTH | mlp-elu:WxWxW..", "hidden layers Linear-ELU without biases", partial(_mlp, True, None)
     ),
     "cnn": Family(
         "cnn:mf | cnn:cafo | cnn:CxCxC..",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from bpfree.algorithms import Backprop, MonoForward
 from bpfree.algorithms.mono_forward import classifier_errors, encode_targets, linear_relu_gradients
 from bpfree.errors import UsageError
-from bpfree.networks import cnn, mlp
+from bpfree.networks import cnn, dropout_layers, mlp
 from tests.reference import mono_forward as reference
 
 LR = 0.05
@@ -132,6 +133,29 @@ def test_closed_form_equals_autograd() -> None:
         twin.step((x, y))
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pass_on"), [("simultaneous", "pre"), ("simultaneous", "post"), ("sequential", "pre")]
+)
+def test_closed_form_equals_autograd_behind_dropout(schedule: str, pass_on: str) -> None:
+    """Both draw the same masks, and inference draws none."""
+    network = mlp((5,), (8, 8, 8), dropout=0.5)
+    options: dict[str, Any] = {"optimizer": sgd, "schedule": schedule, "pass_on": pass_on, "input_shape": (5,)}
+    model = MonoForward(network, 3, **options).double()
+    twin = MonoForward([Opaque(block) for block in copy.deepcopy(network)], 3, **options).double()
+    twin.heads.load_state_dict(model.heads.state_dict())
+    before = [p.clone() for p in model.parameters()]
+    x, y = batch()
+    for _ in range(3):
+        for ours, theirs in zip(model.stages(), twin.stages(), strict=True):
+            ours.step((ours.prepared(x), y))
+            theirs.step((theirs.prepared(x), y))
+    for a, b, c in zip(model.parameters(), twin.parameters(), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        assert not torch.equal(a, c)
+    assert all(layer.stream.count for layer in dropout_layers(model))
+    assert torch.equal(model.scores(x), model.scores(x))
 
 
 # 4. locality: of parameters and of labels (isolation for all rules is in test_conformance.py)

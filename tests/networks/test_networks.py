@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from bpfree.errors import UsageError
-from bpfree.networks import Head, as_blocks, block_output_shapes, build_network, infer_input_shape
+from bpfree.networks import Head, as_blocks, block_output_shapes, build_network, infer_input_shape, set_dropout
 from bpfree.networks.blocks import linear_relu
+from bpfree.networks.streams import StreamDropout
 
 
 def widths(network: nn.Sequential) -> list[int]:
@@ -86,6 +87,18 @@ def test_an_autoencoder_starts_orthogonal_and_small_towards_the_image() -> None:
 def test_elu_networks_have_no_biases() -> None:
     layers = [m for m in build_network("mlp-elu:5x256", (1, 28, 28)).modules() if isinstance(m, nn.Linear)]
     assert [(layer.out_features, layer.bias) for layer in layers] == [(256, None)] * 5
+
+
+def test_dropout_is_at_the_entry_of_every_block_but_the_first() -> None:
+    network = build_network("mlp-dropout:3x16", (1, 4, 4))
+    assert [type(block[0]) for block in network] == [nn.Flatten, StreamDropout, StreamDropout]
+    set_dropout(network, 0.25)
+    x = torch.rand(64, 16) + 1
+    block = network[1].train()
+    kept = block[0](x) / x
+    assert 0.6 < (kept > 0).float().mean() < 0.9
+    torch.testing.assert_close(kept[kept > 0], torch.full_like(kept[kept > 0], 4 / 3))
+    assert torch.equal(network.eval()[1][0](x), x)
 
 
 def test_cafo_block_is_conv_relu_pool_norm() -> None:
