@@ -2,6 +2,10 @@
 
     python benchmarks/step.py                     MLP 3x2000 on CIFAR-10-sized inputs, batches 128, 1024, 8192
     python benchmarks/step.py --window 10 --json step.json
+    python benchmarks/step.py --presets forward_forward-mnist counter_current-cifar10 backprop-cifar10-ccl --kernels 12
+
+With --presets the steps are those of presets, of their first stage, with the kernels that take longest if --kernels
+asks for them.
 
 Inputs are random and already staged on the device, as the fit loop stages them. "least bytes" counts what an
 ideal step must move through device memory at least once: parameters, gradients and Adam's two moments.
@@ -17,31 +21,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bpfree import build_network
+from bpfree import data as datasets
 from bpfree.algorithms import Learner, algorithm
+from bpfree.algorithms.learner import evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, choose_source
+from bpfree.experiments.config import resolve
 from bpfree.experiments.records import environment
 from bpfree.experiments.stepper import Stepper, numerics
-from bpfree.experiments.tables import text_table
-from bpfree.experiments.train import Trainer, TrainingConfig
+from bpfree.experiments.tables import markdown_table, text_table
+from bpfree.experiments.train import EVALUATION_BATCH, Trainer, TrainingConfig
 
 IMAGE = (3, 32, 32)
+CLASSES = 10
 STAGED_STEPS = 16
+MOST_STAGED = 2**17  # images
 FLOAT = 4  # bytes
 
 
-def random_images(count: int, device: torch.device) -> Batches:
+def random_images(count: int, device: torch.device, shape: tuple[int, ...] = IMAGE, classes: int = CLASSES) -> Batches:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, *IMAGE), dtype=torch.uint8, generator=generator)
-    targets = torch.randint(10, (count,), generator=generator)
-    return Batches(images, targets, device=device, mean=(0.5,) * 3, std=(0.25,) * 3)
+    images = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(classes, (count,), generator=generator)
+    channels = shape[0] if len(shape) == 3 else 1
+    return Batches(images, targets, device=device, mean=(0.5,) * channels, std=(0.25,) * channels)
 
 
 def build(rule: str, network: str, device: torch.device) -> Learner:
     torch.manual_seed(0)
-    return algorithm(rule).build(build_network(network, IMAGE), 10, IMAGE, lr=1e-4).to(device)
+    return algorithm(rule).build(build_network(network, IMAGE), CLASSES, IMAGE, lr=1e-4).to(device)
 
 
 def repeat(stepper: Stepper, seconds: float, device: torch.device) -> int:
@@ -92,12 +103,18 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def staged_stepper(learner: Learner, batch: int, graph: bool, device: torch.device, precision: str = "tf32") -> Stepper:
-    """Steps on random images, ready to be repeated."""
-    data = random_images(batch * STAGED_STEPS, device)
+def staged_stepper(
+    learner: Learner, batch: int, graph: bool, device: torch.device, precision: str = "tf32", **images: Any
+) -> Stepper:
+    """Steps of the first stage on random images, ready to be repeated."""
+    stage = learner.stages()[0]
+    data = random_images(batch * max(1, min(STAGED_STEPS, MOST_STAGED // batch)), device, **images)
+    if stage.step_prefix is not None:
+        with evaluation_mode(learner), torch.no_grad():
+            data = data.map(stage.step_prefix, EVALUATION_BATCH)
     stepper = Stepper(
         learner,
-        learner.stages()[0],
+        stage,
         data,
         live_prefix=None,
         batch_size=batch,
@@ -116,29 +133,81 @@ def measure_step(
     rule: str, network: str, batch: int, graph: bool, window: float, device: torch.device, top: dict[str, float]
 ) -> dict[str, Any]:
     learner = build(rule, network, device)
-    stepper = staged_stepper(learner, batch, graph, device)
-    meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
-    with meter.window("steps") as measured:
-        steps = repeat(stepper, window + 0.1, device)
-    result = measured.result
-    seconds = result.seconds / steps
+    row = measured(staged_stepper(learner, batch, graph, device), window, device)
+    seconds = row["ms"] / 1e3
     bytes_per_s = least_bytes(learner, rule, batch) / seconds
     return {
         "rule": rule,
         "network": network,
         "batch": batch,
+        **row,
+        "of_flop_ceiling": row["tflop_per_s"] * 1e12 / top["flop_per_s"],
+        "tb_per_s": bytes_per_s / 1e12,
+        "of_byte_ceiling": bytes_per_s / top["bytes_per_s"],
+    }
+
+
+def measured(stepper: Stepper, window: float, device: torch.device) -> dict[str, Any]:
+    """Time and joules of a step, repeated for `window` seconds."""
+    meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
+    with meter.window("steps") as result_of:
+        steps = repeat(stepper, window + 0.1, device)
+    result = result_of.result
+    seconds = result.seconds / steps
+    return {
         "mode": "graph" if stepper.use_graph else "eager",
         "ms": 1e3 * seconds,
         "j": None if result.gross_j is None else result.gross_j / steps,
         "mean_w": result.mean_w,
         "tflop_per_s": stepper.flops_per_step / seconds / 1e12,
-        "of_flop_ceiling": stepper.flops_per_step / seconds / top["flop_per_s"],
-        "tb_per_s": bytes_per_s / 1e12,
-        "of_byte_ceiling": bytes_per_s / top["bytes_per_s"],
         "steps": steps,
         "method": result.method,
         "flags": list(result.flags),
     }
+
+
+def measure_preset(name: str, window: float, kernels: int, device: torch.device) -> dict[str, Any]:
+    """A step as the fit loop does it with a preset, and its longest kernels."""
+    config = resolve(preset=name)
+    training, info = config.training, datasets.info(config.dataset)
+    assert isinstance(info, datasets.DatasetInfo)  # graphs have no batches to be timed
+    torch.manual_seed(0)
+    network = build_network(config.network, info.input_shape)
+    learner = algorithm(config.algorithm).build(network, info.classes, info.input_shape, **config.parameters)
+    with numerics(training.precision):
+        stepper = staged_stepper(
+            learner.to(device),
+            training.batch_size,
+            training.graph,
+            device,
+            training.precision,
+            shape=info.input_shape,
+            classes=info.classes,
+        )
+        row = measured(stepper, window, device)
+        longest = longest_kernels(stepper, kernels) if kernels and device.type == "cuda" else []
+    return {
+        "preset": name,
+        "rule": algorithm(config.algorithm).alias,
+        "network": config.network,
+        "batch": training.batch_size,
+        "precision": training.precision,
+        **row,
+        "kernels": longest,
+    }
+
+
+def longest_kernels(stepper: Stepper, most: int) -> list[dict[str, Any]]:
+    """The kernels of a step that take most of its time, all of one name together; side streams overlap."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        stepper.run(stepper.capacity, lambda: False)
+        torch.cuda.synchronize()
+    steps = stepper.capacity
+    found = [
+        {"us": event.self_device_time_total / steps, "launches": event.count / steps, "name": event.key}
+        for event in seen.key_averages()
+    ]
+    return sorted(found, key=lambda kernel: -kernel["us"])[:most]
 
 
 def measure_epoch(rule: str, network: str, epochs: int, device: torch.device) -> dict[str, Any]:
@@ -157,8 +226,36 @@ def measure_epoch(rule: str, network: str, epochs: int, device: torch.device) ->
     return {"rule": rule, "network": network, "epoch_s": (moments[-1] - moments[0]) / (len(moments) - 1)}
 
 
+def show_presets(rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
+    """Print a table of presets' steps, and below it their longest kernels."""
+    cells = [
+        {
+            "preset": row["preset"],
+            "network": row["network"],
+            "batch": str(row["batch"]),
+            "precision": row["precision"],
+            "mode": row["mode"],
+            "step, ms": f"{row['ms']:.4f}",
+            "J/step": "not measured" if row["j"] is None else f"{row['j']:.4f}",
+            "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
+            "flags": ", ".join(row["flags"]),
+            "hardware": described["hardware"],
+            "date": described["date"][:10],
+        }
+        for row in rows
+    ]
+    print(markdown_table(cells))
+    for row in rows:
+        for kernel in row["kernels"]:
+            name = kernel["name"][:100]
+            print(f"{row['preset']}: {kernel['us']:7.1f} us a step in {kernel['launches']:5.1f} launches of {name}")
+
+
 def show(record: dict[str, Any]) -> None:
     """Print a record's tables."""
+    if "presets" in record:
+        show_presets(record["presets"], record["environment"])
+        return
     top, described = record["ceilings"], record["environment"]
     print(
         f"{described['hardware']}, torch {described['torch']}, {described['date'][:10]}, commit {described['commit']}"
@@ -188,6 +285,8 @@ def main() -> None:
     parser.add_argument("--network", default="mlp:3x2000")
     parser.add_argument("--rules", nargs="+", default=["bp", "mf"])
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 1024, 8192])
+    parser.add_argument("--presets", nargs="+", help="measure steps of these presets instead")
+    parser.add_argument("--kernels", type=int, default=0, help="with --presets, list so many of the longest kernels")
     parser.add_argument("--window", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of the epoch line; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -198,6 +297,10 @@ def main() -> None:
         show(json.loads(options.show.read_text()))
         return
     device = torch.device(options.device)
+    if options.presets:
+        rows = [measure_preset(name, options.window, options.kernels, device) for name in options.presets]
+        finish({"environment": environment(device), "presets": rows}, options.json)
+        return
     with numerics("tf32"):
         top = ceilings(device)
         modes = [False, True] if device.type == "cuda" else [False]
@@ -210,10 +313,14 @@ def main() -> None:
     epochs = [
         measure_epoch(rule, options.network, options.epochs, device) for rule in options.rules if options.epochs > 1
     ]
-    record = {"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}
+    finish({"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}, options.json)
+
+
+def finish(record: dict[str, Any], path: Path | None) -> None:
+    """Show a record, and keep it if it is to be kept."""
     show(record)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
