@@ -370,7 +370,7 @@ def _saved_tensors(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
             alive.append(storage)
-        return tensor
+        return tensor.detach()  # an output that its own node holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import json
@@ -547,6 +548,13 @@ def test_bytes_of_an_mlp_are_those_of_its_matrices() -> None:
     assert (found.input_bytes, found.target_bytes) == (100 * 16 * 4, 100 * 8)
     assert first.saved_bytes == 100 * (16 + 20) * 4  # closed form: inputs and outputs
     assert (first.seconds, second.seconds, found.backprop, found.source) == (1, 2, (), "a record")
+
+
+def test_blocks_that_have_been_counted_are_freed() -> None:
+    """Networks that fill a machine can be planned with, one block after another."""
+    count(subject("mf", "mlp:29x31x31", (1, 4, 4), batch_size=4), [1.0, 1.0, 1.0], "a record")
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, torch.Tensor) and kept.shape == (31, 31)]
 
 
 def test_bytes_of_back_propagation_have_a_read_out_at_the_end_only() -> None:
