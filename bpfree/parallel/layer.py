@@ -64,6 +64,17 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
 
 
+def own_memory(signal: Signal, reused: Iterable[Tensor]) -> Signal:
+    """A signal to send, in memory that nothing is written to while it is under way.
+
+    Args:
+        signal: what a unit hands on; it may pass on what it was given.
+        reused: what lies in memory that is filled anew: the loop's staging buffer, buffers of received messages.
+    """
+    taken = {tensor.untyped_storage().data_ptr() for tensor in reused}
+    return tuple(t.clone() if t.untyped_storage().data_ptr() in taken else t for t in signal)
+
+
 class Link:
     """Messages from one rank to a neighbour, in order.
 
@@ -330,9 +341,7 @@ class LayerTeam(Team):
         part = self._part(slot, batch, signal)
         outputs, metrics = part.learn(batch, signal)
         if self._after is not None and outputs:
-            # a unit that passes its input on would send from the loop's staging buffer, which is filled anew
-            own = (t.clone() if t.data_ptr() == batch[0].data_ptr() else t for t in outputs)
-            self._after.send(kind, tuple(own))
+            self._after.send(kind, own_memory(outputs, (batch[0], *(signal or ()))))
         self._borrow()
         shared = part.end()
         self._to_come -= 1
@@ -385,12 +394,12 @@ class LayerTeam(Team):
         """(B, C) scores on the rank that holds the last unit, none elsewhere."""
         kind = "scores", len(inputs)
         question = self._chain.ask(inputs)
-        signal = None if self._before is None else arrived(self._before.receive(kind))
-        signal = self._chain.forward(question, self.members, signal)
+        received = None if self._before is None else arrived(self._before.receive(kind))
+        signal = self._chain.forward(question, self.members, received)
         if self._after is None:
             return self._chain.answer(signal, question)
         self._after.room()
-        self._after.send(kind, signal)
+        self._after.send(kind, own_memory(signal, received or ()))
         return self._empty_scores
 
 

@@ -16,6 +16,7 @@ from bpfree.experiments.train import InterruptedRunError
 from bpfree.networks import cnn, mlp
 from bpfree.networks.streams import Stream
 from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
+from bpfree.parallel.layer import LayerTeam, Link
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
@@ -131,3 +132,32 @@ def draws(ranks: Ranks) -> list[float]:
     stream = next(module for module in learner.modules() if isinstance(module, Stream))
     drawn: list[float] = stream.uniform((4,), torch.float64).tolist()
     return drawn
+
+
+def sent_from_buffers(ranks: Ranks, *, rule: str, options: dict[str, Any], cut: tuple[int, ...]) -> tuple[int, int]:
+    """How many tensors this rank sends in a step and an answer, and how many lie where the next messages arrive."""
+    learner = make_learner(rule, "mlp", options)
+    batch = next(iter(samples(BATCH, 0).in_order(BATCH)))
+    team = spread_over(ranks, Spread("layer", cut), learner, batch, **SAMPLED)
+    assert isinstance(team, LayerTeam)
+    sent: list[Tensor] = []
+    send = Link.send
+
+    def noted(link: Link, kind: Any, signal: tuple[Tensor, ...]) -> None:
+        sent.extend(signal)
+        send(link, kind, signal)
+
+    Link.send = noted  # type: ignore[method-assign]
+    try:
+        (stage,) = team.stages(learner)
+        stage.step(batch)
+        with torch.no_grad():
+            stage.scores(batch[0])
+        team.drain()
+    finally:
+        Link.send = send  # type: ignore[method-assign]
+    links = [link for link in (team._before, team._after) if link is not None]
+    buffers = {
+        t.untyped_storage().data_ptr() for link in links for many in link._buffers.values() for s in many for t in s
+    }
+    return len(sent), sum(tensor.untyped_storage().data_ptr() in buffers for tensor in sent)

@@ -72,6 +72,22 @@ def test_uneven_cuts(cut: tuple[int, ...], pool: Pool) -> None:
     assert found[0]["team"] == {"form": "layer", "ranks": 3, "last_units": list(cut)}
 
 
+@pytest.mark.parametrize(
+    ("rule", "options"), [("ff", {"negatives": "random"}), ("mf", {"inference": "sum_logits"})], ids=["ff", "mf-sums"]
+)
+def test_what_is_passed_on_does_not_lie_where_the_next_message_arrives(
+    rule: str, options: dict[str, Any], pool: Pool
+) -> None:
+    """The rank in the middle hands on, unchanged, what it received of the first one's layers."""
+    first, middle, last = pool.run(
+        3, jobs.sent_from_buffers, rule=rule, options=options, cut=(1, 3, 5 if rule == "ff" else 4)
+    )
+    assert first[0] > 0
+    assert middle[0] > first[0]
+    assert last[0] == 0
+    assert [buffered for _, buffered in (first, middle, last)] == [0, 0, 0]
+
+
 def test_momentum_copies_over_four_ranks(pool: Pool) -> None:
     job = {"rule": "man", "network": "mlp", "options": LOCAL}
     check(pool.run(4, jobs.train, **job), jobs.train(None, **job))
