@@ -508,6 +508,9 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
     for tensor in (*twin.parameters(), *twin.buffers()):
         if id(tensor) not in owned:
             tensor.data = tensor.data.to(device)
+    for group in (group for optimizer in twin.optimizers() for group in optimizer.param_groups):
+        if "capturable" in group:
+            group["capturable"] = graphs  # units may step optimisers of their own
     seconds = []
     step = chain.begin(sample)
     signal = chain.enter(step)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bpfree.algorithms import ALGORITHMS, Algorithm
 from bpfree.errors import UsageError
+from bpfree.parallel import layer
 from tests.parallel import jobs
 from tests.parallel.pool import Pool
 
@@ -232,6 +235,29 @@ def test_what_cannot_be_spread_says_why(ranks: int, job: dict[str, Any], reason:
 @pytest.mark.parametrize("entry", ALGORITHMS, ids=lambda entry: entry.alias)
 def test_every_rule_is_a_chain_or_says_why_not(entry: Algorithm) -> None:
     assert hasattr(entry.learner, "local_units") != bool(entry.learner.undivided)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_units_that_step_optimizers_can_be_timed_as_graphs(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses to capture a step of Adam whose state would be read on the host."""
+    rule, network, options = NOPROP
+    learner = jobs.make_learner(rule, network, options)
+    batch = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    captured: list[bool] = []
+
+    def replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            captured.extend(group["capturable"] for group in optimizer.param_groups)
+
+        hook = register_optimizer_step_pre_hook(note)
+        work()
+        hook.remove()
+        return work
+
+    monkeypatch.setattr(layer, "_replayed", replayed)
+    assert len(layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=graphs)) == options["steps"]
+    assert captured == [True] * (options["steps"] if graphs else 0)
+    assert not any(group["capturable"] for optimizer in learner.optimizers() for group in optimizer.param_groups)
 
 
 def test_small_messages(pool: Pool) -> None:
