@@ -104,13 +104,17 @@ class DataTeam(Team):
             optimizer.register_step_pre_hook(self._before_step)
         draw_apart(learner, ranks)
         self._chained = isinstance(learner, HasLocalUnits) and len(learner.stages()) == 1
-        if learner.locality == "network":  # the error goes backwards in one piece: let gradients go as they come
+        self._used: set[int] = set()  # parameters whose optimiser has taken this step already
+        # The error goes backwards in one piece: let gradients go as they come, unless they are changed behind it.
+        if learner.locality == "network" and not getattr(learner, "centralize", False):
             for parameter in learner.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda arrived: self._averages.add([arrived]))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._averages.settle(parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._used.update(map(id, parameters))
+        self._averages.settle(parameters)
 
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         return tuple(
@@ -122,14 +126,16 @@ class DataTeam(Team):
         inputs, targets = batch
         share = rows_of(len(targets), self._ranks)
         part = inputs[share], targets[share]
+        self._used.clear()
         if self._chained:
             assert isinstance(self._learner, HasLocalUnits)
             return self._learner.local_units().update(part, learnt=self._learnt)
         return stage.update(part)
 
     def _learnt(self, unit: LocalUnit) -> None:
-        """A unit has its gradients: they travel while the next unit computes."""
-        self._averages.add(parameter for module in unit.modules for parameter in module.parameters())
+        """A unit has its gradients: they travel while the next unit computes, unless it has used them itself."""
+        parameters = (parameter for module in unit.modules for parameter in module.parameters())
+        self._averages.add(parameter for parameter in parameters if id(parameter) not in self._used)
         self._averages.send()
 
     def _scores(self, stage: Stage, inputs: Any) -> Tensor:

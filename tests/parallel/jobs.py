@@ -16,6 +16,7 @@ from bpfree.experiments.train import InterruptedRunError
 from bpfree.networks import cnn, mlp
 from bpfree.networks.streams import Stream
 from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
+from bpfree.parallel import data as data_parallel
 from bpfree.parallel.layer import LayerTeam, Link
 
 CLASSES = 4
@@ -25,6 +26,7 @@ SAMPLED: dict[str, Any] = {"batch_size": BATCH, "graphs": True}
 
 NETWORKS = {
     "mlp": lambda: mlp(SHAPE, (24, 20, 16, 12, 8)),
+    "mlp-1": lambda: mlp(SHAPE, (24,)),
     "mlp-2": lambda: mlp(SHAPE, (24, 20)),
     "cnn": lambda: cnn(SHAPE, (8, 12)),
     "cnn-bn": lambda: cnn(SHAPE, (6, 8, 10), pool="max", batch_norm=True),
@@ -104,6 +106,15 @@ def train(
         "trained": held,
         "team": team.describe(),
     }
+
+
+def train_in_small_buckets(ranks: Ranks, **arguments: Any) -> dict[str, Any]:
+    """`train` with a message for every gradient, as it comes."""
+    size, data_parallel.BUCKET_BYTES = data_parallel.BUCKET_BYTES, 1  # type: ignore[misc]
+    try:
+        return train(ranks, **arguments)
+    finally:
+        data_parallel.BUCKET_BYTES = size  # type: ignore[misc]
 
 
 def refuse(ranks: Ranks, *, rule: str, form: str, network: str = "mlp", **options: Any) -> None:

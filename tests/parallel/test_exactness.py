@@ -113,7 +113,10 @@ def test_independent_blocks(ranks: int, pool: Pool) -> None:
 
 DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bp": ("bp", "mlp", {}),
+    "bp-centralize": ("bp", "mlp", {"centralize": True}),
     "mf": ("mf", "mlp", {}),
+    "mf-post": ("mf", "mlp", {"pass_on": "post"}),
+    "mf-post-one": ("mf", "mlp-1", {"pass_on": "post"}),
     "mf-sequential": ("mf", "mlp-2", {"schedule": "sequential"}),
     "greedy": ("greedy", "mlp", {"head": "0c1f"}),
     "dfa": ("dfa", "mlp", {}),
@@ -122,13 +125,14 @@ DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, pool: Pool) -> None:
+@pytest.mark.parametrize(("name", "small"), [*((name, False) for name in DATA), ("bp", True), ("bp-centralize", True)])
+def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, small: bool, pool: Pool) -> None:
+    """Also when gradients travel one by one, while the error goes backwards."""
     rule, network, options = DATA[name]
     # few steps: what rounding differs by grows from step to step
     options = {**options, "optimizer": "sgd", "lr": 0.01}
     job = {"rule": rule, "network": network, "options": options, "form": "data", "training": {"epochs": 1}}
-    found = pool.run(3, jobs.train, **job)
+    found = pool.run(3, jobs.train_in_small_buckets if small else jobs.train, **job)
     expected = jobs.train(None, **job)
     start = jobs.make_learner(rule, network, options).state_dict()
     moved = 0.0
