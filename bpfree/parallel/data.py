@@ -231,3 +231,8 @@ def check_divides(learner: Learner, batch_size: int, ranks: int) -> None:
             f"{rule} cannot be spread with --parallel data: it clips gradients before those of other ranks are added; "
             "set clip=0"
         )
+    if getattr(learner, "dropout", 0):
+        raise UsageError(
+            f"{rule} cannot be spread with --parallel data: its dropout draws from PyTorch's own generator, on every rank "
+            "the same numbers; set dropout=0 and use a network that has dropout layers"
+        )

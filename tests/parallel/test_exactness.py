@@ -228,6 +228,7 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
         (2, {"rule": "noprop", "form": "block", "embeddings": "learned", "steps": 4}, "embeddings=onehot"),
         (2, {"rule": "cafo", "form": "data"}, "closed form"),
         (2, {"rule": "ccl", "form": "data"}, "clip=0"),
+        (2, {"rule": "bp", "form": "data", "dropout": 0.5}, "the same numbers"),
         (4, {"rule": "ff", "form": "data", "cut": (1,)}, "each has all of them"),
     ],
 )
