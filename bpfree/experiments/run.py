@@ -331,6 +331,7 @@ def _train(
             save=save,
             interrupted=stop,
             team=team,
+            joules_before=0.0 if together is None or not earlier else earlier["total"].gross_j,
         )
         if state is not None:
             trainer.load_state_dict(state)

@@ -233,6 +233,6 @@ def check_divides(learner: Learner, batch_size: int, ranks: int) -> None:
         )
     if getattr(learner, "dropout", 0):
         raise UsageError(
-            f"{rule} cannot be spread with --parallel data: its dropout draws from PyTorch's own generator, on every rank "
-            "the same numbers; set dropout=0 and use a network that has dropout layers"
+            f"{rule} cannot be spread with --parallel data: its dropout draws from PyTorch's own generator, on every "
+            "rank the same numbers; set dropout=0 and use a network that has dropout layers"
         )

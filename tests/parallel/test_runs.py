@@ -18,9 +18,10 @@ from click.testing import CliRunner
 from bpfree.cli import cli
 from bpfree.data import load
 from bpfree.energy import EnergyResult
-from bpfree.experiments import records
+from bpfree.experiments import records, train
 from bpfree.experiments.config import resolve
-from bpfree.experiments.run import Reporter, Together, run
+from bpfree.experiments.run import Reporter, Together, resume, run
+from bpfree.experiments.train import InterruptedRunError
 from bpfree.parallel import Ranks, Spread
 from tests.parallel.pool import Pool
 
@@ -47,6 +48,37 @@ def recorded(ranks: Ranks | None, *, root: str, form: str = "layer", algorithm: 
     together = None if ranks is None else Together(ranks, Spread(form))
     summary = run(config, Path(root), dataset=load("digits"), reporter=order, together=together)
     return {"summary": summary, "heard": order.heard}
+
+
+class Stopped(Order):
+    """Asks to stop when two epochs have been heard of."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        super().epoch(record)
+        if len(self.heard) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resumed(ranks: Ranks, *, root: str, spent: float) -> list[float]:
+    """Gross joules that a run noted behind an interruption, before which it had `spent` so many, and at its end."""
+    train.JOULES_EVERY_S = 0.0  # type: ignore[misc]
+    together = Together(ranks, Spread("layer"))
+    training = {"epochs": 6, "batch_size": 64}
+    config = resolve("mf", "digits", "mlp:3x24", preset="none", training=training, energy="simulated", device="cpu")
+    with pytest.raises(InterruptedRunError):
+        run(config, Path(root), dataset=load("digits"), reporter=Stopped(), together=together)
+    (path,) = Path(root).iterdir()
+    if ranks.rank == 0:
+        state = torch.load(path / records.CHECKPOINT, weights_only=True)
+        state["energy"]["total"]["gross_j"] = spent
+        torch.save(state, path / records.CHECKPOINT)
+    done = len(ranks.from_leader((path / records.METRICS).read_text().splitlines()))
+    summary = resume(path, dataset=load("digits"), together=together)
+    if not summary:
+        return []
+    folder = records.RunFolder(path)
+    readings = [record["joules_at_start"] for record in folder.read_metrics()[done:]]
+    return [joules for joules in readings if joules is not None] + [summary["energy"]["gross_j"]]
 
 
 def weights(path: str) -> dict[str, torch.Tensor]:
@@ -80,6 +112,13 @@ def test_energy_is_that_of_all_ranks(pool: Pool, tmp_path: Path) -> None:
     assert summary["energy"]["gross_j"] == pytest.approx(sum(rank["energy"]["gross_j"] for rank in by_rank))
     assert summary["energy"]["seconds"] == max(rank["energy"]["seconds"] for rank in by_rank)
     assert summary["peak_memory_mib"] == max(rank["memory"]["peak_mib"] for rank in by_rank)
+
+
+def test_joules_to_accuracy_go_on_where_an_interrupted_run_stood(pool: Pool, tmp_path: Path) -> None:
+    leader, _ = pool.run(2, resumed, root=str(tmp_path), spent=1e6)
+    assert len(leader) > 2
+    assert leader == sorted(leader)
+    assert leader[0] > 1e6
 
 
 def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
