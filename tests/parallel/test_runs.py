@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from bpfree.cli import cli
 from bpfree.data import load
 from bpfree.energy import EnergyResult
+from bpfree.energy.result import Regime
 from bpfree.experiments import records, train
 from bpfree.experiments.config import resolve
 from bpfree.experiments.run import Reporter, Together, resume, run
@@ -127,6 +129,9 @@ def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
     both = one.beside(two)
     assert (both.gross_j, both.seconds, both.idle_w, both.method) == (150.0, 10.0, 5.0, "nvml-counter")
     assert both.net_j == 100.0
+    halves = [replace(one, regime=Regime(utilisation=u, power_limit_w=20.0)) for u in (0.5, 0.7)]
+    both = halves[0].beside(halves[1])
+    assert (both.power_share, both.regime.utilisation) == (halves[0].power_share, pytest.approx(0.6))
     assert one.beside(EnergyResult(None, 1.0, "none", "none")).gross_j is None
 
 
