@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
-from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits
 from bpfree.errors import UsageError
 from bpfree.networks.streams import Stream
 from bpfree.parallel.ranks import Ranks
@@ -103,7 +103,7 @@ class DataTeam(Team):
         for optimizer in learner.optimizers():
             optimizer.register_step_pre_hook(self._before_step)
         draw_apart(learner, ranks)
-        self._chained = isinstance(learner, HasLocalUnits) and len(learner.stages()) == 1
+        self._chain = chain_of(learner)
         self._used: set[int] = set()  # parameters whose optimiser has taken this step already
         # The error goes backwards in one piece: let gradients go as they come, unless they are changed behind it.
         if learner.locality == "network" and not getattr(learner, "centralize", False):
@@ -127,10 +127,7 @@ class DataTeam(Team):
         share = rows_of(len(targets), self._ranks)
         part = inputs[share], targets[share]
         self._used.clear()
-        if self._chained:
-            assert isinstance(self._learner, HasLocalUnits)
-            return self._learner.local_units().update(part, learnt=self._learnt)
-        return stage.update(part)
+        return stage.update(part) if self._chain is None else self._chain.update(part, learnt=self._learnt)
 
     def _learnt(self, unit: LocalUnit) -> None:
         """A unit has its gradients: they travel while the next unit computes, unless it has used them itself."""
@@ -181,6 +178,16 @@ class DataTeam(Team):
 
     def describe(self) -> dict[str, Any]:
         return {"form": "data", "ranks": self.size}
+
+
+def chain_of(learner: Learner) -> LocalUnits | None:
+    """The units of a rule that is a chain of them with the options that it has; None for others."""
+    if not isinstance(learner, HasLocalUnits):
+        return None
+    try:
+        return learner.local_units()
+    except UsageError:  # its blocks wait for each other, which a part of a batch does not mind
+        return None
 
 
 def rows_of(rows: int, ranks: Ranks) -> slice:

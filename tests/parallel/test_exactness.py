@@ -119,6 +119,7 @@ DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mf-post-one": ("mf", "mlp-1", {"pass_on": "post"}),
     "mf-sequential": ("mf", "mlp-2", {"schedule": "sequential"}),
     "greedy": ("greedy", "mlp", {"head": "0c1f"}),
+    "man-after": ("man", "mlp", {"host": "greedy", "head": "0c1f", "bias": "light", "ema_update": "after"}),
     "dfa": ("dfa", "mlp", {}),
     "cwc": ("cwc", "cnn", {}),
     "cafo-ce": ("cafo", "mlp", {"loss": "ce"}),
@@ -142,6 +143,27 @@ def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, small: bool, p
         assert torch.equal(found[0]["weights"][key], found[1]["weights"][key])  # ranks do not drift apart
         moved = max(moved, float((value.double() - start[key].double()).abs().max()) if value.numel() else 0.0)
     assert moved > 1e-6  # there was something to get wrong
+
+
+TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ff-hard": ("ff", "mlp", {}),
+    "ff-collaboration": ("ff", "mlp", {"loss": "collaboration", "negatives": "random"}),
+    "noprop-ct": ("noprop", "mlp-2", {"variant": "ct", "steps": 4, "width": 8}),
+    "noprop-learned": ("noprop", "mlp-2", {"embeddings": "learned", "steps": 4, "width": 8}),
+    "noprop-step": ("noprop", "mlp-2", {"shared_updates": "step", "steps": 4, "width": 8}),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_blocks_that_cannot_be_spread_can_learn_from_parts_of_a_batch(name: str, pool: Pool) -> None:
+    """They draw numbers of their own for their rows, so that the weights are not those of one process."""
+    rule, network, options = TOGETHER[name]
+    job = {"rule": rule, "network": network, "options": options, "form": "data", "training": {"epochs": 1}}
+    first, second = pool.run(2, jobs.train, **job)
+    assert same(first["weights"], second["weights"])
+    start = jobs.make_learner(rule, network, options)
+    moved = [not torch.equal(first["weights"][key], value) for key, value in start.named_parameters()]
+    assert sum(moved) > len(moved) / 2  # of some the first gradients are zero
 
 
 @pytest.mark.parametrize("rule", ["mf", "man-one"])
