@@ -387,7 +387,9 @@ class LayerTeam(Team):
         part = self._parts[slot]
         if part is None:
             pool = next((other.pool for other in self._parts if other is not None), None)
-            part = self._parts[slot] = _Graphed(self._chain, self.members, batch, signal, pool)
+            part = self._parts[slot] = _Graphed(
+                self._chain, self.members, batch, signal, hands_on=self._after is not None, pool=pool
+            )
         return part
 
     def _scores(self, inputs: Any) -> Tensor:
@@ -428,16 +430,22 @@ class _Graphed:
         members: which of them.
         batch: like those of the steps.
         signal: like those of the steps, or None.
+        hands_on: whether the signal for the next unit is wanted.
         pool: memory of the other step's graphs, which run before or behind these, or None.
     """
 
-    def __init__(self, chain: LocalUnits, members: range, batch: Batch, signal: Signal | None, pool: Any) -> None:
+    def __init__(
+        self, chain: LocalUnits, members: range, batch: Batch, signal: Signal | None, *, hands_on: bool, pool: Any
+    ) -> None:
         self._batch = batch[0].clone(), batch[1].clone()
         self._signal = None if signal is None else tuple(tensor.clone() for tensor in signal)
         self._learning, self._ending = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # the watchdog of NCCL asks for its events meanwhile, which only "thread_local" allows
         with torch.cuda.graph(self._learning, pool=pool, capture_error_mode="thread_local"):
-            step, self._outputs, self._metrics = chain.learn(self._batch, members, self._signal)
+            step, made, self._metrics = chain.learn(self._batch, members, self._signal)
+            self._made = made if hands_on else ()
+        # The other step's graphs, if they came first, compute in what was free of the pool: this graph's outputs too.
+        self._outputs = tuple(torch.empty_like(tensor) for tensor in self._made)
         self.pool = self._learning.pool()
         with torch.cuda.graph(self._ending, pool=self.pool, capture_error_mode="thread_local"):
             self._shared = chain.end(step, members)
@@ -447,6 +455,8 @@ class _Graphed:
         for buffer, value in zip((*self._batch, *(self._signal or ())), (*batch, *(signal or ())), strict=True):
             buffer.copy_(value)
         self._learning.replay()
+        for buffer, value in zip(self._outputs, self._made, strict=True):
+            buffer.copy_(value)
         return self._outputs, self._metrics
 
     def end(self) -> Metrics:

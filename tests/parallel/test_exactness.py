@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bpfree.algorithms import ALGORITHMS, Algorithm
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits
 from bpfree.errors import UsageError
 from bpfree.parallel import layer
 from tests.parallel import jobs
@@ -285,6 +287,43 @@ def test_units_that_step_optimizers_can_be_timed_as_graphs(graphs: bool, monkeyp
     assert len(layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=graphs)) == options["steps"]
     assert captured == [True] * (options["steps"] if graphs else 0)
     assert not any(group["capturable"] for optimizer in learner.optimizers() for group in optimizer.param_groups)
+
+
+class FakeGraph:
+    """On the CPU: what is captured runs at once, and replays do nothing."""
+
+    def pool(self) -> None:
+        return None
+
+    def replay(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("hands_on", [True, False])
+def test_what_a_graph_hands_on_does_not_lie_in_the_memory_of_graphs(
+    hands_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of two steps share a pool, and one runs while the other's signal is still being sent."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    chain = cast(HasLocalUnits, jobs.make_learner("mf", "mlp", {})).local_units()
+    made: list[torch.Tensor] = []
+    learn = LocalUnits.learn
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        step, signal, metrics = learn(*arguments, **options)
+        made.extend(signal)
+        return step, signal, metrics
+
+    monkeypatch.setattr(LocalUnits, "learn", noted)
+    batch = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    graphed = layer._Graphed(chain, range(2), batch, None, hands_on=hands_on, pool=None)
+    signal, _ = graphed.learn(batch, None)
+    assert len(made) == 1
+    assert len(signal) == (1 if hands_on else 0)
+    for tensor, value in zip(signal, made, strict=False):
+        assert torch.equal(tensor, value)
+        assert tensor.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
 
 
 def test_small_messages(pool: Pool) -> None:
