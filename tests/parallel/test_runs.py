@@ -10,7 +10,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from bpfree.energy import EnergyResult
 from bpfree.energy.result import Regime
 from bpfree.experiments import records, train
 from bpfree.experiments.config import resolve
-from bpfree.experiments.run import Reporter, Together, resume, run
+from bpfree.experiments.run import Reporter, Together, _parallel_words, resume, run
 from bpfree.experiments.train import InterruptedRunError
 from bpfree.parallel import Ranks, Spread
 from tests.parallel.pool import Pool
@@ -106,6 +107,12 @@ def test_one_record_of_a_run_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
     assert not (Path(summary["run_dir"]) / records.CHECKPOINT).exists()
 
 
+@pytest.mark.parametrize(("machines", "said"), [(1, "--nproc 4 --mesh 2x2"), (2, "--nproc 2 --nnodes 2 --mesh 2x2")])
+def test_the_command_of_a_record_starts_as_many_processes(machines: int, said: str) -> None:
+    ranks = cast(Ranks, SimpleNamespace(size=4, local_size=4 // machines))
+    assert _parallel_words(Together(ranks, Spread("layer,data", mesh=(2, 2)))) == f" --parallel layer,data {said}"
+
+
 def test_energy_is_that_of_all_ranks(pool: Pool, tmp_path: Path) -> None:
     summary = pool.run(2, recorded, root=str(tmp_path), form="data", algorithm="bp")[0]["summary"]
     by_rank = summary["parallel"]["by_rank"]
@@ -144,9 +151,15 @@ def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
         (("--nproc", "2", "--parallel", "data", "--cut", "1,2"), "each has all of them"),
         (("--nproc", "4", "--parallel", "layer,data"), "--mesh LxD"),
         (("--nproc", "4", "--parallel", "layer,data", "--mesh", "3x2"), "has 6 processes"),
+        (("--nproc", "4", "--parallel", "layer,data", "--mesh", "-2x-2"), "sizes from 1 on"),
+        (("--nproc", "4", "--parallel", "layer", "--mesh", "2x2"), "--mesh LxD"),
         (("--nproc", "2", "--parallel", "layer", "--cut", "a"), "numbers of blocks"),
         (("--nproc", "2", "--parallel", "layer", "--seed", "1", "--seed", "2"), "one --seed"),
         (("--nproc", "2", "--parallel", "layer", "--nnodes", "2"), "--rdzv-endpoint"),
+        (("--nproc", "2", "--parallel", "layer,data", "--mesh", "2x2", "--nnodes", "2"), "--rdzv-endpoint"),
+        (("--nproc", "1", "--nnodes", "2"), "--parallel layer, block or data"),
+        (("--nnodes", "2"), "--nnodes spreads a run over processes"),
+        (("--rdzv-endpoint", "host:29500"), "--rdzv-endpoint spreads a run over processes"),
     ],
 )
 def test_options_that_do_not_go_together(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
