@@ -51,7 +51,8 @@ class TrainingConfig:
         standardize: subtract the data set's mean and divide by its standard deviation; otherwise images are in [0, 1].
         validation: number of validation samples; None takes the data set's own.
         cache: compute what frozen blocks make of the inputs once per stage and keep it on the device, unless inputs are
-            augmented; otherwise those blocks run in every step and validation.
+            augmented; otherwise those blocks run in every step and validation. A stage in closed form, which sees every
+            sample once, only ever keeps what they make of validation data.
         graph: replay training steps as CUDA graphs where that is possible.
         checkpoint_every: seconds between checkpoints.
         diagnose: note the rule's own diagnostics of validation data after every epoch, beside those of the test.
