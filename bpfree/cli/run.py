@@ -165,8 +165,8 @@ def run(
 
     if nproc is None and not launched():
         elsewhere = {"--nnodes": None if nnodes == "1" else nnodes, "--rdzv-endpoint": rdzv_endpoint}
-        for option, given in {"--parallel": form_of_ranks, "--cut": cut, "--mesh": mesh, **elsewhere}.items():
-            if given is not None:
+        for option, value in {"--parallel": form_of_ranks, "--cut": cut, "--mesh": mesh, **elsewhere}.items():
+            if value is not None:
                 raise UsageError(f"{option} spreads a run over processes; say how many with --nproc")
     spread = _spread(nproc, nnodes, form_of_ranks, cut, mesh, device, seeds)
     if spread is not None and not launched():
