@@ -521,6 +521,13 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
     for group in (group for optimizer in twin.optimizers() for group in optimizer.param_groups):
         if "capturable" in group:
             group["capturable"] = graphs  # units may step optimisers of their own
+    precision = partial(  # which would keep the cast weights of all units, and of all repetitions but the first
+        torch.autocast,
+        device.type,
+        torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
     seconds = []
     step = chain.begin(sample)
     signal = chain.enter(step)
@@ -528,8 +535,8 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
         held = [t for module in unit.modules for t in (*module.parameters(), *module.buffers())]
         for tensor in held:
             tensor.data = tensor.data.to(device)
-        outputs, _ = unit.learn(signal, step)
-        learn = partial(unit.learn, signal, step)
+        learn = precision()(partial(unit.learn, signal, step))
+        outputs, _ = learn()
         seconds.append(_least_seconds(_replayed(learn) if graphs else learn, device))
         signal = outputs
         for tensor in held:

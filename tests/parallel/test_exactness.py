@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpfree.algorithms import ALGORITHMS, Algorithm
 from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits
@@ -287,6 +288,37 @@ def test_units_that_step_optimizers_can_be_timed_as_graphs(graphs: bool, monkeyp
     assert len(layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=graphs)) == options["steps"]
     assert captured == [True] * (options["steps"] if graphs else 0)
     assert not any(group["capturable"] for optimizer in learner.optimizers() for group in optimizer.param_groups)
+
+
+class Casts(TorchDispatchMode):
+    """Counts weights that become bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(args[0], torch.nn.Parameter) and args[0].ndim == 2 and found.dtype == torch.bfloat16:
+            self.count += 1
+        return found
+
+
+def test_units_are_timed_with_the_casts_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step enters autocast anew, and casts every weight again; nor may the casts of all units stay in memory."""
+    learner = jobs.make_learner("mf", "mlp", {}).float()
+    inputs, targets = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    casts: list[int] = []
+
+    def counted(work: Callable[[], Any], device: torch.device) -> float:
+        with Casts() as mode:
+            work()
+        casts.append(mode.count)
+        return 1.0
+
+    monkeypatch.setattr(layer, "_least_seconds", counted)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.unit_seconds(learner, (inputs.float(), targets), torch.device("cpu"), graphs=False)
+    assert len(casts) == 5
+    assert min(casts) >= 1
 
 
 class FakeGraph:
