@@ -225,7 +225,7 @@ class Bench:
 
         self._reset_peak()
         with numerics(case.precision):
-            return {**self._timed(chunk, len(batches), case.batch, self.ranks.size), "mode": "eager"}
+            return {**self._timed(chunk, len(batches), share * self.ranks.size, self.ranks.size), "mode": "eager"}
 
     def one_f_one_b(self, case: Case) -> dict[str, Any]:
         """Back-propagation with consecutive blocks on each GPU."""
@@ -432,7 +432,9 @@ def rows_of(found: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--nets", default="mlp,noprop,dgl,man", help="cases, of mlp, noprop, dgl, man")
     parser.add_argument("--arms", default="one,spread,bp,ddp,1f1b", help="arms of these cases")
     parser.add_argument("--sweep", default="", help="MLPs as WIDTHxBATCH,..: arms one and spread only")
@@ -458,9 +460,10 @@ def main() -> None:
     if arguments.show:
         print(markdown_table(rows_of([json.loads(path.read_text()) for path in arguments.show])))
         return
-    given = sys.argv[1:]
-    if arguments.json:  # where it was put is nobody's business
-        place = given.index("--json") if "--json" in given else len(given)
+    # where the record was put is nobody's business
+    given = [word for word in sys.argv[1:] if not word.startswith("--json=")]
+    if "--json" in given:
+        place = given.index("--json")
         given = [*given[:place], *given[place + 2 :]]
     ranks = Ranks(arguments.device)
     bench = Bench(ranks, arguments)

@@ -233,8 +233,8 @@ class MonoForward(Learner):
             activations, loss = unit.learn_by_autograd(inputs, step.targets)
         else:
             entered = unit.enter(inputs)
-            step.kept.append(entered)
             activations = unit.activate(entered)
+            step.kept.append((entered, activations))
             with step.lanes.lane(index):  # nothing below this block waits for its update
                 loss = unit.learn_in_closed_form(entered, activations, step.target_errors)
         if self.pass_on == "post":
@@ -292,7 +292,7 @@ class Step:
         targets: (B,) int64.
         target_errors: -onehot(y) / B, (B, C).
         lanes: side streams of the updates.
-        kept: the signals, referenced until the lanes are joined.
+        kept: what the updates read, referenced until the lanes are joined.
     """
 
     inputs: Any

@@ -163,7 +163,12 @@ def run(
     """
     from bpfree.experiments import run as runs
 
-    spread = _spread(nproc, form_of_ranks, cut, mesh, device, seeds)
+    if nproc is None and not launched():
+        elsewhere = {"--nnodes": None if nnodes == "1" else nnodes, "--rdzv-endpoint": rdzv_endpoint}
+        for option, value in {"--parallel": form_of_ranks, "--cut": cut, "--mesh": mesh, **elsewhere}.items():
+            if value is not None:
+                raise UsageError(f"{option} spreads a run over processes; say how many with --nproc")
+    spread = _spread(nproc, nnodes, form_of_ranks, cut, mesh, device, seeds)
     if spread is not None and not launched():
         start_ranks(nproc or 1, nnodes, rdzv_endpoint)
     with ExitStack() as stack:
@@ -237,7 +242,13 @@ def run(
 
 
 def _spread(
-    nproc: int | None, form: str | None, cut: str | None, mesh: str | None, device: str, seeds: tuple[int, ...]
+    nproc: int | None,
+    nnodes: str,
+    form: str | None,
+    cut: str | None,
+    mesh: str | None,
+    device: str,
+    seeds: tuple[int, ...],
 ) -> Spread | None:
     """How the run is spread over processes; None for one process.
 
@@ -245,11 +256,9 @@ def _spread(
         UsageError: options that do not go together, before any process is started.
     """
     if nproc is None and not launched():
-        for option, given in (("--parallel", form), ("--cut", cut), ("--mesh", mesh)):
-            if given is not None:
-                raise UsageError(f"{option} spreads a run over processes; say how many with --nproc")
         return None
-    count = nproc if not launched() else int(os.environ["WORLD_SIZE"])
+    # of several machines only torchrun knows how many have come
+    count = int(os.environ["WORLD_SIZE"]) if launched() else nproc if nnodes == "1" else None
     if form is None:
         if count == 1:
             return None
@@ -268,8 +277,8 @@ def _spread(
         given = " and ".join(filter(None, (cut, mesh)))
         raise UsageError(f"--cut takes numbers of blocks such as 3,7, --mesh sizes such as 2x2; got {given}") from None
     spread = Spread(form, ends, shape)
-    if shape and math.prod(shape) != count:
-        raise UsageError(f"a mesh of {mesh} has {math.prod(shape)} processes, and --nproc says {count}")
+    if shape and count is not None and math.prod(shape) != count:
+        raise UsageError(f"a mesh of {mesh} has {math.prod(shape)} processes, and there are {count}")
     return spread
 
 

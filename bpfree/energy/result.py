@@ -7,7 +7,7 @@ resumed is therefore the plain sum of its parts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bpfree.energy.flags import Flag
@@ -103,7 +103,8 @@ class EnergyResult:
         )
 
     def beside(self, other: EnergyResult) -> EnergyResult:
-        """Add the energy of another device in the same span of time: joules and idle powers add up, seconds do not."""
+        """Add the energy of another device in the same span of time: joules and powers add up, seconds do not."""
+        limit_w = add_known(self.regime.power_limit_w, other.regime.power_limit_w)
         return EnergyResult(
             gross_j=add_known(self.gross_j, other.gross_j),
             seconds=max(self.seconds, other.seconds),
@@ -112,7 +113,7 @@ class EnergyResult:
             idle_w=add_known(self.idle_w, other.idle_w),
             windows=max(self.windows, other.windows),
             flags=flag_names(Flag[name] for name in (*self.flags, *other.flags)),
-            regime=_join_regimes(self, other),
+            regime=replace(_join_regimes(self, other), power_limit_w=limit_w),
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -245,15 +245,21 @@ def _planned(study: str, plan: Plan, ledger: Ledger, found: Sequence[Run]) -> li
 
 
 def _loose(found: Sequence[Run]) -> list[Entry]:
-    """Runs of `bpfree run`: those that differ only in their seed make an arm."""
-    groups: dict[tuple[str, str], dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    """Runs of `bpfree run`: those that differ only in their seed make an arm.
+
+    How a run was spread over devices is in no configuration, and yet part of what an arm is.
+    """
+    groups: dict[tuple[str, str, str], dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in found:
-        groups[config_key(replace(run.config, seed=0)), run.summary["hardware"]][run.config.seed].append(run)
+        form = run.summary.get("parallel", {}).get("form", "")
+        key = config_key(replace(run.config, seed=0)), run.summary["hardware"], form
+        groups[key][run.config.seed].append(run)
     entries = []
-    for (_, hardware), runs in groups.items():
+    for (_, hardware, form), runs in groups.items():
         config = replace(next(iter(runs.values()))[0].config, seed=0)
         protocol = OWN if config.training.passes is None else MATCHED
-        entries.append(Entry(".", config.algorithm, config, protocol, hardware, runs=dict(sorted(runs.items()))))
+        label = f"{config.algorithm}, {form}" if form else config.algorithm
+        entries.append(Entry(".", label, config, protocol, hardware, runs=dict(sorted(runs.items()))))
     return [replace(entry, label=_loose_label(entry, entries)) for entry in entries]
 
 

@@ -331,6 +331,7 @@ def _train(
             save=save,
             interrupted=stop,
             team=team,
+            joules_before=0.0 if together is None or not earlier else earlier["total"].gross_j,
         )
         if state is not None:
             trainer.load_state_dict(state)
@@ -458,7 +459,9 @@ def _parallel_words(together: Together) -> str:
     """The options that spread a run like this one."""
     cut = f" --cut {','.join(map(str, together.spread.cut))}" if together.spread.cut else ""
     mesh = f" --mesh {'x'.join(map(str, together.spread.mesh))}" if together.spread.mesh else ""
-    return f" --parallel {together.spread.form} --nproc {together.ranks.size}{mesh}{cut}"
+    ranks = together.ranks
+    machines = f" --nnodes {ranks.size // ranks.local_size}" if ranks.size > ranks.local_size else ""
+    return f" --parallel {together.spread.form} --nproc {ranks.local_size}{machines}{mesh}{cut}"
 
 
 def trained(

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.algorithms.learner import Batch, DrawsNoise, Learner, LooksAtData, Metrics, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
+from bpfree.energy.result import add_known
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
@@ -50,7 +51,8 @@ class TrainingConfig:
         standardize: subtract the data set's mean and divide by its standard deviation; otherwise images are in [0, 1].
         validation: number of validation samples; None takes the data set's own.
         cache: compute what frozen blocks make of the inputs once per stage and keep it on the device, unless inputs are
-            augmented; otherwise those blocks run in every step and validation.
+            augmented; otherwise those blocks run in every step and validation. A stage in closed form, which sees every
+            sample once, only ever keeps what they make of validation data.
         graph: replay training steps as CUDA graphs where that is possible.
         checkpoint_every: seconds between checkpoints.
         diagnose: note the rule's own diagnostics of validation data after every epoch, beside those of the test.
@@ -174,6 +176,8 @@ class Trainer:
         save: called with the whole state when a checkpoint is due.
         interrupted: asked between steps whether to save and stop.
         team: the processes that train together, each with a trainer of its own; None for this one alone.
+        joules_before: gross joules of an earlier part of this training that `meter` does not know of; None if they were
+            not measured.
     """
 
     def __init__(
@@ -190,6 +194,7 @@ class Trainer:
         save: Callable[[dict[str, Any]], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
         team: Team | None = None,
+        joules_before: float | None = 0.0,
     ) -> None:
         if not train.steps_per_epoch(config.batch_size):
             raise DataError(
@@ -201,6 +206,7 @@ class Trainer:
         self.learner, self.train, self.validation, self.config, self.seed = learner, train, validation, config, seed
         self.meter: Meter = meter or NoMeter()
         self.team = team or Alone()
+        self._joules_before = joules_before
         self._stages = self.team.stages(learner)
         self._on_epoch = on_epoch or (lambda record: None)
         self._on_steps = on_steps or (lambda stage, epoch, steps: None)
@@ -528,7 +534,8 @@ class Trainer:
         """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
-        (self._epoch_joules,) = self.team.add([self._epoch_joules])
+        (together,) = self.team.add([self._epoch_joules])
+        self._epoch_joules = add_known(self._joules_before, together)
         rating = self.team.share_rating(rate(scores, validation, self.config.precision, self.learner))
         metrics = self.team.share_metrics(metrics)
         numbers = torch.cat([rating, metrics.double().flatten()]).cpu()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
-from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits
 from bpfree.errors import UsageError
 from bpfree.networks.streams import Stream
 from bpfree.parallel.ranks import Ranks
@@ -103,14 +103,18 @@ class DataTeam(Team):
         for optimizer in learner.optimizers():
             optimizer.register_step_pre_hook(self._before_step)
         draw_apart(learner, ranks)
-        self._chained = isinstance(learner, HasLocalUnits) and len(learner.stages()) == 1
-        if learner.locality == "network":  # the error goes backwards in one piece: let gradients go as they come
+        self._chain = chain_of(learner)
+        self._used: set[int] = set()  # parameters whose optimiser has taken this step already
+        # The error goes backwards in one piece: let gradients go as they come, unless they are changed behind it.
+        if learner.locality == "network" and not getattr(learner, "centralize", False):
             for parameter in learner.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda arrived: self._averages.add([arrived]))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._averages.settle(parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._used.update(map(id, parameters))
+        self._averages.settle(parameters)
 
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         return tuple(
@@ -122,14 +126,13 @@ class DataTeam(Team):
         inputs, targets = batch
         share = rows_of(len(targets), self._ranks)
         part = inputs[share], targets[share]
-        if self._chained:
-            assert isinstance(self._learner, HasLocalUnits)
-            return self._learner.local_units().update(part, learnt=self._learnt)
-        return stage.update(part)
+        self._used.clear()
+        return stage.update(part) if self._chain is None else self._chain.update(part, learnt=self._learnt)
 
     def _learnt(self, unit: LocalUnit) -> None:
-        """A unit has its gradients: they travel while the next unit computes."""
-        self._averages.add(parameter for module in unit.modules for parameter in module.parameters())
+        """A unit has its gradients: they travel while the next unit computes, unless it has used them itself."""
+        parameters = (parameter for module in unit.modules for parameter in module.parameters())
+        self._averages.add(parameter for parameter in parameters if id(parameter) not in self._used)
         self._averages.send()
 
     def _scores(self, stage: Stage, inputs: Any) -> Tensor:
@@ -175,6 +178,16 @@ class DataTeam(Team):
 
     def describe(self) -> dict[str, Any]:
         return {"form": "data", "ranks": self.size}
+
+
+def chain_of(learner: Learner) -> LocalUnits | None:
+    """The units of a rule that is a chain of them with the options that it has; None for others."""
+    if not isinstance(learner, HasLocalUnits):
+        return None
+    try:
+        return learner.local_units()
+    except UsageError:  # its blocks wait for each other, which a part of a batch does not mind
+        return None
 
 
 def rows_of(rows: int, ranks: Ranks) -> slice:
@@ -224,4 +237,9 @@ def check_divides(learner: Learner, batch_size: int, ranks: int) -> None:
         raise UsageError(
             f"{rule} cannot be spread with --parallel data: it clips gradients before those of other ranks are added; "
             "set clip=0"
+        )
+    if getattr(learner, "dropout", 0):
+        raise UsageError(
+            f"{rule} cannot be spread with --parallel data: its dropout draws from PyTorch's own generator, on every "
+            "rank the same numbers; set dropout=0 and use a network that has dropout layers"
         )

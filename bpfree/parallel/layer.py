@@ -64,6 +64,17 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
 
 
+def own_memory(signal: Signal, reused: Iterable[Tensor]) -> Signal:
+    """A signal to send, in memory that nothing is written to while it is under way.
+
+    Args:
+        signal: what a unit hands on; it may pass on what it was given.
+        reused: what lies in memory that is filled anew: the loop's staging buffer, buffers of received messages.
+    """
+    taken = {tensor.untyped_storage().data_ptr() for tensor in reused}
+    return tuple(t.clone() if t.untyped_storage().data_ptr() in taken else t for t in signal)
+
+
 class Link:
     """Messages from one rank to a neighbour, in order.
 
@@ -330,9 +341,7 @@ class LayerTeam(Team):
         part = self._part(slot, batch, signal)
         outputs, metrics = part.learn(batch, signal)
         if self._after is not None and outputs:
-            # a unit that passes its input on would send from the loop's staging buffer, which is filled anew
-            own = (t.clone() if t.data_ptr() == batch[0].data_ptr() else t for t in outputs)
-            self._after.send(kind, tuple(own))
+            self._after.send(kind, own_memory(outputs, (batch[0], *(signal or ()))))
         self._borrow()
         shared = part.end()
         self._to_come -= 1
@@ -378,19 +387,21 @@ class LayerTeam(Team):
         part = self._parts[slot]
         if part is None:
             pool = next((other.pool for other in self._parts if other is not None), None)
-            part = self._parts[slot] = _Graphed(self._chain, self.members, batch, signal, pool)
+            part = self._parts[slot] = _Graphed(
+                self._chain, self.members, batch, signal, hands_on=self._after is not None, pool=pool
+            )
         return part
 
     def _scores(self, inputs: Any) -> Tensor:
         """(B, C) scores on the rank that holds the last unit, none elsewhere."""
         kind = "scores", len(inputs)
         question = self._chain.ask(inputs)
-        signal = None if self._before is None else arrived(self._before.receive(kind))
-        signal = self._chain.forward(question, self.members, signal)
+        received = None if self._before is None else arrived(self._before.receive(kind))
+        signal = self._chain.forward(question, self.members, received)
         if self._after is None:
             return self._chain.answer(signal, question)
         self._after.room()
-        self._after.send(kind, signal)
+        self._after.send(kind, own_memory(signal, received or ()))
         return self._empty_scores
 
 
@@ -419,16 +430,22 @@ class _Graphed:
         members: which of them.
         batch: like those of the steps.
         signal: like those of the steps, or None.
+        hands_on: whether the signal for the next unit is wanted.
         pool: memory of the other step's graphs, which run before or behind these, or None.
     """
 
-    def __init__(self, chain: LocalUnits, members: range, batch: Batch, signal: Signal | None, pool: Any) -> None:
+    def __init__(
+        self, chain: LocalUnits, members: range, batch: Batch, signal: Signal | None, *, hands_on: bool, pool: Any
+    ) -> None:
         self._batch = batch[0].clone(), batch[1].clone()
         self._signal = None if signal is None else tuple(tensor.clone() for tensor in signal)
         self._learning, self._ending = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # the watchdog of NCCL asks for its events meanwhile, which only "thread_local" allows
         with torch.cuda.graph(self._learning, pool=pool, capture_error_mode="thread_local"):
-            step, self._outputs, self._metrics = chain.learn(self._batch, members, self._signal)
+            step, made, self._metrics = chain.learn(self._batch, members, self._signal)
+            self._made = made if hands_on else ()
+        # The other step's graphs, if they came first, compute in what was free of the pool: this graph's outputs too.
+        self._outputs = tuple(torch.empty_like(tensor) for tensor in self._made)
         self.pool = self._learning.pool()
         with torch.cuda.graph(self._ending, pool=self.pool, capture_error_mode="thread_local"):
             self._shared = chain.end(step, members)
@@ -438,6 +455,8 @@ class _Graphed:
         for buffer, value in zip((*self._batch, *(self._signal or ())), (*batch, *(signal or ())), strict=True):
             buffer.copy_(value)
         self._learning.replay()
+        for buffer, value in zip(self._outputs, self._made, strict=True):
+            buffer.copy_(value)
         return self._outputs, self._metrics
 
     def end(self) -> Metrics:
@@ -499,6 +518,16 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
     for tensor in (*twin.parameters(), *twin.buffers()):
         if id(tensor) not in owned:
             tensor.data = tensor.data.to(device)
+    for group in (group for optimizer in twin.optimizers() for group in optimizer.param_groups):
+        if "capturable" in group:
+            group["capturable"] = graphs  # units may step optimisers of their own
+    precision = partial(  # which would keep the cast weights of all units, and of all repetitions but the first
+        torch.autocast,
+        device.type,
+        torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
     seconds = []
     step = chain.begin(sample)
     signal = chain.enter(step)
@@ -506,8 +535,8 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
         held = [t for module in unit.modules for t in (*module.parameters(), *module.buffers())]
         for tensor in held:
             tensor.data = tensor.data.to(device)
-        outputs, _ = unit.learn(signal, step)
-        learn = partial(unit.learn, signal, step)
+        learn = precision()(partial(unit.learn, signal, step))
+        outputs, _ = learn()
         seconds.append(_least_seconds(_replayed(learn) if graphs else learn, device))
         signal = outputs
         for tensor in held:

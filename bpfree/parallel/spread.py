@@ -39,6 +39,8 @@ class Spread:
             raise unknown_name("form of --parallel", self.form, FORMS)
         if self.cut and self.form == "data":
             raise UsageError("--cut says which blocks a rank has, and with --parallel data each has all of them")
+        if any(size < 1 for size in self.mesh):
+            raise UsageError(f"a mesh has sizes from 1 on, got {'x'.join(map(str, self.mesh))}")
         if (self.form == "layer,data") != (len(self.mesh) == 2):
             raise UsageError("--parallel layer,data and --mesh LxD go together: L runs of blocks, D parts of a batch")
 

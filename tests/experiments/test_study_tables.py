@@ -18,7 +18,7 @@ from bpfree.errors import DataError, UsageError
 from bpfree.experiments.arms import make_arms
 from bpfree.experiments.collect import Entry, collect
 from bpfree.experiments.compare import LEDGER, PLAN, Analysis, Ledger, Plan, Slot
-from bpfree.experiments.records import RunFolder
+from bpfree.experiments.records import SUMMARY, RunFolder
 from bpfree.experiments.study_tables import COLUMNS, TITLES, Table, make_tables
 from tests.experiments.synthetic import H200, make_run
 
@@ -285,6 +285,16 @@ def test_rows_below_80_percent_busy_are_labelled(
     make_run(tmp_path, "mf", 0, utilisation=share, flags=flags)
     (row,) = one(collect(tmp_path), "T2").rows
     assert row["regime"] == label
+
+
+def test_runs_spread_in_different_ways_are_different_arms(tmp_path: Path) -> None:
+    for form, joules in (("layer", 100.0), ("data", 300.0)):
+        for seed in range(2):
+            file = make_run(tmp_path, "mf", seed, joules=joules, hardware="2 x NVIDIA H200") / SUMMARY
+            summary = json.loads(file.read_text())
+            file.write_text(json.dumps({**summary, "parallel": {"form": form, "ranks": 2}}))
+    rows = {row["algorithm"]: row for row in one(collect(tmp_path), "T2").rows}
+    assert {name: row["wh"] * 3600 for name, row in rows.items()} == pytest.approx({"mf, layer": 100, "mf, data": 300})
 
 
 def test_an_unclear_baseline_must_be_chosen(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from bpfree.experiments.train import InterruptedRunError
 from bpfree.networks import cnn, mlp
 from bpfree.networks.streams import Stream
 from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
+from bpfree.parallel import data as data_parallel
+from bpfree.parallel.layer import LayerTeam, Link
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
@@ -24,6 +26,7 @@ SAMPLED: dict[str, Any] = {"batch_size": BATCH, "graphs": True}
 
 NETWORKS = {
     "mlp": lambda: mlp(SHAPE, (24, 20, 16, 12, 8)),
+    "mlp-1": lambda: mlp(SHAPE, (24,)),
     "mlp-2": lambda: mlp(SHAPE, (24, 20)),
     "cnn": lambda: cnn(SHAPE, (8, 12)),
     "cnn-bn": lambda: cnn(SHAPE, (6, 8, 10), pool="max", batch_norm=True),
@@ -105,6 +108,15 @@ def train(
     }
 
 
+def train_in_small_buckets(ranks: Ranks, **arguments: Any) -> dict[str, Any]:
+    """`train` with a message for every gradient, as it comes."""
+    size, data_parallel.BUCKET_BYTES = data_parallel.BUCKET_BYTES, 1  # type: ignore[misc]
+    try:
+        return train(ranks, **arguments)
+    finally:
+        data_parallel.BUCKET_BYTES = size  # type: ignore[misc]
+
+
 def refuse(ranks: Ranks, *, rule: str, form: str, network: str = "mlp", **options: Any) -> None:
     """Try to spread what cannot be."""
     cut = options.pop("cut", ())
@@ -131,3 +143,32 @@ def draws(ranks: Ranks) -> list[float]:
     stream = next(module for module in learner.modules() if isinstance(module, Stream))
     drawn: list[float] = stream.uniform((4,), torch.float64).tolist()
     return drawn
+
+
+def sent_from_buffers(ranks: Ranks, *, rule: str, options: dict[str, Any], cut: tuple[int, ...]) -> tuple[int, int]:
+    """How many tensors this rank sends in a step and an answer, and how many lie where the next messages arrive."""
+    learner = make_learner(rule, "mlp", options)
+    batch = next(iter(samples(BATCH, 0).in_order(BATCH)))
+    team = spread_over(ranks, Spread("layer", cut), learner, batch, **SAMPLED)
+    assert isinstance(team, LayerTeam)
+    sent: list[Tensor] = []
+    send = Link.send
+
+    def noted(link: Link, kind: Any, signal: tuple[Tensor, ...]) -> None:
+        sent.extend(signal)
+        send(link, kind, signal)
+
+    Link.send = noted  # type: ignore[method-assign]
+    try:
+        (stage,) = team.stages(learner)
+        stage.step(batch)
+        with torch.no_grad():
+            stage.scores(batch[0])
+        team.drain()
+    finally:
+        Link.send = send  # type: ignore[method-assign]
+    links = [link for link in (team._before, team._after) if link is not None]
+    buffers = {
+        t.untyped_storage().data_ptr() for link in links for many in link._buffers.values() for s in many for t in s
+    }
+    return len(sent), sum(tensor.untyped_storage().data_ptr() in buffers for tensor in sent)

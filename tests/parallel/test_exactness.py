@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpfree.algorithms import ALGORITHMS, Algorithm
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits
 from bpfree.errors import UsageError
+from bpfree.parallel import layer
 from tests.parallel import jobs
 from tests.parallel.pool import Pool
 
@@ -72,6 +78,22 @@ def test_uneven_cuts(cut: tuple[int, ...], pool: Pool) -> None:
     assert found[0]["team"] == {"form": "layer", "ranks": 3, "last_units": list(cut)}
 
 
+@pytest.mark.parametrize(
+    ("rule", "options"), [("ff", {"negatives": "random"}), ("mf", {"inference": "sum_logits"})], ids=["ff", "mf-sums"]
+)
+def test_what_is_passed_on_does_not_lie_where_the_next_message_arrives(
+    rule: str, options: dict[str, Any], pool: Pool
+) -> None:
+    """The rank in the middle hands on, unchanged, what it received of the first one's layers."""
+    first, middle, last = pool.run(
+        3, jobs.sent_from_buffers, rule=rule, options=options, cut=(1, 3, 5 if rule == "ff" else 4)
+    )
+    assert first[0] > 0
+    assert middle[0] > first[0]
+    assert last[0] == 0
+    assert [buffered for _, buffered in (first, middle, last)] == [0, 0, 0]
+
+
 def test_momentum_copies_over_four_ranks(pool: Pool) -> None:
     job = {"rule": "man", "network": "mlp", "options": LOCAL}
     check(pool.run(4, jobs.train, **job), jobs.train(None, **job))
@@ -94,22 +116,27 @@ def test_independent_blocks(ranks: int, pool: Pool) -> None:
 
 DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bp": ("bp", "mlp", {}),
+    "bp-centralize": ("bp", "mlp", {"centralize": True}),
     "mf": ("mf", "mlp", {}),
+    "mf-post": ("mf", "mlp", {"pass_on": "post"}),
+    "mf-post-one": ("mf", "mlp-1", {"pass_on": "post"}),
     "mf-sequential": ("mf", "mlp-2", {"schedule": "sequential"}),
     "greedy": ("greedy", "mlp", {"head": "0c1f"}),
+    "man-after": ("man", "mlp", {"host": "greedy", "head": "0c1f", "bias": "light", "ema_update": "after"}),
     "dfa": ("dfa", "mlp", {}),
     "cwc": ("cwc", "cnn", {}),
     "cafo-ce": ("cafo", "mlp", {"loss": "ce"}),
 }
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, pool: Pool) -> None:
+@pytest.mark.parametrize(("name", "small"), [*((name, False) for name in DATA), ("bp", True), ("bp-centralize", True)])
+def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, small: bool, pool: Pool) -> None:
+    """Also when gradients travel one by one, while the error goes backwards."""
     rule, network, options = DATA[name]
     # few steps: what rounding differs by grows from step to step
     options = {**options, "optimizer": "sgd", "lr": 0.01}
     job = {"rule": rule, "network": network, "options": options, "form": "data", "training": {"epochs": 1}}
-    found = pool.run(3, jobs.train, **job)
+    found = pool.run(3, jobs.train_in_small_buckets if small else jobs.train, **job)
     expected = jobs.train(None, **job)
     start = jobs.make_learner(rule, network, options).state_dict()
     moved = 0.0
@@ -119,6 +146,27 @@ def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, pool: Pool) ->
         assert torch.equal(found[0]["weights"][key], found[1]["weights"][key])  # ranks do not drift apart
         moved = max(moved, float((value.double() - start[key].double()).abs().max()) if value.numel() else 0.0)
     assert moved > 1e-6  # there was something to get wrong
+
+
+TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ff-hard": ("ff", "mlp", {}),
+    "ff-collaboration": ("ff", "mlp", {"loss": "collaboration", "negatives": "random"}),
+    "noprop-ct": ("noprop", "mlp-2", {"variant": "ct", "steps": 4, "width": 8}),
+    "noprop-learned": ("noprop", "mlp-2", {"embeddings": "learned", "steps": 4, "width": 8}),
+    "noprop-step": ("noprop", "mlp-2", {"shared_updates": "step", "steps": 4, "width": 8}),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_blocks_that_cannot_be_spread_can_learn_from_parts_of_a_batch(name: str, pool: Pool) -> None:
+    """They draw numbers of their own for their rows, so that the weights are not those of one process."""
+    rule, network, options = TOGETHER[name]
+    job = {"rule": rule, "network": network, "options": options, "form": "data", "training": {"epochs": 1}}
+    first, second = pool.run(2, jobs.train, **job)
+    assert same(first["weights"], second["weights"])
+    start = jobs.make_learner(rule, network, options)
+    moved = [not torch.equal(first["weights"][key], value) for key, value in start.named_parameters()]
+    assert sum(moved) > len(moved) / 2  # of some the first gradients are zero
 
 
 @pytest.mark.parametrize("rule", ["mf", "man-one"])
@@ -205,6 +253,7 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
         (2, {"rule": "noprop", "form": "block", "embeddings": "learned", "steps": 4}, "embeddings=onehot"),
         (2, {"rule": "cafo", "form": "data"}, "closed form"),
         (2, {"rule": "ccl", "form": "data"}, "clip=0"),
+        (2, {"rule": "bp", "form": "data", "dropout": 0.5}, "the same numbers"),
         (4, {"rule": "ff", "form": "data", "cut": (1,)}, "each has all of them"),
     ],
 )
@@ -216,6 +265,97 @@ def test_what_cannot_be_spread_says_why(ranks: int, job: dict[str, Any], reason:
 @pytest.mark.parametrize("entry", ALGORITHMS, ids=lambda entry: entry.alias)
 def test_every_rule_is_a_chain_or_says_why_not(entry: Algorithm) -> None:
     assert hasattr(entry.learner, "local_units") != bool(entry.learner.undivided)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_units_that_step_optimizers_can_be_timed_as_graphs(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses to capture a step of Adam whose state would be read on the host."""
+    rule, network, options = NOPROP
+    learner = jobs.make_learner(rule, network, options)
+    batch = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    captured: list[bool] = []
+
+    def replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            captured.extend(group["capturable"] for group in optimizer.param_groups)
+
+        hook = register_optimizer_step_pre_hook(note)
+        work()
+        hook.remove()
+        return work
+
+    monkeypatch.setattr(layer, "_replayed", replayed)
+    assert len(layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=graphs)) == options["steps"]
+    assert captured == [True] * (options["steps"] if graphs else 0)
+    assert not any(group["capturable"] for optimizer in learner.optimizers() for group in optimizer.param_groups)
+
+
+class Casts(TorchDispatchMode):
+    """Counts weights that become bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(args[0], torch.nn.Parameter) and args[0].ndim == 2 and found.dtype == torch.bfloat16:
+            self.count += 1
+        return found
+
+
+def test_units_are_timed_with_the_casts_of_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step enters autocast anew, and casts every weight again; nor may the casts of all units stay in memory."""
+    learner = jobs.make_learner("mf", "mlp", {}).float()
+    inputs, targets = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    casts: list[int] = []
+
+    def counted(work: Callable[[], Any], device: torch.device) -> float:
+        with Casts() as mode:
+            work()
+        casts.append(mode.count)
+        return 1.0
+
+    monkeypatch.setattr(layer, "_least_seconds", counted)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.unit_seconds(learner, (inputs.float(), targets), torch.device("cpu"), graphs=False)
+    assert len(casts) == 5
+    assert min(casts) >= 1
+
+
+class FakeGraph:
+    """On the CPU: what is captured runs at once, and replays do nothing."""
+
+    def pool(self) -> None:
+        return None
+
+    def replay(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("hands_on", [True, False])
+def test_what_a_graph_hands_on_does_not_lie_in_the_memory_of_graphs(
+    hands_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of two steps share a pool, and one runs while the other's signal is still being sent."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    chain = cast(HasLocalUnits, jobs.make_learner("mf", "mlp", {})).local_units()
+    made: list[torch.Tensor] = []
+    learn = LocalUnits.learn
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        step, signal, metrics = learn(*arguments, **options)
+        made.extend(signal)
+        return step, signal, metrics
+
+    monkeypatch.setattr(LocalUnits, "learn", noted)
+    batch = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    graphed = layer._Graphed(chain, range(2), batch, None, hands_on=hands_on, pool=None)
+    signal, _ = graphed.learn(batch, None)
+    assert len(made) == 1
+    assert len(signal) == (1 if hands_on else 0)
+    for tensor, value in zip(signal, made, strict=False):
+        assert torch.equal(tensor, value)
+        assert tensor.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
 
 
 def test_small_messages(pool: Pool) -> None:

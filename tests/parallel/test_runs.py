@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ from click.testing import CliRunner
 from bpfree.cli import cli
 from bpfree.data import load
 from bpfree.energy import EnergyResult
-from bpfree.experiments import records
+from bpfree.energy.result import Regime
+from bpfree.experiments import records, train
 from bpfree.experiments.config import resolve
-from bpfree.experiments.run import Reporter, Together, run
+from bpfree.experiments.run import Reporter, Together, _parallel_words, resume, run
+from bpfree.experiments.train import InterruptedRunError
 from bpfree.parallel import Ranks, Spread
 from tests.parallel.pool import Pool
 
@@ -49,6 +53,37 @@ def recorded(ranks: Ranks | None, *, root: str, form: str = "layer", algorithm: 
     return {"summary": summary, "heard": order.heard}
 
 
+class Stopped(Order):
+    """Asks to stop when two epochs have been heard of."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        super().epoch(record)
+        if len(self.heard) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resumed(ranks: Ranks, *, root: str, spent: float) -> list[float]:
+    """Gross joules that a run noted behind an interruption, before which it had `spent` so many, and at its end."""
+    train.JOULES_EVERY_S = 0.0  # type: ignore[misc]
+    together = Together(ranks, Spread("layer"))
+    training = {"epochs": 6, "batch_size": 64}
+    config = resolve("mf", "digits", "mlp:3x24", preset="none", training=training, energy="simulated", device="cpu")
+    with pytest.raises(InterruptedRunError):
+        run(config, Path(root), dataset=load("digits"), reporter=Stopped(), together=together)
+    (path,) = Path(root).iterdir()
+    if ranks.rank == 0:
+        state = torch.load(path / records.CHECKPOINT, weights_only=True)
+        state["energy"]["total"]["gross_j"] = spent
+        torch.save(state, path / records.CHECKPOINT)
+    done = len(ranks.from_leader((path / records.METRICS).read_text().splitlines()))
+    summary = resume(path, dataset=load("digits"), together=together)
+    if not summary:
+        return []
+    folder = records.RunFolder(path)
+    readings = [record["joules_at_start"] for record in folder.read_metrics()[done:]]
+    return [joules for joules in readings if joules is not None] + [summary["energy"]["gross_j"]]
+
+
 def weights(path: str) -> dict[str, torch.Tensor]:
     state = torch.load(Path(path) / records.MODEL, weights_only=True)
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
@@ -72,6 +107,12 @@ def test_one_record_of_a_run_on_two_ranks(pool: Pool, tmp_path: Path) -> None:
     assert not (Path(summary["run_dir"]) / records.CHECKPOINT).exists()
 
 
+@pytest.mark.parametrize(("machines", "said"), [(1, "--nproc 4 --mesh 2x2"), (2, "--nproc 2 --nnodes 2 --mesh 2x2")])
+def test_the_command_of_a_record_starts_as_many_processes(machines: int, said: str) -> None:
+    ranks = cast(Ranks, SimpleNamespace(size=4, local_size=4 // machines))
+    assert _parallel_words(Together(ranks, Spread("layer,data", mesh=(2, 2)))) == f" --parallel layer,data {said}"
+
+
 def test_energy_is_that_of_all_ranks(pool: Pool, tmp_path: Path) -> None:
     summary = pool.run(2, recorded, root=str(tmp_path), form="data", algorithm="bp")[0]["summary"]
     by_rank = summary["parallel"]["by_rank"]
@@ -82,12 +123,22 @@ def test_energy_is_that_of_all_ranks(pool: Pool, tmp_path: Path) -> None:
     assert summary["peak_memory_mib"] == max(rank["memory"]["peak_mib"] for rank in by_rank)
 
 
+def test_joules_to_accuracy_go_on_where_an_interrupted_run_stood(pool: Pool, tmp_path: Path) -> None:
+    leader, _ = pool.run(2, resumed, root=str(tmp_path), spent=1e6)
+    assert len(leader) > 2
+    assert leader == sorted(leader)
+    assert leader[0] > 1e6
+
+
 def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
     one = EnergyResult(100.0, 10.0, "nvml-counter", "gpu board", idle_w=2.0)
     two = EnergyResult(50.0, 8.0, "nvml-counter", "gpu board", idle_w=3.0)
     both = one.beside(two)
     assert (both.gross_j, both.seconds, both.idle_w, both.method) == (150.0, 10.0, 5.0, "nvml-counter")
     assert both.net_j == 100.0
+    halves = [replace(one, regime=Regime(utilisation=u, power_limit_w=20.0)) for u in (0.5, 0.7)]
+    both = halves[0].beside(halves[1])
+    assert (both.power_share, both.regime.utilisation) == (halves[0].power_share, pytest.approx(0.6))
     assert one.beside(EnergyResult(None, 1.0, "none", "none")).gross_j is None
 
 
@@ -100,9 +151,15 @@ def test_devices_side_by_side_add_joules_but_not_seconds() -> None:
         (("--nproc", "2", "--parallel", "data", "--cut", "1,2"), "each has all of them"),
         (("--nproc", "4", "--parallel", "layer,data"), "--mesh LxD"),
         (("--nproc", "4", "--parallel", "layer,data", "--mesh", "3x2"), "has 6 processes"),
+        (("--nproc", "4", "--parallel", "layer,data", "--mesh", "-2x-2"), "sizes from 1 on"),
+        (("--nproc", "4", "--parallel", "layer", "--mesh", "2x2"), "--mesh LxD"),
         (("--nproc", "2", "--parallel", "layer", "--cut", "a"), "numbers of blocks"),
         (("--nproc", "2", "--parallel", "layer", "--seed", "1", "--seed", "2"), "one --seed"),
         (("--nproc", "2", "--parallel", "layer", "--nnodes", "2"), "--rdzv-endpoint"),
+        (("--nproc", "2", "--parallel", "layer,data", "--mesh", "2x2", "--nnodes", "2"), "--rdzv-endpoint"),
+        (("--nproc", "1", "--nnodes", "2"), "--parallel layer, block or data"),
+        (("--nnodes", "2"), "--nnodes spreads a run over processes"),
+        (("--rdzv-endpoint", "host:29500"), "--rdzv-endpoint spreads a run over processes"),
     ],
 )
 def test_options_that_do_not_go_together(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
