@@ -103,7 +103,7 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
         input_shape: shape of one input sample, without the batch axis.
 
     Raises:
-        UsageError: a block does not accept what comes out of the block before it.
+        UsageError: a block does not accept what comes out of the block before it, or returns more than one tensor.
     """
     shapes: list[Shape] = []
     signal: Tensor | Graph | None = None
@@ -124,6 +124,11 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
             raise UsageError(f"block {index} does not accept inputs of shape {shape}: {reason}") from error
         finally:
             block.train(was_training)
+        if not isinstance(signal, (Tensor, Graph)):
+            raise UsageError(
+                f"block {index} returns a {type(signal).__name__}, and a block hands on one tensor or Graph; wrap it "
+                "in a module that returns what the next block takes"
+            )
         shapes.append(tuple((signal.x if isinstance(signal, Graph) else signal).shape[1:]))
     return shapes
 
