@@ -187,7 +187,8 @@ def core(block: nn.Module) -> nn.Linear | nn.Conv2d:
         elif not isinstance(part, BEFORE if weighted is None else BEHIND):
             raise UsageError(
                 f"a block must be one Linear or Conv2d, after Flatten or Upsample, before batch normalisation, an "
-                f"activation and pooling; {type(part).__name__} has no counterpart there"
+                f"activation and pooling; {type(part).__name__} has no counterpart there. "
+                "What belongs to one block goes into an nn.Sequential of its own"
             )
     if weighted is None:
         raise UsageError("a block without a Linear or Conv2d has no counterpart")

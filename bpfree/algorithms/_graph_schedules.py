@@ -68,7 +68,8 @@ class Parts:
         with torch.enable_grad():
             output = block(layout.detach())
             value = loss(wanted_rows(output))
-        set_gradients(parameters, torch.autograd.grad(value, parameters))
+        if parameters:  # else the user has frozen them all
+            set_gradients(parameters, torch.autograd.grad(value, parameters))
         return value.detach(), output.x.detach()
 
 

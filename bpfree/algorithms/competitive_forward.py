@@ -243,7 +243,8 @@ class CompetitiveForward(Learner):
             with torch.enable_grad():  # a graph of its own for each layer, freed before the next begins
                 hidden = layer.activate(signal)
                 loss = self._compete(layer.goodness(hidden), targets)
-            set_gradients(layer.parameters, torch.autograd.grad(loss, layer.parameters))
+            if layer.parameters:  # else the user has frozen them all
+                set_gradients(layer.parameters, torch.autograd.grad(loss, layer.parameters))
             metrics[f"{layer.name} loss"] = loss.detach()
             last = hidden.detach()
             return last

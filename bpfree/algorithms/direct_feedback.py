@@ -146,8 +146,8 @@ def set_feedback_gradients(
     error, *gradients = torch.autograd.grad(loss, [scores, *directly])
     set_gradients(directly, gradients)
     for block, output, weights in zip(blocks, outputs, feedback, strict=True):
-        if weights is not None:
+        parameters = trained(block)
+        if weights is not None and parameters:  # else the user has frozen them all
             towards = torch.tensordot(error, weights.to(error.dtype), 1).to(output.dtype)
-            parameters = trained(block)
             set_gradients(parameters, torch.autograd.grad(output, parameters, towards))
     return loss.detach()

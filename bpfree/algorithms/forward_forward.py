@@ -215,6 +215,8 @@ class ForwardForward(Learner):
             wide.weight[:, columns:] = linear.weight
             if linear.bias is not None:
                 wide.bias.copy_(linear.bias)
+                wide.bias.requires_grad_(linear.bias.requires_grad)
+        wide.weight.requires_grad_(linear.weight.requires_grad)  # what the user has frozen stays frozen
         return wide.to(linear.weight)
 
     @staticmethod

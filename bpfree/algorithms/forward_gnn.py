@@ -207,6 +207,11 @@ class ForwardGNN(Learner):
             extra = [*widths[1:], 0 if self.name.startswith("link") else self.classes]
         for index, (layer, more) in enumerate(zip(layers, extra, strict=True)):
             if more:
+                if not all(parameter.requires_grad for parameter in layer.parameters()):
+                    raise UsageError(
+                        f"{self.name} gives block {index} more inputs and so new weights, which cannot stay frozen; "
+                        "unfreeze it, or use variant=sf"
+                    )
                 self.network[index] = layer.like(layer.in_features + more, layer.width, layer.activation)
 
     @torch.no_grad()

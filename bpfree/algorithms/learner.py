@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bpfree.errors import UsageError
-from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+from bpfree.networks.blocks import Shape, as_blocks, sample_shape
 from bpfree.networks.graph import Graph
 
 Batch = tuple[Any, Tensor]  # inputs, a tensor or a `Graph`, and targets
@@ -141,6 +141,8 @@ def check_inputs(inputs: Any, input_shape: Shape) -> None:
         UsageError: another shape or type.
     """
     values = inputs.x if isinstance(inputs, Graph) else inputs
+    if not isinstance(values, Tensor):
+        raise UsageError(f"inputs are a tensor or a Graph, got {type(values).__name__}")
     # A first layer that flattens takes images too, so only the number of values per sample has to agree.
     if values.ndim < 2 or values.shape[1:].numel() != torch.Size(input_shape).numel():
         raise UsageError(
@@ -150,9 +152,28 @@ def check_inputs(inputs: Any, input_shape: Shape) -> None:
         raise UsageError(f"inputs must be floating point, got {values.dtype}; scale images to [0, 1] first")
 
 
+def check_classes(classes: int) -> None:
+    """Refuse what is no number of classes.
+
+    Raises:
+        UsageError: not an integer from 0 on.
+    """
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
+        raise UsageError(f"classes is how many there are, an int, got {classes!r}")
+
+
+def _pair(batch: Batch) -> Batch:
+    # a tensor of two rows would unpack as well
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise UsageError(f"a batch is a pair (inputs, targets), got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
 def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
-    inputs, targets = batch
+    inputs, targets = _pair(batch)
     check_inputs(inputs, input_shape)
+    if not isinstance(targets, Tensor):
+        raise UsageError(f"targets are a tensor, got {type(targets).__name__}")
     if len(inputs) == 0:
         raise UsageError("the batch is empty")
     if not classes:
@@ -200,11 +221,12 @@ class Learner(nn.Module, ABC):
         self, network: nn.Sequential | Iterable[nn.Module], classes: int, input_shape: Shape | None = None
     ) -> None:
         super().__init__()
+        check_classes(classes)
         self.network = as_blocks(network)
         self.classes = classes
         if self.task not in self.tasks:
             raise UsageError(f"{type(self).__name__} cannot {self.task}; it learns to {' and '.join(self.tasks)}")
-        self.input_shape = tuple(input_shape) if input_shape is not None else infer_input_shape(self.blocks())
+        self.input_shape = sample_shape(input_shape, self.blocks())
 
     @abstractmethod
     def forward(self, inputs: Any) -> Tensor:
@@ -289,8 +311,9 @@ class Learner(nn.Module, ABC):
                 the loop is `for stage in learner.stages(): for x, y in loader: stage.step((stage.prepared(x), y))`.
         """
         stage = self._only_stage()
-        inputs, targets = batch
-        return stage.step((stage.prepared(inputs), targets))
+        inputs, targets = _pair(batch)
+        with self._disagreements_explained(inputs):
+            return stage.step((stage.prepared(inputs), targets))
 
     @final
     def finish(self, validation: Iterable[Batch] = ()) -> Metrics:
@@ -319,10 +342,37 @@ class Learner(nn.Module, ABC):
     @final
     @torch.no_grad()
     def scores(self, inputs: Any) -> Tensor:
-        """What `forward` makes of inputs or a `Graph`, in evaluation mode and without gradient."""
-        with evaluation_mode(self):
+        """What `forward` makes of inputs or a `Graph`, in evaluation mode and without gradient.
+
+        Raises:
+            UsageError: inputs of a shape or type that does not fit the network.
+        """
+        check_inputs(inputs, self.input_shape)
+        with evaluation_mode(self), self._disagreements_explained(inputs):
             scores: Tensor = self(inputs)
         return scores
+
+    @contextmanager
+    def _disagreements_explained(self, inputs: Any) -> Iterator[None]:
+        """Say in words where precision or device differ, if PyTorch refuses to compute for that.
+
+        Looked at only then: rules keep some parts in float32 on purpose, and autocast makes other pairs fit.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            have = {_kind(parameter) for parameter in self.parameters()}
+            given = _kind(inputs.x if isinstance(inputs, Graph) else inputs)
+            if len(have) > 1:
+                raise UsageError(
+                    f"parts of this {type(self).__name__} are {' and others '.join(sorted(have))}; build it from a "
+                    "float32 network on the CPU and convert it as a whole, learner.double() or learner.cuda()"
+                ) from error
+            if given not in have:
+                raise UsageError(
+                    f"inputs are {given}, this {type(self).__name__} is {' '.join(have)}; convert one of them"
+                ) from error
+            raise
 
     @final
     def get_extra_state(self) -> list[dict[str, Any]]:
@@ -334,8 +384,15 @@ class Learner(nn.Module, ABC):
         optimizers = self.optimizers()
         if len(state) != len(optimizers):
             raise UsageError(f"the state has {len(state)} optimisers, this learner {len(optimizers)}")
-        for optimizer, saved in zip(optimizers, state, strict=True):
-            optimizer.load_state_dict(saved)
+        try:
+            for optimizer, saved in zip(optimizers, state, strict=True):
+                optimizer.load_state_dict(saved)
+        except ValueError as error:  # heard before PyTorch's list of the weights that do not fit
+            raise UsageError(f"the state is that of another network ({error})") from error
+
+
+def _kind(values: Tensor) -> str:
+    return f"{str(values.dtype).removeprefix('torch.')} on {values.device}"
 
 
 @runtime_checkable

@@ -46,7 +46,7 @@ from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradi
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
-from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, infer_input_shape
+from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, sample_shape
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.heads import Head
 from bpfree.networks.partition import first_unit, partition
@@ -414,4 +414,4 @@ def _cut(
             raise UsageError("stem cuts the stem off the first of k blocks; give k or ends")
         return network
     units = list(as_blocks(network))
-    return partition(units, k, input_shape=input_shape or infer_input_shape(units), stem=stem)
+    return partition(units, k, input_shape=sample_shape(input_shape, units), stem=stem)

@@ -69,10 +69,21 @@ from bpfree.algorithms._noprop_processes import (
     Terms,
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms.learner import (
+    Batch,
+    Learner,
+    Metrics,
+    Paper,
+    Stage,
+    Support,
+    Trial,
+    accuracy,
+    check_classes,
+    evaluation_mode,
+)
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
-from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+from bpfree.networks.blocks import Shape, as_blocks, children_of, sample_shape
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.noprop import BRANCH_WIDTH, Denoiser
 from bpfree.networks.streams import Stream
@@ -211,8 +222,9 @@ class NoProp(Learner):
             raise unknown_name("shared_updates", shared_updates, SHARED_UPDATES)
         if lanes < 1 or (validation_steps is not None and validation_steps < 1):
             raise UsageError(f"lanes and validation_steps must be at least 1, got {lanes} and {validation_steps}")
-        modules = list(network)
-        shape = tuple(input_shape) if input_shape is not None else infer_input_shape(list(as_blocks(modules)))
+        modules = children_of(network)
+        check_classes(classes)
+        shape = sample_shape(input_shape, list(as_blocks(modules)))
         dim = embedding_width(embeddings, classes, embedding_dim, shape)
         count = 1 if process.timed else process.steps
         super().__init__(

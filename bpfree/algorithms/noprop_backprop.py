@@ -32,9 +32,20 @@ from bpfree.algorithms._noprop_parts import (
     embedding_width,
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, trained
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms.learner import (
+    Batch,
+    Learner,
+    Metrics,
+    Paper,
+    Stage,
+    Support,
+    Trial,
+    accuracy,
+    check_classes,
+    evaluation_mode,
+)
 from bpfree.errors import UsageError
-from bpfree.networks.blocks import Shape, as_blocks, infer_input_shape
+from bpfree.networks.blocks import Shape, as_blocks, children_of, sample_shape
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.noprop import BRANCH_WIDTH
 from bpfree.networks.streams import Stream
@@ -98,8 +109,9 @@ class NoPropBackprop(Learner):
     ) -> None:
         if steps < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
-        modules = list(network)
-        shape = tuple(input_shape) if input_shape is not None else infer_input_shape(list(as_blocks(modules)))
+        modules = children_of(network)
+        check_classes(classes)
+        shape = sample_shape(input_shape, list(as_blocks(modules)))
         dim = embedding_width(embeddings, classes, embedding_dim, shape)
         super().__init__(
             blocks_of(modules, steps, classes, dim, shape, False, embeddings == "prototype", width), classes, shape

@@ -51,8 +51,8 @@ def start_ranks(nproc: int, nnodes: str, rdzv_endpoint: str | None) -> NoReturn:
         elastic_launch(config, program)(*arguments, *sys.argv[1:])
     except ChildFailedError as error:
         sys.exit(_verdict({rank: failure.exitcode for rank, failure in error.failures.items()}))
-    except SignalException as error:  # the ranks have heard it too, and have had time to save
-        sys.exit(128 + error.sigval)
+    except SignalException:  # the ranks have heard it too, have had time to save, and one of them has said so
+        sys.exit(BpfreeError.exit_code)  # as when a single process is stopped
     sys.exit(0)
 
 

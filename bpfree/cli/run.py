@@ -50,7 +50,9 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
     "--seed", "seeds", type=click.IntRange(min=0), multiple=True, default=(0,), help="Seed; repeat it for several runs."
 )
 @click.option(
-    "--passes", type=click.IntRange(min=1), help="Train for exactly this many data passes, without early stopping."
+    "--passes",
+    type=click.IntRange(min=1),
+    help="Train for this many data passes, without early stopping; stages share them equally, rounded up.",
 )
 @training_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")

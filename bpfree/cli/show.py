@@ -12,7 +12,7 @@ from bpfree import data
 from bpfree.algorithms import ALGORITHMS
 from bpfree.cli.base import Command, format_option, study_options
 from bpfree.energy.carbon import carbon_intensity
-from bpfree.errors import UsageError
+from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.config import presets
 from bpfree.experiments.tables import (
     COLUMNS,
@@ -129,6 +129,9 @@ def table(
     if columns is not None:
         raise UsageError("--columns is for the plain list; tables T1 to T8 have theirs")
     chosen = list(TITLES) if "all" in names else [name.upper() for name in names]
+    for name in chosen:  # before runs are read, which may refuse too
+        if name not in TITLES:
+            raise unknown_name("table", name, TITLES)
     tuning = tuning_records(root)
     only_bill = chosen == ["T8"]
     entries = [] if only_bill else collect(root, baseline=baseline, mixed_hardware=mixed_hardware)

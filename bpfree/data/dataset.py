@@ -192,6 +192,9 @@ class Dataset:
         Raises:
             DataError: inputs or targets of another kind, shape or range; says which part.
         """
+        for which, pair in (("training", train), ("test", test)):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise DataError(f"{which} part: a pair (inputs, targets) is wanted, got {type(pair).__name__}")
         parts = {
             which: _part(inputs, targets, which, channels_last)
             for which, (inputs, targets) in (("training", train), ("test", test))

@@ -310,6 +310,10 @@ def _download(file: File, folder: Path, progress: bool) -> None:
     import pooch
     from tqdm import tqdm
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # pooch would say so once for every host, as if that host were the reason
+        raise DataError(f"cannot make the folder {folder}: {error.strerror}; name another with BPFREE_DATA") from error
     reasons = []
     logger = pooch.get_logger()
     level = logger.level

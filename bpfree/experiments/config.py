@@ -87,8 +87,13 @@ class RunConfig:
             UsageError: the file is missing or does not hold a configuration.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise ValueError("not an object")
+            return cls.from_dict(values)
+        except OSError as error:
+            raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{path} does not hold a run's configuration ({error})") from error
 
 
@@ -139,6 +144,9 @@ def read_preset(path: Path) -> Preset:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+        for key in values:
+            if key not in (known := [item.name for item in fields(Preset) if item.name != "name"]):
+                raise unknown_name(f"key of the preset {path}:", key, known)
         preset = Preset(name=path.stem, **values)
     except OSError as error:
         raise UsageError(f"cannot read the preset {path}: {error.strerror}") from error

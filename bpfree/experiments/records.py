@@ -89,9 +89,18 @@ class RunFolder:
         """
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {self.path / name} ({error})") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path / name}: {error.strerror}") from error
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from error
+        if not isinstance(value, dict):
+            raise self._damaged(name, "not an object")
         return value
+
+    def _damaged(self, name: str, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path / name} is damaged ({reason}); restore it, or move the folder {self.path} away"
+        )
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Replace the per-epoch metrics, after a resume has gone back to a checkpoint."""
@@ -117,8 +126,10 @@ class RunFolder:
         """
         try:
             return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {self.path / METRICS} ({error})") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path / METRICS}: {error.strerror}") from error
+        except ValueError as error:
+            raise self._damaged(METRICS, str(error)) from error
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write tensors and plain values.
@@ -140,8 +151,11 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # torch.load raises whatever a damaged file makes its parts raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
+            reason = (
+                str(error).strip().splitlines()[0].partition(". ")[0] if str(error).strip() else type(error).__name__
+            )
+            again = "; delete it, and --resume trains this run from its start" if name == CHECKPOINT else ""
+            raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}){again}") from error
         return state
 
     def remove(self, name: str) -> None:

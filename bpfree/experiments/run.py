@@ -155,7 +155,7 @@ def preferred_layout(network: nn.Module, device: torch.device) -> torch.memory_f
 
 def run(
     config: RunConfig,
-    root: Path,
+    root: Path | str,
     *,
     data_root: Path | None = None,
     dataset: AnyDataset | None = None,
@@ -191,6 +191,7 @@ def run(
         InterruptedRunError: a signal asked to stop; the run can be resumed.
         CheckpointError: the folder cannot be written.
     """
+    root = Path(root)
     if measuring.carbon is not None:
         carbon_intensity(measuring.carbon)  # refused before anything is made
     if dataset is None:

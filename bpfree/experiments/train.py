@@ -42,7 +42,7 @@ class TrainingConfig:
         epochs: cap on epochs per stage; a stage in closed form takes one, or if inputs are augmented, all of them.
         patience: epochs without a better validation loss after which a stage ends.
         min_delta: how much lower than the best a validation loss must be to count as better.
-        passes: train for exactly this many data passes instead, shared equally by the stages, without early
+        passes: train for this many data passes instead, shared equally by the stages and rounded up, without early
             stopping (the best state is still restored).
         lr_schedule: "constant", "cosine", "cosine-epochs", "step" or "cooldown", over the cap of each stage.
         warmup_epochs: linear warm-up at the start of each stage.

@@ -438,7 +438,8 @@ def tune(
             raise TrainingError(f"workers died and left {len(left)} trials; the same command goes on")
     except InterruptedRunError as error:
         done = f"{len(study.ended())} of {config.trials} trials are done"
-        raise InterruptedRunError(f"{error}; {done}, the same command goes on") from None
+        where = str(error).split("; ")[0]  # a trial is no run to be resumed by itself
+        raise InterruptedRunError(f"{where}; {done}, the same command goes on") from None
     finally:
         record = _write_record(config, study, folder, space, workers, devices)
     if record["best"] is None:

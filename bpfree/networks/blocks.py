@@ -15,12 +15,33 @@ from bpfree.networks.streams import StreamDropout
 Shape = tuple[int, ...]
 
 
+def children_of(network: nn.Sequential | Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of a user's network in forward order, not cut into blocks yet.
+
+    Raises:
+        UsageError: the network is not a sequence of modules.
+    """
+    if isinstance(network, nn.Module) and not isinstance(network, (nn.Sequential, nn.ModuleList)):
+        raise UsageError(
+            f"a network is an nn.Sequential or a list of modules in forward order, got {type(network).__name__}"
+        )
+    if not isinstance(network, Iterable):
+        raise UsageError(f"a network is an nn.Sequential or a list of modules in forward order, got {network!r}")
+    modules = list(network)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise UsageError(f"every block must be an nn.Module, got {type(module).__name__}")
+    return modules
+
+
 def as_blocks(network: nn.Sequential | Iterable[nn.Module]) -> nn.ModuleList:
     """The blocks of a user's network, in order.
 
     Each child of `network` is a block, cut where the user cut it. Children without parameters (`Flatten`,
     `ReLU`, pooling) cannot be trained alone: leading ones join the block after them, others the block
     before them. So `Sequential(Flatten(), Linear(8, 4), ReLU(), Linear(4, 4), ReLU())` has two blocks.
+    Batch normalisation has parameters: as a child it would be a block, so it goes with its layer into an
+    `nn.Sequential`, which is then one child.
 
     Args:
         network: an `nn.Sequential`, or any iterable of modules in forward order.
@@ -28,15 +49,9 @@ def as_blocks(network: nn.Sequential | Iterable[nn.Module]) -> nn.ModuleList:
     Raises:
         UsageError: the network is not a sequence of modules, or nothing in it has parameters.
     """
-    if isinstance(network, nn.Module) and not isinstance(network, (nn.Sequential, nn.ModuleList)):
-        raise UsageError(
-            f"a network is an nn.Sequential or a list of modules in forward order, got {type(network).__name__}"
-        )
     groups: list[list[nn.Module]] = []
     leading: list[nn.Module] = []
-    for module in network:
-        if not isinstance(module, nn.Module):
-            raise UsageError(f"every block must be an nn.Module, got {type(module).__name__}")
+    for module in children_of(network):
         if any(True for _ in module.parameters()):
             groups.append([*leading, module])
             leading = []
@@ -66,6 +81,19 @@ def infer_input_shape(blocks: Sequence[nn.Module]) -> Shape:
     )
 
 
+def sample_shape(input_shape: Shape | None, blocks: Sequence[nn.Module]) -> Shape:
+    """The shape of one input sample as the user gave it, else as far as the first layer of `blocks` tells it.
+
+    Raises:
+        UsageError: it is no shape, or it was left out and cannot be told.
+    """
+    if input_shape is None:
+        return infer_input_shape(blocks)
+    if not isinstance(input_shape, (tuple, list)) or not all(type(n) is int and n > 0 for n in input_shape):
+        raise UsageError(f"input_shape is that of one sample, such as (64,) or (3, 32, 32), got {input_shape!r}")
+    return tuple(input_shape)
+
+
 @torch.no_grad()
 def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list[Shape]:
     """The shape of one sample behind each block, found by sending zeros through the network once.
@@ -75,7 +103,7 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
         input_shape: shape of one input sample, without the batch axis.
 
     Raises:
-        UsageError: a block does not accept what comes out of the block before it.
+        UsageError: a block does not accept what comes out of the block before it, or returns more than one tensor.
     """
     shapes: list[Shape] = []
     signal: Tensor | Graph | None = None
@@ -96,6 +124,11 @@ def block_output_shapes(blocks: Iterable[nn.Module], input_shape: Shape) -> list
             raise UsageError(f"block {index} does not accept inputs of shape {shape}: {reason}") from error
         finally:
             block.train(was_training)
+        if not isinstance(signal, (Tensor, Graph)):
+            raise UsageError(
+                f"block {index} returns a {type(signal).__name__}, and a block hands on one tensor or Graph; wrap it "
+                "in a module that returns what the next block takes"
+            )
         shapes.append(tuple((signal.x if isinstance(signal, Graph) else signal).shape[1:]))
     return shapes
 

@@ -201,7 +201,8 @@ def step_seconds(units: Iterable[nn.Module], batch: Tensor, repeats: int = 10) -
             _wait_for(batch.device)
             started = time.perf_counter()
             outputs = unit(signal)
-            torch.autograd.grad(outputs.sum(), parameters)
+            if parameters:  # a frozen unit only runs forwards
+                torch.autograd.grad(outputs.sum(), parameters)
             _wait_for(batch.device)
             timed.append(time.perf_counter() - started)
         seconds.append(sorted(timed[WARMUPS:])[repeats // 2])

@@ -494,6 +494,106 @@ def test_wrong_graphs_get_a_clear_error(
     assert identical(before, snapshot(learner.network))
 
 
+PLAIN = [rule for rule in RULES if "mlp" in backbones(rule)]
+
+
+@pytest.mark.parametrize("rule", PLAIN)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x, y: x[:2], r"pair \(inputs, targets\), got Tensor"),
+        (lambda x, y: (x, y, y), "pair"),
+        (lambda x, y: (x.numpy(), y), "inputs are a tensor or a Graph, got ndarray"),
+        (lambda x, y: (x, y.tolist()), "targets are a tensor, got list"),
+    ],
+)
+def test_what_is_no_batch_gets_a_clear_error(rule: str, wrong: Callable[..., Any], message: str) -> None:
+    stage = build(rule, "mlp").stages()[0]
+    x, y = batch("mlp")
+    with pytest.raises(UsageError, match=message):
+        stage.step(wrong(stage.prepared(x), y))
+
+
+@pytest.mark.parametrize("rule", PLAIN)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x[:, :1], r"\(16, 1, 8, 8\), expected \(batch, 2, 8, 8\)"),
+        (lambda x: x.numpy(), "ndarray"),
+        (lambda x: x.double(), "inputs are float64 on cpu, this .* is float32 on cpu"),
+    ],
+)
+def test_scores_of_wrong_inputs_get_a_clear_error(rule: str, wrong: Callable[..., Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(rule, "mlp").scores(wrong(batch("mlp")[0]))
+
+
+@pytest.mark.parametrize("rule", PLAIN)
+def test_parts_that_disagree_are_named(rule: str) -> None:
+    learner = build(rule, "mlp")
+    linear = next(module for module in learner.network.modules() if isinstance(module, nn.Linear))
+    linear.to(torch.float64)  # in part, as when a learner is built from a converted network
+    with pytest.raises(UsageError, match="float32 on cpu and others float64 on cpu"):
+        learner.scores(batch("mlp")[0])
+
+
+def test_errors_that_no_disagreement_explains_stay_what_they_are() -> None:
+    learner = build("bp", "mlp")
+    learner.network[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("my own")))
+    with pytest.raises(RuntimeError, match="my own"):
+        learner.scores(batch("mlp")[0])
+
+
+@pytest.mark.parametrize("rule", ALIASES)
+@pytest.mark.parametrize("classes", [4.0, "4", None, -1, True])
+def test_what_is_no_number_of_classes_gets_a_clear_error(rule: str, classes: Any) -> None:
+    backbone = backbones(rule)[0]
+    shape = FEATURES if backbone in GRAPHS else SHAPE
+    with pytest.raises(UsageError, match="classes is how many there are"):
+        entry(rule).build(BACKBONES[backbone](), classes, shape)
+
+
+@pytest.mark.parametrize("rule", ALIASES)
+@pytest.mark.parametrize("shape", [128, (2, 8.0, 8), (0,), "2x8x8"])
+def test_what_is_no_shape_gets_a_clear_error(rule: str, shape: Any) -> None:
+    with pytest.raises(UsageError, match="input_shape is that of one sample"):
+        entry(rule).learner(BACKBONES[backbones(rule)[0]](), CLASSES, input_shape=shape)
+
+
+@pytest.mark.parametrize("rule", ALIASES)
+@pytest.mark.parametrize("network", [nn.Linear(4, 4), 7])
+def test_what_is_no_network_gets_a_clear_error(rule: str, network: Any) -> None:
+    with pytest.raises(UsageError, match="or a list of modules in forward order"):
+        entry(rule).learner(network, CLASSES, input_shape=(4,))
+
+
+@pytest.mark.parametrize(
+    ("rule", "backbone"), [(r, b) for r in RULES if r not in COPIED for b in backbones(r) if b in ("mlp", "gcn")]
+)
+def test_a_frozen_block_stays_and_the_others_learn(rule: str, backbone: str) -> None:
+    network = BACKBONES[backbone]()
+    network[0].requires_grad_(False)
+    shape = FEATURES if backbone in GRAPHS else SHAPE
+    options = {"lr": 3e-3, **OPTIONS.get(rule, {})}
+    if backbone in GRAPHS and rule in RESIZED:
+        with pytest.raises(UsageError, match="block 0 more inputs and so new weights, which cannot stay frozen"):
+            entry(rule).build(network, CLASSES, shape, **options)
+        return
+    learner = entry(rule).build(network, CLASSES, shape, **options)
+    before = snapshot(learner)
+    frozen = snapshot(learner.network[0])
+    step(learner, *batch(backbone))
+    assert identical(frozen, snapshot(learner.network[0]))
+    assert not identical(before, snapshot(learner))
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    torch.manual_seed(0)
+    other = entry("bp").build(mlp(SHAPE, (24,) * 2), CLASSES, SHAPE)
+    with pytest.raises(UsageError, match="the state is that of another network"):
+        build("bp", "mlp").load_state_dict(other.state_dict())
+
+
 class NoHostReads(TorchDispatchMode):
     """Fails when a step asks for a value on the host, which would stall a GPU, or makes a shape depend on one."""
 

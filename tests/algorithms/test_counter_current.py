@@ -469,7 +469,7 @@ def test_feedback_layers_end_as_the_forward_layer_of_their_level_does() -> None:
     [
         (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "Linear has no counterpart"),
         (nn.Sequential(nn.ConvTranspose2d(2, 2, 2)), "ConvTranspose2d has no counterpart"),
-        (nn.LSTM(3, 4), "LSTM has no counterpart"),
+        (nn.LSTM(3, 4), "LSTM has no counterpart there. What belongs to one block goes into an nn.Sequential"),
     ],
 )
 def test_networks_that_cannot_be_mirrored_are_refused_with_a_reason(block: nn.Module, message: str) -> None:

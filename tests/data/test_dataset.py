@@ -137,6 +137,14 @@ def test_split_refuses(validation: int) -> None:
         toy(20).split(validation)
 
 
+def test_a_part_that_is_no_pair_is_named() -> None:
+    pair = (images(6, 5, 4), labels(6))
+    with pytest.raises(DataError, match=r"test part: a pair \(inputs, targets\) is wanted, got NoneType"):
+        Dataset.from_arrays(pair, None)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"training part: a pair .* got ndarray"):
+        Dataset.from_arrays(pair[0], pair)  # type: ignore[arg-type]
+
+
 # --- from_arrays -----------------------------------------------------------------------------------------
 
 

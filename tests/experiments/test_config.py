@@ -12,7 +12,7 @@ import pytest
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS, algorithm
 from bpfree.errors import UsageError
-from bpfree.experiments.config import RunConfig, command, parse_settings, presets, resolve
+from bpfree.experiments.config import RunConfig, command, parse_settings, presets, read_preset, resolve
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 
@@ -163,3 +163,24 @@ def test_presets_are_found_by_their_task() -> None:
         resolve(preset="backprop-cifar10-autoencode", task="classify")
     with pytest.raises(UsageError, match="did you mean autoencode"):
         resolve("ccl", "cifar10", task="autoencoder")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", r"c\.json does not hold a run's configuration \(not an object\)"),
+        ("{", "does not hold a run's configuration"),
+        (None, r"cannot read the configuration .*c\.json: No such file"),
+    ],
+)
+def test_what_is_no_configuration_gets_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "c.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        RunConfig.read(tmp_path / "c.json")
+
+
+def test_an_unknown_key_of_a_preset_is_named_with_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('netwrk = "mlp:1x8"')
+    with pytest.raises(UsageError, match=r"unknown key of the preset .*p\.toml: 'netwrk'; did you mean network\?"):
+        read_preset(tmp_path / "p.toml")

@@ -41,6 +41,25 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert run.read_json("x.json") == {"a": 1.5}
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_record_is_named_with_a_remedy(tmp_path: Path, text: str) -> None:
+    run = folder(tmp_path)
+    (run.path / records.SUMMARY).write_text(text)
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged .*; restore it, or move the folder .* away$"):
+        run.read_json(records.SUMMARY)
+    (run.path / records.METRICS).write_text("{")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged .*; restore it"):
+        run.read_metrics()
+
+
+def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    (run.path / records.CHECKPOINT).write_bytes(b"PK\x03\x04" + bytes(100))  # as of a zip file that was cut off
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged .*; delete it, and --resume") as caught:
+        run.load(records.CHECKPOINT)
+    assert "internal miniz" not in str(caught.value)  # PyTorch's paragraph is cut to its first sentence
+
+
 class Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -202,6 +202,12 @@ def own_data() -> Dataset:
     return Dataset.from_arrays((x[:500], y[:500]), (x[500:], y[500:]), name="mine")
 
 
+def test_the_folder_of_runs_may_be_a_string(tmp_path: Path) -> None:
+    config = replace(resolve("mf", network="mlp:1x8", preset="none", training={"epochs": 1}), energy="none")
+    summary = run(config, str(tmp_path / "runs"), dataset=own_data(), keep_model=False)
+    assert Path(summary["run_dir"]).parent == tmp_path / "runs"
+
+
 def test_own_data_sets_and_tables(tmp_path: Path) -> None:
     accuracies = []
     for seed in (0, 1, 2):

@@ -390,6 +390,12 @@ def test_bad_tables(study: Path, arguments: tuple[str, ...], message: str) -> No
     assert message in result.stderr
 
 
+def test_an_unknown_table_is_told_before_runs_are_read(tmp_path: Path) -> None:
+    result = bpfree("table", str(tmp_path), "-t", "T9")
+    assert result.exit_code == 2
+    assert "unknown table 'T9'" in result.stderr
+
+
 def test_nothing_to_show(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no finished run"):
         collect(tmp_path)

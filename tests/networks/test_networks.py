@@ -66,6 +66,11 @@ def test_networks_of_counter_current_learning(name: str, image: tuple[int, ...],
     assert all((block[0].bias is not None) == (name == "cnn-strided") for block in network)  # type: ignore[index]
 
 
+def test_a_block_that_returns_more_than_one_tensor_is_named() -> None:
+    with pytest.raises(UsageError, match="block 1 returns a tuple, and a block hands on one tensor"):
+        block_output_shapes([nn.Linear(6, 5), nn.LSTM(5, 4)], (3, 6))
+
+
 @pytest.mark.parametrize("image", [(3, 32, 32), (1, 28, 28), (2, 7, 9)])
 def test_an_autoencoder_goes_back_through_its_shapes(image: tuple[int, ...]) -> None:
     network = build_network("autoencoder:4x6", image)

@@ -172,6 +172,12 @@ def test_costs_count_and_measure() -> None:
     assert lengths(partition(network, 2, input_shape=(3, 16, 16))) == [1, 2]  # 55, 37 and 37 thousand operations
 
 
+def test_frozen_units_are_timed_too() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    assert len(step_seconds(network, torch.randn(2, 3), repeats=1)) == 2
+
+
 def test_first_units() -> None:
     blocks = partition(build_network("resnet:32", IMAGE), (3, 4, 15))
     assert first_unit(blocks[0]) is blocks[0][0]

@@ -192,6 +192,20 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in found.read_text().split()]
 
 
+def test_a_stopped_run_says_so_once_and_exits_like_one_process(tmp_path: Path) -> None:
+    settings = ("--epochs", "100000", "--patience", "100000", "--checkpoint-every", "0", "--batch-size", "16")
+    process = start(tmp_path / "runs", *settings, "--nproc", "2", "--parallel", "layer", "--rank-timeout", "30")
+    while not list((tmp_path / "runs").glob(f"*/{records.CHECKPOINT}")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert out == ""
+    (said,) = [line for line in err.splitlines() if "error" in line.lower()]
+    assert "(SIGTERM); the run is saved, go on with: bpfree run --resume" in said
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
 def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -> None:
     """Then the run is finished by one process, with the weights of a run that nothing happened to."""
