@@ -360,6 +360,8 @@ class Learner(nn.Module, ABC):
         """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             have = {_kind(parameter) for parameter in self.parameters()}
             given = _kind(inputs.x if isinstance(inputs, Graph) else inputs)

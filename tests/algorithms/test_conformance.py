@@ -537,10 +537,19 @@ def test_parts_that_disagree_are_named(rule: str) -> None:
         learner.scores(batch("mlp")[0])
 
 
-def test_errors_that_no_disagreement_explains_stay_what_they_are() -> None:
+@pytest.mark.parametrize(
+    ("error", "mixed"), [(RuntimeError("my own"), False), (torch.OutOfMemoryError("my own"), True)]
+)
+def test_errors_that_no_disagreement_explains_stay_what_they_are(error: RuntimeError, mixed: bool) -> None:
     learner = build("bp", "mlp")
-    learner.network[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("my own")))
-    with pytest.raises(RuntimeError, match="my own"):
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    learner.network[0].register_forward_pre_hook(fail)
+    if mixed:
+        learner.network[1].double()
+    with pytest.raises(type(error), match="my own"):
         learner.scores(batch("mlp")[0])
 
 
