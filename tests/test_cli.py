@@ -77,6 +77,8 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
     [
         (("run", "--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         (("run", "--dataset", "digit"), 2, "unknown data set 'digit'; did you mean digits"),
+        (("run", "--passes", "2", "--epochs", "3"), 2, "whatever --epochs is"),
+        (("run", "--passes", "2", "--patience", "3"), 2, "whatever --patience is"),
         (("run", "--network", "mpl:2x10"), 2, "unknown network 'mpl'; did you mean mlp"),
         (
             ("run", "--preset", "mono_forward-digit"),

@@ -170,6 +170,7 @@ def run(
         for option, value in {"--parallel": form_of_ranks, "--cut": cut, "--mesh": mesh, **elsewhere}.items():
             if value is not None:
                 raise UsageError(f"{option} spreads a run over processes; say how many with --nproc")
+    _refuse_two_lengths(training)
     spread = _spread(nproc, nnodes, form_of_ranks, cut, mesh, device, seeds)
     if spread is not None and not launched():
         start_ranks(nproc or 1, nnodes, rdzv_endpoint)
@@ -241,6 +242,17 @@ def run(
         if target_accuracy is not None and worst < target_accuracy:
             click.echo(f"bpfree: test accuracy {worst:.2f} % is below the target of {target_accuracy:g} %", err=True)
             sys.exit(EXIT_TARGET_MISSED)
+
+
+def _refuse_two_lengths(training: Mapping[str, Any]) -> None:
+    """Refuse options that a fixed number of data passes leaves without a meaning.
+
+    Raises:
+        UsageError: there are some.
+    """
+    for option in ("epochs", "patience") if training["passes"] is not None else ():
+        if training[option] is not None:
+            raise UsageError(f"--passes says how long to train, whatever --{option} is; leave one of them out")
 
 
 def _spread(
