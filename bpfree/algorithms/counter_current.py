@@ -165,10 +165,11 @@ class CounterCurrent(Learner):
             self.feedback.requires_grad_(False)
         self._feedback = tuple(Layer.of(module) for module in self.feedback)
         optimize = partial(make_optimizer, optimizer=optimizer, weight_decay=weight_decay, momentum=momentum)
-        self._optimizers = [optimize(_parameters(self._forward), lr=lr)]
-        if feedback_lr != 0:
-            rate = lr if feedback_lr is None else feedback_lr
-            self._optimizers.append(optimize(_parameters(self._feedback), lr=rate))
+        rates = ((self._forward, lr), (self._feedback, lr if feedback_lr is None else feedback_lr))
+        # one of each layer, so that they step side by side; a frozen network has none
+        self._optimizers = {
+            layer: optimize(layer.parameters, lr=rate) for network, rate in rates for layer in network if layer.parameters
+        }
         self._in_closed_form = all(layer.dense is not None for layer in (*self._forward, *self._feedback))
         self.warmup_steps = warmup_steps
         if warmup_steps:
@@ -180,7 +181,7 @@ class CounterCurrent(Learner):
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: both networks learn together."""
-        return (self.joint_stage("both networks", self._optimizers, self._update),)
+        return (self.joint_stage("both networks", self._optimizers.values(), self._update),)
 
     @property
     def variant(self) -> str:
@@ -214,11 +215,14 @@ class CounterCurrent(Learner):
                 if rating.by_feedback is not None and self._feedback[level].parameters:
                     self._teach(self._feedback[level], feedback[level].gradients(rating.by_feedback), share)
         lanes.join()
-        networks = (self._forward, self._feedback)
-        for index, (network, optimizer) in enumerate(zip(networks, self._optimizers, strict=False)):
-            with lanes.lane(index):  # nor do the networks; a frozen one has no optimiser
-                if self.clip and self.clip_scope == "network":
+        lanes = Lanes(inputs.device, len(self._optimizers))
+        if self.clip and self.clip_scope == "network":
+            for index, network in enumerate((self._forward, self._feedback)):
+                with lanes.lane(index):
                     nn.utils.clip_grad_norm_(_parameters(network), self.clip, foreach=True)
+            lanes.join()
+        for index, optimizer in enumerate(self._optimizers.values()):
+            with lanes.lane(index):
                 optimizer.step()
         lanes.join()
         return metrics
