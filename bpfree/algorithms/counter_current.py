@@ -168,7 +168,10 @@ class CounterCurrent(Learner):
         rates = ((self._forward, lr), (self._feedback, lr if feedback_lr is None else feedback_lr))
         # one of each layer, so that they step side by side; a frozen network has none
         self._optimizers = {
-            layer: optimize(layer.parameters, lr=rate) for network, rate in rates for layer in network if layer.parameters
+            layer: optimize(layer.parameters, lr=rate)
+            for network, rate in rates
+            for layer in network
+            if layer.parameters
         }
         self._in_closed_form = all(layer.dense is not None for layer in (*self._forward, *self._feedback))
         self.warmup_steps = warmup_steps

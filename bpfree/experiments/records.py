@@ -189,6 +189,7 @@ def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
 
     The loop reads the counter when it has launched the next epoch's first steps, unless it has just done so, and once
     more at the end. Validations in between, closer than the counter is renewed, share what was spent by their updates.
+    So do those whose reading is above a later one: until the counter has moved, sampled power stands in for it.
     Joules are None if they were not measured.
 
     Raises:
@@ -198,11 +199,15 @@ def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
     updates = [0, *(epoch["steps"] for epoch in epochs)]
     summary = folder.read_json(SUMMARY if (folder.path / SUMMARY).is_file() else UNTESTED)
     readings = [*(epoch["joules_at_start"] for epoch in epochs), summary["energy"]["gross_j"]]
-    known = {done: joules for done, joules in zip(updates, readings, strict=True) if joules is not None}
+    known: dict[int, float] = {}
+    for done, joules in reversed(list(zip(updates, readings, strict=True))):
+        if joules is not None and joules <= min(known.values(), default=joules):
+            known.setdefault(done, joules)
     accuracies = [epoch["validation_accuracy"] for epoch in epochs]
     if readings[-1] is None:
         return [(None, accuracy) for accuracy in accuracies]
-    spent = np.interp(updates[1:], list(known), list(known.values()))
+    at = sorted(known)
+    spent = np.interp(updates[1:], at, [known[done] for done in at])
     return list(zip(spent.tolist(), accuracies, strict=True))
 
 

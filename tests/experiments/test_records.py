@@ -156,3 +156,26 @@ def test_runs_that_start_together_never_share_a_folder(tmp_path: Path, monkeypat
     assert len(made) >= 16
     assert len(set(made.values())) == len(made) == len(list((tmp_path / "runs").iterdir()))
     assert all(RunFolder.open(path).read_json(records.CONFIG) == {"number": n} for n, path in made.items())
+
+
+@pytest.mark.parametrize(
+    ("at_start", "expected"),
+    [
+        ([0, 10, 20], [10, 20, 30]),
+        ([0, None, 20], [10, 20, 30]),
+        ([2, 67, 60], [31, 60, 30 + 60]),  # power stood in for a counter that had not moved: 67 is not to be had
+        ([None, 95, 60], [60, 60, 90]),
+    ],
+)
+def test_joules_of_a_curve_never_decrease(tmp_path: Path, at_start: list[float | None], expected: list[float]) -> None:
+    run = folder(tmp_path)
+    run.write_metrics(
+        [
+            {"steps": 5 * epoch, "joules_at_start": joules, "validation_accuracy": 50.0 + epoch}
+            for epoch, joules in enumerate(at_start, start=1)
+        ]
+    )
+    run.write_json(records.SUMMARY, {"energy": {"gross_j": expected[-1]}})
+    curve = records.energy_curve(run)
+    assert [accuracy for _, accuracy in curve] == [51, 52, 53]
+    assert [joules for joules, _ in curve] == pytest.approx(expected)
