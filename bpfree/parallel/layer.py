@@ -216,7 +216,7 @@ class LayerTeam(Team):
         """For what units borrow: to the rank before, from the rank behind; none where the rule borrows nothing."""
         if not any(unit.borrows for unit in self._chain.units):
             return None, None
-        groups = [self._ranks.link(lower) for lower in range(self.size - 1)]
+        groups = [self._ranks.link(lower, back=True) for lower in range(self.size - 1)]
         before = Link.to(self._ranks, groups, self.rank - 1) if self.rank and self._lent else None
         after = Link.to(self._ranks, groups, self.rank + 1) if self._borrowed else None
         for link, parameters in ((before, self._lent), (after, self._borrowed)):

@@ -134,21 +134,25 @@ class Ranks:
             word in words for word in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL")
         )
 
-    def link(self, lower: int) -> dist.ProcessGroup | None:
+    def link(self, lower: int, *, back: bool = False) -> dist.ProcessGroup | None:
         """A group of rank `lower` and the next one, for what they send each other; None for others. All must call this.
 
         Each has a communicator of its own: messages of different links, and the two directions of one link, must not
         wait for each other.
+
+        Args:
+            lower: the lower of the two ranks.
+            back: messages go from the higher to the lower one.
         """
         group = self._group([part[lower : lower + 2] for part in self._parts])
-        if self.rank not in (lower, lower + 1):
-            return None
-        first, second = self.among_all(lower), self.among_all(lower + 1)
-        token = torch.zeros(1, device=self.device)  # NCCL makes the communicator at first use, and waits for both
-        if self.rank == lower:
-            dist.send(token, second, group=group)
+        sender, receiver = (lower + 1, lower) if back else (lower, lower + 1)
+        token = torch.zeros(1, device=self.device)  # at its first message in a direction, NCCL waits for both sides
+        if self.rank == sender:
+            dist.send(token, self.among_all(receiver), group=group)
+        elif self.rank == receiver:
+            dist.recv(token, self.among_all(sender), group=group)
         else:
-            dist.recv(token, first, group=group)
+            return None
         return group
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
