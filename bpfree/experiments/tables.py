@@ -27,6 +27,7 @@ COLUMNS: Final = {
     "seeds": "seeds",
     "accuracy": "test accuracy, %",
     "loss": "test loss",
+    "validation": "validation accuracy, %",
     "passes": "passes",
     "time": "time, s",
     "energy": "energy, J",
@@ -150,6 +151,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         + ("" if row["metric"] == "accuracy" else f" {row['metric']}"),
         "loss": f"{row['test_loss_mean']:.5g}"
         + ("" if row["test_loss_sd"] is None else f" ± {row['test_loss_sd']:.2g}"),
+        "validation": "" if row["validation_accuracy_mean"] is None else f"{row['validation_accuracy_mean']:.2f}",
         "passes": f"{row['passes_mean']:.1f}",
         "time": f"{row['seconds_mean']:.1f}",
         "energy": "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f}",
