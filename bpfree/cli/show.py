@@ -90,7 +90,7 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
     "-t",
     "names",
     multiple=True,
-    metavar="T1..T8",
+    metavar="T1..T9",
     help="A table of the energy study (repeatable), or 'all'.",
 )
 @click.option("--columns", metavar="A,B,..", help="Columns of the plain list, in this order (not for json).")
@@ -118,7 +118,7 @@ def table(
     bpfree table results -t all --with-reference        everything beside the published numbers
 
     T1 performance, T2 efficiency, T3 changes against the baseline, T4 matched passes, T5 own convergence, T6 ablation
-    ladder, T7 energy to accuracy, T8 tuning bill.
+    ladder, T7 energy to accuracy, T8 tuning bill, T9 the factors of a difference in energy.
     """
     if not names:
         _list_runs(root, columns, form)
@@ -127,7 +127,7 @@ def table(
     from bpfree.experiments.study_tables import TITLES, make_tables
 
     if columns is not None:
-        raise UsageError("--columns is for the plain list; tables T1 to T8 have theirs")
+        raise UsageError("--columns is for the plain list; tables T1 to T9 have theirs")
     chosen = list(TITLES) if "all" in names else [name.upper() for name in names]
     for name in chosen:  # before runs are read, which may refuse too
         if name not in TITLES:

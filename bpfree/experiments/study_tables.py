@@ -1,4 +1,4 @@
-"""Tables T1 to T8: those of the reference study, made from records, every extra column to the right.
+"""Tables T1 to T8, those of the reference study with every extra column to the right, and T9, made from records.
 
 A row holds plain numbers under plain names, which is what JSON and CSV give; for people a column joins some of them.
 Changes against the baseline come from paired seeds: accuracy as the mean difference, all else as the geometric mean of
@@ -63,7 +63,7 @@ class Table:
     """One of the tables.
 
     Attributes:
-        name: "T1" to "T8".
+        name: "T1" to "T9".
         rows: plain values.
         notes: what must be known to read it.
     """
@@ -173,6 +173,7 @@ TITLES: Final = {
     "T6": "Ablation ladder",
     "T7": "Energy to accuracy",
     "T8": "Tuning bill",
+    "T9": "What a difference in energy is made of",
 }
 
 COLUMNS: Final[dict[str, tuple[Column, ...]]] = {
@@ -275,6 +276,21 @@ COLUMNS: Final[dict[str, tuple[Column, ...]]] = {
         _number("Best val acc, %", "best_validation_accuracy", 2),
         _text("Hardware", "hardware"),
     ),
+    "T9": (
+        *ALGORITHM,
+        _text("Against", "baseline"),
+        _text("Stops after, alg", "stopping"),
+        _text("Stops after, baseline", "baseline_stopping"),
+        _text("Pairs", "n"),
+        _number("Δ acc, pp", "accuracy_change", 2, sign=True),
+        _number("Energy x", "wh_ratio", 2),
+        _number("= passes x", "passes_ratio", 2),
+        _number("time a pass x", "pass_seconds_ratio", 2),
+        _number("watts x", "watts_ratio", 2),
+        _number("(FLOPs a pass x", "pass_flops_ratio", 2),
+        _number("time a FLOP x)", "flop_seconds_ratio", 2),
+        *SOURCE,
+    ),
 }
 
 
@@ -300,7 +316,7 @@ def make_tables(
     """The tables called `names`.
 
     Args:
-        names: "T1" to "T8".
+        names: "T1" to "T9".
         entries: arms, from `collect`.
         tuning: records of `bpfree tune`.
         with_reference: lay the published numbers beside ours.
@@ -319,6 +335,7 @@ def make_tables(
         "T6": lambda: _ladder(entries, with_reference),
         "T7": lambda: _to_accuracy(entries, targets),
         "T8": lambda: _bill(tuning),
+        "T9": lambda: _factors(entries, with_reference),
     }
     for name in names:
         if name not in makers:
@@ -501,16 +518,22 @@ def _verdicts(column: str, tests: Sequence[Row]) -> list[str]:
     return words
 
 
+def _reference_pairs() -> list[tuple[Row, Row]]:
+    """Every published arm of the first study, and back-propagation on its network."""
+    rows = _reference_rows(
+        "s1", accuracy="accuracy", passes="passes", seconds="seconds", wh="wh", device_mib="device_mib"
+    )
+    baselines = {(row["dataset"], row["network"]): row for row in rows if row["algorithm"] == "BP"}
+    paired = [(row, baselines[row["dataset"], row["network"]]) for row in rows]
+    return [(row, baseline) for row, baseline in paired if row is not baseline]
+
+
 def _reference_changes() -> list[Row]:
     """Changes of the published means: those that the study prints do not all follow from them."""
-    rows = _reference_rows("s1", accuracy="accuracy", seconds="seconds", wh="wh", device_mib="device_mib")
-    baselines = {(row["dataset"], row["network"]): row for row in rows if row["algorithm"] == "BP"}
     changes = []
-    for row in rows:
-        baseline = baselines[row["dataset"], row["network"]]
-        if row is not baseline:
-            change = {name: relative_change(row[name], baseline[name]) for name in ("seconds", "wh", "device_mib")}
-            changes.append({**row, **change, "accuracy": row["accuracy"] - baseline["accuracy"], "n": None})
+    for row, baseline in _reference_pairs():
+        change = {name: relative_change(row[name], baseline[name]) for name in ("seconds", "wh", "device_mib")}
+        changes.append({**row, **change, "accuracy": row["accuracy"] - baseline["accuracy"], "n": None})
     return changes
 
 
@@ -642,6 +665,71 @@ def _bill(tuning: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         "T8", rows, ["Every trial counts, whatever became of it. Seconds and energy are training and validation."]
     )
+
+
+def _factors(entries: Sequence[Entry], with_reference: bool) -> Table:
+    rows = []
+    for entry, baseline in _paired(entries):
+        energy = _compare(entry, baseline, "gross_j")
+        changes = {name: _compare(entry, baseline, name) for name in ("passes", "seconds", "flops")}
+        rows.append(
+            {
+                **_place(entry),
+                "baseline": baseline.label,
+                "stopping": _stopping(entry),
+                "baseline_stopping": _stopping(baseline),
+                "n": len(entry.runs.keys() & baseline.runs.keys()),
+                **_estimate("accuracy_change", _compare(entry, baseline, "accuracy", absolute=True)),
+                **_estimate("wh_ratio", energy),
+                **_quotients(energy=_value(energy), **{name: _value(change) for name, change in changes.items()}),
+            }
+        )
+    reference = [
+        {
+            **{name: row[name] for name in ("dataset", "network", "algorithm", "source")},
+            "baseline": baseline["algorithm"],
+            "accuracy_change": row["accuracy"] - baseline["accuracy"],
+            "wh_ratio": row["wh"] / baseline["wh"],
+            **_quotients(
+                energy=row["wh"] / baseline["wh"],
+                passes=row["passes"] / baseline["passes"],
+                seconds=row["seconds"] / baseline["seconds"],
+            ),
+        }
+        for row, baseline in _reference_pairs()
+    ]
+    notes = [
+        "Energy = passes x time a pass x mean watts; time a pass = FLOPs a pass x time a FLOP. Geometric means over "
+        "paired seeds, so that the factors of a row multiply to its energy. --baseline ARM pairs with another arm.",
+    ]
+    return Table("T9", _beside(rows, reference, wanted=with_reference), notes)
+
+
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
+
+
+def _quotients(*, energy: float | None, passes: float | None, seconds: float | None, flops: float | None = None) -> Row:
+    """The factors of a ratio of energies, from the ratios of energy, passes, time and operations."""
+
+    def over(dividend: float | None, divisor: float | None) -> float | None:
+        return None if dividend is None or divisor is None else dividend / divisor
+
+    return {
+        "passes_ratio": passes,
+        "pass_seconds_ratio": over(seconds, passes),
+        "watts_ratio": over(energy, seconds),
+        "pass_flops_ratio": over(flops, passes),
+        "flop_seconds_ratio": over(seconds, flops),
+    }
+
+
+def _stopping(entry: Entry) -> str:
+    """The stopping rule in words."""
+    training = entry.config.training
+    if training.passes is not None:
+        return f"{training.passes} passes"
+    return f"{training.patience} without gain, at most {training.epochs} a stage"
 
 
 def _paired(entries: Sequence[Entry], protocol: str | None = None) -> list[tuple[Entry, Entry]]:

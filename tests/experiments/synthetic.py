@@ -28,6 +28,7 @@ def make_run(
     network: str = "mlp:3x2000",
     dataset: str = "cifar10",
     idle_w: float | None = 20.0,
+    flops: float | None = 3e12,
     flags: Sequence[str] = ("SIMULATED",),
     **training: Any,
 ) -> Path:
@@ -47,6 +48,7 @@ def make_run(
         network: network.
         dataset: data set.
         idle_w: power of the idle device, W.
+        flops: of the whole training.
         flags: of the energy.
         training: training settings.
     """
@@ -91,7 +93,7 @@ def make_run(
         "memory": {"peak_mib": mib, "device_mib": mib + 1000, "method": "torch allocator"},
         "peak_memory_mib": mib,
         "stages": [{"stage": "all", "epochs": len(curve), "best_epoch": len(curve)}],
-        "flops": 3e12,
+        "flops": flops,
         "forward_flops": 28_330_000,
         "blocks": int(network.split(":")[1].split("x")[0]),
         "hardware": hardware,
