@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpfree.algorithms._lanes import side_stream
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
 from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits, Signal
 from bpfree.errors import UsageError
@@ -551,7 +552,7 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
 
 def _replayed(work: Callable[[], Any]) -> Callable[[], None]:
     """The replay of `work` as a CUDA graph."""
-    side = torch.cuda.Stream()
+    side = side_stream(torch.device("cuda", torch.cuda.current_device()), 0)  # of one for each unit, cuBLAS kept GiB
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(EAGER_STEPS):
