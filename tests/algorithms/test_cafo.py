@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bpfree import data
 from bpfree.algorithms import Backprop, CaFo
 from bpfree.algorithms import _cafo_ridge as ridge_module
-from bpfree.algorithms._cafo_predictors import CrossEntropy, SparsemaxLoss, sparsemax
+from bpfree.algorithms._cafo_predictors import CrossEntropy, Predictors, SparsemaxLoss, sparsemax
 from bpfree.algorithms._cafo_ridge import RidgeStatistics
 from bpfree.algorithms._cafo_training import RIDGES
 from bpfree.algorithms.mono_forward import encode_targets
@@ -869,3 +869,25 @@ def test_runs_on_digits_from_its_preset(loss: str, tmp_path: Path) -> None:
     assert summary["energy"]["gross_j"] > 0
     weights = Path(summary["run_dir"]) / "model.pt"
     assert weights.stat().st_size < 5 * 2**20  # no Gram matrix: those of 512 features would add 6 MiB
+
+
+@pytest.mark.parametrize("filling", [0, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_predictors_with_and_without_columns_of_zeros(
+    filling: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Predictors, "_filling", filling)
+    predictors = Predictors((5, 3), 10, bias=bias).double()
+    for parameter in predictors.parameters():
+        nn.init.normal_(parameter)
+    features = torch.randn(2, 7, 5, dtype=torch.float64)
+    errors = torch.randn(2, 7, 10, dtype=torch.float64)
+    scores = predictors.scores(features)
+    weight, *biases = predictors.gradients(features, errors)
+    x, w, e = features.numpy(), predictors.weight.detach().numpy(), errors.numpy()
+    b = predictors.bias.detach().numpy()[:, None] if predictors.bias is not None else 0
+    np.testing.assert_allclose(scores.detach().numpy(), np.einsum("lbd,lcd->lbc", x, w) + b, atol=1e-12)
+    np.testing.assert_allclose(weight.numpy(), np.einsum("lbc,lbd->lcd", e, x), atol=1e-12)
+    assert weight.is_contiguous()  # as its parameter is: a fused optimiser reads both as they lie in memory
+    for gradient in biases:
+        np.testing.assert_allclose(gradient.numpy(), e.sum(1), atol=1e-12)
