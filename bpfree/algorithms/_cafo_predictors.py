@@ -18,8 +18,7 @@ from bpfree.algorithms._cafo_ridge import exact_products
 
 AGGREGATES: Final = ("sum_prob", "sum_logit", "mean", "last")
 ALIGNED: Final = 4
-"""Rows of float32 that are a multiple of 16 bytes let tensor cores load them whole: with 12 columns instead of the 10
-of ten classes, the two products of a full batch took 2.2 ms instead of 3.6 on an H200."""
+"""Rows of so many float32, 16 bytes, are loaded whole by tensor cores; of ten columns they are loaded one by one."""
 PROBABILITY_FLOOR: Final = 1e-6
 """Least probability whose logarithm is a score: sparsemax gives exact zeros."""
 
