@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpfree.algorithms.learner import Batch, DrawsNoise, Learner, LooksAtData, Metrics, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
 from bpfree.energy.result import add_known
-from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
+from bpfree.errors import EXIT_STOPPED, BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
 from bpfree.parallel.team import Alone, Team
@@ -133,7 +133,9 @@ class NoMeter:
 
 
 class InterruptedRunError(BpfreeError):
-    """Training was asked to stop and its state has been saved."""
+    """Training was asked to stop and its state has been saved. Exit code 130."""
+
+    exit_code = EXIT_STOPPED
 
 
 @dataclass

@@ -86,7 +86,7 @@ def test_a_killed_process_resumes_to_the_same_weights(
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 1
+        assert process.returncode == 130
         assert out == ""
         last = err.strip().splitlines()[-1]
         assert f"bpfree run --resume {path}" in last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -544,10 +545,16 @@ def test_two_workers_share_one_study_and_end_with_their_parent(tmp_path: Path) -
     assert record["bill"]["gross_j"] is None
 
 
+def deaf_to_control_c(process: str) -> bool:
+    (blocked,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return bool(int(blocked, 16) & 1 << signal.SIGINT - 1)
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     process = start(tmp_path, "--trials", "200", "--workers", "2")
     wait_for_trials(process, tmp_path, 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert sum(map(deaf_to_control_c, children)) == 2  # which their parent passes on
     process.send_signal(signal.SIGKILL)
     process.communicate()  # ends when the last process that holds the pipe does
     assert len(children) >= 2
