@@ -27,6 +27,11 @@ def fail(error: BpfreeError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def warn(text: str) -> None:
+    """Say something that a person should know and that does not stop the command."""
+    click.echo(f"bpfree: warning: {text}", err=True)
+
+
 class Command(click.Command):
     """A command whose errors are one line; `--debug` shows where they came from."""
 

@@ -365,7 +365,8 @@ def test_trials_are_no_rows_of_a_table(tmp_path: Path) -> None:
     record = tune(study(trials=1), tmp_path, dataset=own_data())
     assert not list(records.find_runs(tmp_path))
     (trial,) = (tmp_path / "study" / "trials").iterdir()
-    curve = records.energy_curve(records.RunFolder.open(trial))
+    folder = records.RunFolder.open(trial)
+    curve = records.energy_curve(folder.read_metrics(), folder.read_summary(records.UNTESTED))
     assert len(curve) == record["best"]["passes"]
     assert curve[-1][0] == record["best"]["gross_j"]
 
