@@ -226,10 +226,6 @@ class LayerTeam(Team):
                 link.declare("borrowed", [Layout((size,), parameters[0].dtype, channels_last=False)])
         return before, after
 
-    def owns(self, tensor: Tensor) -> bool:
-        """Whether a parameter or buffer is this rank's, or everyone's."""
-        return self._owner.get(id(tensor), self.rank) == self.rank
-
     def _place(self, learner: Learner) -> None:
         """Move what this rank computes with to its device; the rest stays on the host, and out of its optimisers."""
         borrowed = {id(parameter) for parameter in self._borrowed}
@@ -283,16 +279,26 @@ class LayerTeam(Team):
         measured = {} if self._seconds is None else {"unit_seconds": self._seconds}
         return {"form": self._form, "ranks": self.size, "last_units": list(self.ends), **measured}
 
-    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
+    def owns(self, tensor: Tensor) -> bool:
+        return self._owner.get(id(tensor), self.rank) == self.rank  # what no unit has is everyone's
+
+    def collect(self, learner: Learner) -> None:
         self.drain()
-        tensors = [*learner.parameters(), *learner.buffers()]
-        for index, tensor in enumerate(tensors):
-            owner = self._owner.get(id(tensor), 0)
-            self._ranks.to_leader(tensor, owner)
-            if copies:
-                self._ranks.to_leader(copies[index], owner)
+        for tensor in (*learner.parameters(), *learner.buffers()):
+            self._ranks.to_leader(tensor, self._owner.get(id(tensor), 0))
         for optimizer in learner.optimizers():
             self._collect_state(optimizer)
+
+    def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+        own = iter(copies)
+        if not self.leader:
+            for tensor in filter(self.owns, tensors):
+                self._ranks.to_leader(next(own), self._owner.get(id(tensor), 0))
+            return list(copies)
+        whole = [next(own) if self.owns(tensor) else torch.empty_like(tensor) for tensor in tensors]
+        for tensor, copied in zip(tensors, whole, strict=True):
+            self._ranks.to_leader(copied, self._owner.get(id(tensor), 0))
+        return whole
 
     def _collect_state(self, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -75,12 +75,14 @@ def train(
         team = spread_over(ranks, Spread(form, cut, mesh), learner, sample, **SAMPLED)
     asked = itertools.count(1)
     saved: list[dict[str, Any]] = []
+    remembered: list[int] = []
     trainer = Trainer(
         learner,
         learner_train,
         validation,
         config,
         seed=5,
+        on_epoch=lambda record: remembered.append(sum(best.numel() for best in trainer._best or ())),
         save=saved.append,
         # only the leader's wish counts
         interrupted=lambda: stop_after is not None and team.leader and next(asked) >= stop_after,
@@ -104,6 +106,7 @@ def train(
         "stopped": stopped,
         "state": saved[-1] if saved else None,
         "trained": held,
+        "remembered": remembered,
         "team": team.describe(),
     }
 

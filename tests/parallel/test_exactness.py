@@ -71,6 +71,15 @@ def test_layers_on_two_ranks_learn_what_one_process_learns(name: str, pool: Pool
     assert sum(rank["trained"] for rank in found) == whole
 
 
+def test_ranks_remember_the_best_state_of_their_own_blocks(pool: Pool) -> None:
+    job: dict[str, Any] = {"rule": "mf", "training": {"epochs": 4}}
+    first, second = pool.run(2, jobs.train, **job)
+    expected = jobs.train(None, **job)
+    check([first, second], expected)
+    assert all(0 < numbers < expected["remembered"][-1] for numbers in (*first["remembered"], *second["remembered"]))
+    assert first["remembered"][-1] + second["remembered"][-1] == expected["remembered"][-1]
+
+
 @pytest.mark.parametrize("cut", [(0, 3, 4), (2, 3, 4)])
 def test_uneven_cuts(cut: tuple[int, ...], pool: Pool) -> None:
     found = pool.run(3, jobs.train, rule="mf", cut=cut)
