@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpfree.algorithms._captures import captured
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
-from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits, Signal
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError
 from bpfree.networks.partition import balanced_ends
 from bpfree.parallel.ranks import Ranks
@@ -393,9 +394,14 @@ class LayerTeam(Team):
         part = self._parts[slot]
         if part is None:
             pool = next((other.pool for other in self._parts if other is not None), None)
-            part = self._parts[slot] = _Graphed(
-                self._chain, self.members, batch, signal, hands_on=self._after is not None, pool=pool
+            hands_on = self._after is not None
+            part = self._parts[slot] = captured(
+                lambda: _Graphed(self._chain, self.members, batch, signal, hands_on=hands_on, pool=pool),
+                _parameters(self._chain.units[number] for number in self.members),
             )
+        if part is None:  # of this rank alone: what ranks send each other is the same
+            self.captures, self._parts = False, [None] * SLOTS
+            return _Eager(self._chain, self.members)
         return part
 
     def _scores(self, inputs: Any) -> Tensor:
@@ -543,7 +549,8 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
             tensor.data = tensor.data.to(device)
         learn = precision()(partial(unit.learn, signal, step))
         outputs, _ = learn()
-        seconds.append(_least_seconds(_replayed(learn) if graphs else learn, device))
+        replay = captured(partial(_replayed, learn), _parameters([unit])) if graphs else None
+        seconds.append(_least_seconds(replay or learn, device))
         signal = outputs
         for tensor in held:
             tensor.grad = None
@@ -553,6 +560,10 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
     if generators[1]:
         torch.cuda.set_rng_state_all(generators[1])
     return seconds
+
+
+def _parameters(units: Iterable[LocalUnit]) -> Iterator[nn.Parameter]:
+    return (parameter for unit in units for module in unit.modules for parameter in module.parameters())
 
 
 def _replayed(work: Callable[[], Any]) -> Callable[[], None]:
