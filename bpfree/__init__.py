@@ -6,54 +6,33 @@ for x, y in my_loader:
 accuracy = (learner.scores(x_test).argmax(1) == y_test).float().mean()
 """
 
-from bpfree import data
-from bpfree.algorithms import (
-    Backprop,
-    CaFo,
-    CompetitiveForward,
-    CounterCurrent,
-    DirectFeedback,
-    ForwardForward,
-    ForwardGNN,
-    Learner,
-    LocalLearning,
-    MonoForward,
-    NoProp,
-    NoPropBackprop,
-    algorithm,
-)
-from bpfree.data import Batches, Dataset
-from bpfree.data.graph_batches import GraphBatches
-from bpfree.energy import EnergyMeter
-from bpfree.errors import BpfreeError
-from bpfree.experiments import Trainer, TrainingConfig, evaluate
-from bpfree.networks import Graph, build_network
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bpfree._public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Backprop",
-    "Batches",
-    "BpfreeError",
-    "CaFo",
-    "CompetitiveForward",
-    "CounterCurrent",
-    "Dataset",
-    "DirectFeedback",
-    "EnergyMeter",
-    "ForwardForward",
-    "ForwardGNN",
-    "Graph",
-    "GraphBatches",
-    "Learner",
-    "LocalLearning",
-    "MonoForward",
-    "NoProp",
-    "NoPropBackprop",
-    "Trainer",
-    "TrainingConfig",
-    "algorithm",
-    "build_network",
-    "data",
-    "evaluate",
-]
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a part of the package, imported when it is first asked for.
+
+    PyTorch takes seconds to import, and the command has to answer to Ctrl-C before.
+    """
+    if name == "__all__":
+        return import_module("bpfree._public").__all__
+    if not name.startswith("_"):
+        if find_spec(f"bpfree.{name}") is not None:
+            return import_module(f"bpfree.{name}")
+        public = import_module("bpfree._public")
+        if name in public.__all__:
+            return getattr(public, name)
+    raise AttributeError(f"module 'bpfree' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("bpfree._public").__all__})

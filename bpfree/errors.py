@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
+
+EXIT_STOPPED: Final = 130
+"""Exit code of a command that Ctrl-C or another signal has stopped, as shells have it for Ctrl-C."""
 
 
 class BpfreeError(Exception):

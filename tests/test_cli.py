@@ -8,11 +8,13 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -280,12 +282,45 @@ def test_progress_is_live_on_a_terminal_and_plain_elsewhere(tmp_path: Path) -> N
 def test_import_is_cheap() -> None:
     """By what it pulls in, not by the clock: heavy libraries stay out until they are used."""
     code = (
-        "import sys, torch; before = set(sys.modules); import bpfree; "
+        "import sys, bpfree; print(*sys.modules.keys() & {'torch', 'numpy'}, end=''); "
+        "import torch; before = set(sys.modules); from bpfree import *; Trainer, data.load; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before} "
         "& {'pynvml', 'pooch', 'tqdm', 'click', 'optuna', 'matplotlib', 'codecarbon', 'torch_geometric', 'requests'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == ""
+
+
+def with_torch(code: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m bpfree list` where importing PyTorch does this."""
+    (folder / "torch.py").write_text(code)
+    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-m", "bpfree", "list"]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **options)
+
+
+def test_control_c_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+    """Even where the import swallows exceptions."""
+    code = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    done = with_torch(code, tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "bpfree: stopped before anything was started\n"
+
+
+def test_who_ignores_control_c_may_go_on(tmp_path: Path) -> None:
+    code = "import os, signal\nprint(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, flush=True)\nos._exit(0)\n"
+    done = with_torch(code, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert done.stdout == "True\n"
+
+
+def test_control_c_later_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bpfree.experiments.run.load_dataset", stopped)
+    result = bpfree(*QUICK)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "bpfree: stopped\n")
 
 
 @pytest.mark.data

@@ -11,20 +11,25 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
 from bpfree.parallel.ranks import is_leader
 
 ENVIRONMENT_NOTE = (
     "Every option can also be given as an environment variable BPFREE_COMMAND_OPTION, such as "
     "BPFREE_RUN_EPOCHS=10; BPFREE_DATA names the folder of the data sets."
 )
-EXIT_NOTE = "Exit codes: 0 done, 1 failure, 2 usage, 3 target accuracy missed."
+EXIT_NOTE = "Exit codes: 0 done, 1 failure, 2 usage, 3 target accuracy missed, 130 stopped by Ctrl-C or a signal."
 
 
 def fail(error: BpfreeError) -> NoReturn:
     if is_leader():  # of processes that all say the same
         click.echo(f"bpfree: error: {error}", err=True)
     sys.exit(error.exit_code)
+
+
+def warn(text: str) -> None:
+    """Say something that a person should know and that does not stop the command."""
+    click.echo(f"bpfree: warning: {text}", err=True)
 
 
 class Command(click.Command):
@@ -52,6 +57,10 @@ class Command(click.Command):
             if debug:
                 raise
             fail(error)
+        except KeyboardInterrupt:
+            if is_leader():
+                click.echo("bpfree: stopped", err=True)
+            sys.exit(EXIT_STOPPED)
 
 
 class Group(click.Group):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bpfree.cli.base import Command, study_options
+from bpfree.cli.base import Command, study_options, warn
 
 ROOT = click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("results"))
 
@@ -27,7 +27,7 @@ def plot(root: Path, out: Path | None, baseline: str | None, mixed_hardware: boo
     from bpfree.experiments.collect import collect
     from bpfree.experiments.plots import make_plots, save
 
-    plots = make_plots(collect(root, baseline=baseline, mixed_hardware=mixed_hardware))
+    plots = make_plots(collect(root, baseline=baseline, mixed_hardware=mixed_hardware, say=warn))
     for path in save(plots, out or root / "figures"):
         click.echo(str(path))
 
@@ -44,13 +44,14 @@ def report(
     """Write one self-contained HTML page: what was compared under ROOT, all tables, all figures."""
     from bpfree import __version__
     from bpfree.experiments import report as pages
-    from bpfree.experiments.collect import collect, tuning_records
+    from bpfree.experiments.collect import collect, read_plans, tuning_records
     from bpfree.experiments.plots import make_plots
     from bpfree.experiments.study_tables import TITLES, make_tables
 
-    entries = collect(root, baseline=baseline, mixed_hardware=mixed_hardware)
-    tables = make_tables(list(TITLES), entries, tuning=tuning_records(root), with_reference=with_reference)
-    page = pages.report(title, pages.read_plans(root), tables, make_plots(entries), version=__version__)
+    entries = collect(root, baseline=baseline, mixed_hardware=mixed_hardware, say=warn)
+    tuning = tuning_records(root, say=warn)
+    tables = make_tables(list(TITLES), entries, tuning=tuning, with_reference=with_reference)
+    page = pages.report(title, read_plans(root), tables, make_plots(entries), version=__version__)
     path = out or root / "report.html"
     pages.write_report(path, page)
     click.echo(str(path))

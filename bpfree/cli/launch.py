@@ -13,11 +13,11 @@ from typing import NoReturn
 
 import click
 
-from bpfree.errors import BpfreeError, UsageError
+from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
 from bpfree.parallel import LostRankError, Ranks
 
 STARTED_BY_US = "BPFREE_STARTED_RANKS"
-OWN_ERRORS = (1, 2, 3)
+OWN_ERRORS = (1, 2, 3, EXIT_STOPPED)
 
 
 def start_ranks(nproc: int, nnodes: str, rdzv_endpoint: str | None) -> NoReturn:
@@ -52,7 +52,7 @@ def start_ranks(nproc: int, nnodes: str, rdzv_endpoint: str | None) -> NoReturn:
     except ChildFailedError as error:
         sys.exit(_verdict({rank: failure.exitcode for rank, failure in error.failures.items()}))
     except SignalException:  # the ranks have heard it too, have had time to save, and one of them has said so
-        sys.exit(BpfreeError.exit_code)  # as when a single process is stopped
+        sys.exit(EXIT_STOPPED)
     sys.exit(0)
 
 

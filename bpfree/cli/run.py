@@ -321,7 +321,7 @@ def _print_summary(summary: Mapping[str, Any], form: str) -> None:
     rule = summary["algorithm"] + (f" ({summary['variant']})" if summary["variant"] else "")
     click.echo(
         f"{summary['dataset']} {summary['network']} {rule} seed {summary['seed']}: "
-        f"test {_error_words(summary)}{summary['metric']} {summary['test_accuracy']:.2f} %"
+        f"test {_error_words(summary)}{summary.get('metric', 'accuracy')} {summary['test_accuracy']:.2f} %"
         f"{_inference_words(summary['test_diagnostics'])}, "
         f"{summary['passes']} passes, "
         f"{summary['seconds']:.1f} s, "

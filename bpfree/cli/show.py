@@ -10,7 +10,7 @@ import click
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS
-from bpfree.cli.base import Command, format_option, study_options
+from bpfree.cli.base import Command, format_option, study_options, warn
 from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.config import presets
@@ -132,9 +132,9 @@ def table(
     for name in chosen:  # before runs are read, which may refuse too
         if name not in TITLES:
             raise unknown_name("table", name, TITLES)
-    tuning = tuning_records(root)
+    tuning = tuning_records(root, say=warn)
     only_bill = chosen == ["T8"]
-    entries = [] if only_bill else collect(root, baseline=baseline, mixed_hardware=mixed_hardware)
+    entries = [] if only_bill else collect(root, baseline=baseline, mixed_hardware=mixed_hardware, say=warn)
     made = make_tables(
         chosen,
         entries,
@@ -152,7 +152,7 @@ def table(
 
 
 def _list_runs(root: Path, columns: str | None, form: str) -> None:
-    rows = result_rows(root)
+    rows = result_rows(root, say=warn)
     if form == "json":
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return

@@ -51,7 +51,8 @@ class Part:
             raise DataError(f"inputs must have shape (N, d) or (N, C, H, W), not {shape}")
         if targets.dtype != torch.int64 or targets.ndim != 1:
             found = f"{targets.dtype} of shape {tuple(targets.shape)}"
-            raise DataError(f"targets must be int64 class indices of shape (N,), not {found}")
+            remedy = "" if targets.ndim != 1 else "; convert them to integers if they number classes from 0 on"
+            raise DataError(f"targets must be int64 class indices of shape (N,), not {found}{remedy}")
         if len(inputs) != len(targets):
             raise DataError(f"{len(inputs)} inputs but {len(targets)} targets")
         if inputs.is_floating_point() and not torch.isfinite(inputs).all():
@@ -105,7 +106,8 @@ class Dataset:
                 return f"the {which} part is empty"
             low, high = int(part.targets.min()), int(part.targets.max())
             if low < 0 or high >= self.classes:
-                return f"the {which} targets span {low}..{high}, outside 0..{self.classes - 1}"
+                remedy = "subtract 1 from all labels" if (low, high) == (1, self.classes) else "number them like that"
+                return f"the {which} targets span {low}..{high}, outside 0..{self.classes - 1}; {remedy}"
         train, test = (f"{tuple(p.inputs.shape[1:])} {p.inputs.dtype}" for p in (self.train, self.test))
         if train != test:
             return f"training samples are {train}, test samples {test}"
@@ -180,7 +182,7 @@ class Dataset:
                 or floating point (N, d), (N, H, W) or (N, C, H, W). Targets are (N,) integers of any width.
             test: the same for the test part.
             name: shown in tables and records.
-            classes: number of classes; by default what the training targets reach.
+            classes: number of classes; by default what the training targets reach, if they number classes from 0.
             mean: per channel (or per feature); computed from the training part by default, () for none.
             std: as `mean`. Give both or none.
             class_names: "0", "1", ... by default.
@@ -204,7 +206,7 @@ class Dataset:
         if mean is None or std is None:
             mean, std = channel_statistics(parts["training"].inputs)
         if classes is None:
-            classes = int(parts["training"].targets.max()) + 1
+            classes = _classes(parts["training"].targets, parts["test"].targets, class_names, name)
         return cls(
             name=name,
             train=parts["training"],
@@ -275,6 +277,29 @@ def _class_indices(targets: Tensor) -> Tensor:
     """Integers of any width as int64; anything else is left for `Part` to refuse."""
     is_integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     return targets.to(torch.int64) if is_integer else targets
+
+
+def _classes(train: Tensor, test: Tensor, class_names: tuple[str, ...] | None, name: str) -> int:
+    """The number of classes that the training labels reach.
+
+    Raises:
+        DataError: what they reach is hardly what is meant, since class 0 is nowhere, or most classes are.
+    """
+    low, high, classes = int(train.min()), int(train.max()), int(train.max()) + 1
+    if low < 0 or (class_names is not None and len(class_names) == classes):  # refused elsewhere; known to be meant
+        return classes
+    if low > 0 and (test > 0).all():
+        found = f"the labels run from {low} to {high} and none is 0"
+        remedy = f"subtract {low} from all of them"
+    elif 2 * len(train.unique()) < classes:
+        found = f"only {len(train.unique())} of the classes 0..{high} occur in the training labels"
+        remedy = "number those that there are"
+    else:
+        return classes
+    raise DataError(
+        f"data set {name!r}: {found}, but classes are numbered from 0 on: {remedy}, or pass classes={classes} if the "
+        "others merely do not occur"
+    )
 
 
 def channel_statistics(inputs: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

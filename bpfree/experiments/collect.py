@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final
 
-from bpfree.errors import DataError, UsageError
+from bpfree.errors import UsageError
 from bpfree.experiments.arms import MATCHED, OWN
 from bpfree.experiments.compare import LEDGER, PLAN, RUNS, Analysis, Ledger, Plan, Slot, config_key
 from bpfree.experiments.config import RunConfig
-from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, energy_curve, find_runs
+from bpfree.experiments.finished import Run, Say, finished_runs, nothing_to_show, read_or_leave_out
+from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 
 TUNING: Final = "tuning.json"
+TUNED: Final[dict[str, Any]] = {
+    **dict.fromkeys(("dataset", "network", "algorithm"), str),
+    "bill": {"trials": int, "pruned": int, "failed": int, "seconds": NUMBER, "wh": MAYBE},
+    "best": (dict, NoneType),
+    "environment": {"hardware": str},
+}
+"""What a study's record has at least, see `RunFolder.read_json`."""
+
 BUSY_SHARE: Final = 0.8
 """Share of the time with a kernel running below which a row ranks implementations, not algorithms."""
 
@@ -58,19 +69,6 @@ QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float | None]]] = {
     "blocks": _inside("blocks"),
 }
 """What can be asked of an arm, by name: a function of a run's summary."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished run."""
-
-    path: Path
-    config: RunConfig
-    summary: dict[str, Any]
-
-    def curve(self) -> list[tuple[float | None, float]]:
-        """Joules and validation accuracy, see `energy_curve`."""
-        return energy_curve(RunFolder.open(self.path))
 
 
 @dataclass(frozen=True)
@@ -172,29 +170,32 @@ def baseline_of(entry: Entry, entries: Iterable[Entry]) -> Entry | None:
     return next(iter([*named, *alike]), None)
 
 
-def collect(root: Path, *, baseline: str | None = None, mixed_hardware: bool = False) -> list[Entry]:
+def collect(
+    root: Path, *, baseline: str | None = None, mixed_hardware: bool = False, say: Say = warnings.warn
+) -> list[Entry]:
     """Every arm under a folder: of the comparisons there, and of runs that belong to none.
 
     Args:
         root: where to look.
         baseline: label of the arm to pair with, instead of those that the comparisons name.
         mixed_hardware: allow arms of several kinds of hardware; they are never paired.
+        say: told of what cannot be read, and is left out.
 
     Raises:
         DataError: nothing there.
         UsageError: several kinds of hardware, without being asked for.
-        CheckpointError: a record that cannot be read.
     """
-    found = {path: _read(path) for path in find_runs(root)}
+    found = finished_runs(root, epochs=True, say=say)
     entries: list[Entry] = []
-    for plan in sorted(root.rglob(PLAN)):
-        folder = plan.parent
-        own = [run for path, run in found.items() if path.is_relative_to(folder / RUNS)]
-        entries += _planned(folder.relative_to(root).as_posix(), Plan.read(folder), Ledger(folder / LEDGER), own)
-        found = {path: run for path, run in found.items() if not path.is_relative_to(folder)}
-    entries += _loose(list(found.values()))
+    for folder in _studies(root):
+        own = [run for run in found if run.path.is_relative_to(folder / RUNS)]
+        found = [run for run in found if not run.path.is_relative_to(folder)]
+        study = read_or_leave_out("comparison", folder, _plan_and_ledger, say)
+        if study is not None:
+            entries += _planned(folder.relative_to(root).as_posix(), *study, own)
+    entries += _loose(found)
     if not entries:
-        raise DataError(f"no finished run under {root}; make some with `bpfree run` or `bpfree compare`")
+        raise nothing_to_show(root)
     hardware = sorted({entry.hardware for entry in entries if entry.runs})
     if len(hardware) > 1 and not mixed_hardware:
         raise UsageError(f"runs of {' and '.join(hardware)} do not belong in one table; --mixed-hardware labels them")
@@ -205,9 +206,23 @@ def collect(root: Path, *, baseline: str | None = None, mixed_hardware: bool = F
     return entries
 
 
-def _read(path: Path) -> Run:
-    folder = RunFolder.open(path)
-    return Run(path, RunConfig.from_dict(folder.read_json(CONFIG)), folder.read_json(SUMMARY))
+def _plan_and_ledger(folder: Path) -> tuple[Plan, Ledger]:
+    return Plan.read(folder), Ledger(folder / LEDGER)
+
+
+def read_plans(root: Path) -> dict[str, Plan]:
+    """The comparisons under a folder, by their folder's name, without those that `collect` says it has left out."""
+    found = {
+        folder.relative_to(root).as_posix(): read_or_leave_out(
+            "comparison", folder, _plan_and_ledger, lambda text: None
+        )
+        for folder in _studies(root)
+    }
+    return {name: study[0] for name, study in found.items() if study is not None}
+
+
+def _studies(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.rglob(PLAN))
 
 
 def _planned(study: str, plan: Plan, ledger: Ledger, found: Sequence[Run]) -> list[Entry]:
@@ -273,10 +288,12 @@ def _loose_label(entry: Entry, entries: Sequence[Entry]) -> str:
     return label if len(same_preset) == 1 else f"{label}#{same_preset.index(entry) + 1}"
 
 
-def tuning_records(root: Path) -> list[dict[str, Any]]:
-    """What `bpfree tune` has recorded under a folder.
+def tuning_records(root: Path, *, say: Say = warnings.warn) -> list[dict[str, Any]]:
+    """What `bpfree tune` has recorded under a folder; `say` is told of what cannot be read, and is left out."""
 
-    Raises:
-        CheckpointError: a record that cannot be read.
-    """
-    return [RunFolder(path.parent).read_json(TUNING) for path in sorted(root.rglob(TUNING))]
+    def read(folder: Path) -> dict[str, Any]:
+        return RunFolder(folder).read_json(TUNING, TUNED)
+
+    paths = sorted(root.rglob(TUNING))
+    found = [read_or_leave_out("study", path.parent, read, say) for path in paths]
+    return [record for record in found if record is not None]

@@ -18,27 +18,42 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final
 
 import torch
 
 from bpfree.energy import choose_source
 from bpfree.energy.thermal import ThermalStart
-from bpfree.errors import BpfreeError, TrainingError, UsageError
+from bpfree.errors import BpfreeError, CheckpointError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
 from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, Arm, checked, interleaved, unequal_settings
 from bpfree.experiments.config import RunConfig
-from bpfree.experiments.records import RunFolder
+from bpfree.experiments.finished import Say, read_or_leave_out
+from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 from bpfree.experiments.run import AnyDataset, Measuring, Reporter
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError
 
 PLAN: Final = "comparison.json"
+PLANNED: Final[dict[str, Any]] = {
+    "dataset": str,
+    "hardware": [str],
+    "arms": [{"label": str, "config": dict, "skipped": (str, NoneType)}],
+    "seeds": [int],
+    "protocols": [str],
+    "analysis": {"baseline": str, "margin_accuracy": NUMBER, "margin_relative": NUMBER, "targets": [NUMBER]},
+    "matched_passes": dict,
+    "start_temperature_c": MAYBE,
+}
+"""What a plan has at least, see `RunFolder.read_json`."""
+
 LEDGER: Final = "ledger.jsonl"
 RUNS: Final = "runs"
 
@@ -102,9 +117,12 @@ class Plan:
             CheckpointError: there is none, or it is damaged.
             UsageError: it holds what this version does not know.
         """
-        values = RunFolder(folder).read_json(PLAN)
-        arms = [Arm(arm["label"], RunConfig.from_dict(arm["config"]), arm["skipped"]) for arm in values["arms"]]
-        analysis = Analysis(**{**values["analysis"], "targets": tuple(values["analysis"]["targets"])})
+        values = RunFolder(folder).read_json(PLAN, PLANNED)
+        try:
+            arms = [Arm(arm["label"], RunConfig.from_dict(arm["config"]), arm["skipped"]) for arm in values["arms"]]
+            analysis = Analysis(**{**values["analysis"], "targets": tuple(values["analysis"]["targets"])})
+        except TypeError as error:
+            raise RunFolder(folder).damaged(PLAN, str(error)) from error
         plain = {f.name: values[f.name] for f in fields(cls)}
         return cls(**{**plain, "arms": arms, "analysis": analysis})
 
@@ -165,7 +183,11 @@ class Slot:
 
 
 class Ledger:
-    """The lines of ledger.jsonl. A line that a kill has cut off was never there."""
+    """The lines of ledger.jsonl. A line that a kill has cut off was never there.
+
+    Raises:
+        CheckpointError: it is damaged in another way.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -174,9 +196,19 @@ class Ledger:
             return
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]
-        self.lines = [json.loads(line) for line in whole.splitlines()]
+        self.lines = [self._parsed(line) for line in whole.splitlines()]
         if whole != text:
             path.write_text(whole)
+
+    def _parsed(self, line: str) -> dict[str, Any]:
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                return event
+        raise CheckpointError(
+            f"{self._path} has a damaged line, {line!r}; delete it: lines only tell the order of runs, and why some "
+            "failed"
+        )
 
     def add(self, event: str, slot: Slot, **facts: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -187,8 +219,8 @@ class Ledger:
 
     def failure(self, name: dict[str, Any]) -> str | None:
         """Why the latest attempt at a slot failed; None if it did not, or none was made."""
-        events = [line for line in self.lines if all(line[key] == value for key, value in name.items())]
-        return events[-1]["reason"] if events and events[-1]["event"] == FAILED else None
+        events = [line for line in self.lines if all(line.get(key) == value for key, value in name.items())]
+        return events[-1].get("reason") if events and events[-1].get("event") == FAILED else None
 
 
 @dataclass
@@ -309,7 +341,7 @@ class Comparison:
         with closing(choose_source(self._running[0].config.energy, self._device)) as self._source, self._alone():
             self._save_plan()
             self._ledger = Ledger(self.root / LEDGER)
-            self._recorded = recorded(self.root / RUNS)
+            self._recorded = recorded(self.root / RUNS, self._say)
             for arm in self._arms:
                 if arm.skipped is not None:
                     self._skip([arm], arm.skipped, *self._protocols)
@@ -352,7 +384,7 @@ class Comparison:
             done = [path for path in paths if path is not None and is_finished(path)]
             if not done:
                 return None
-            counted = [RunFolder.open(path).read_json(records.SUMMARY)["passes"] for path in done]
+            counted = [RunFolder.open(path).read_summary()["passes"] for path in done]
             self.plan.matched_passes[network] = math.ceil(statistics.fmean(counted))
             self._save_plan()
         return self.plan.matched_passes.get(network)
@@ -414,7 +446,7 @@ class Comparison:
     def _failed(self, slot: Slot, what: str, reason: str) -> str:
         self._ledger.add(FAILED, slot, reason=reason)
         self._say(f"{what} failed: {reason}")
-        self._recorded = recorded(self.root / RUNS)  # the folder it has left behind
+        self._recorded = recorded(self.root / RUNS, lambda damaged: None)  # the folder it has left behind
         if self._device.type == "cuda":
             try:
                 torch.cuda.synchronize(self._device)
@@ -464,12 +496,26 @@ def is_finished(path: Path) -> bool:
     return (path / records.SUMMARY).is_file()
 
 
-def recorded(root: Path) -> dict[str, Path]:
-    """Run folders under `root`, finished or not, by their configuration; of several the finished or latest one."""
+def recorded(root: Path, say: Say = warnings.warn) -> dict[str, Path]:
+    """Run folders under `root`, finished or not, by their configuration; of several the finished or latest one.
+
+    Args:
+        root: where to look.
+        say: told of each run that cannot be read, and is not among them: it has to be made again.
+    """
     found: dict[str, Path] = {}
     for file in sorted(root.rglob(records.CONFIG), key=lambda file: (is_finished(file.parent), file)):
-        found[config_key(RunConfig.read(file))] = file.parent
+        key = read_or_leave_out("run", file.parent, _key_of, lambda why: say(f"{why}; now it is made again"))
+        if key is not None:
+            found[key] = file.parent
     return found
+
+
+def _key_of(path: Path) -> str:
+    folder = RunFolder(path)
+    if is_finished(path):
+        folder.read_summary()
+    return config_key(RunConfig.of_run(folder))
 
 
 def config_key(config: RunConfig) -> str:

@@ -16,7 +16,7 @@ from bpfree import data
 from bpfree.algorithms import Algorithm, algorithm
 from bpfree.algorithms.learner import TASKS, Task
 from bpfree.errors import UsageError, unknown_name
-from bpfree.experiments.records import RunFolder
+from bpfree.experiments.records import CONFIG, RunFolder
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks.registry import canonical_name
 
@@ -72,12 +72,29 @@ class RunConfig:
 
         Raises:
             UsageError: a key that a run does not have.
+            TypeError: a key is missing, or its value of another type.
         """
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
                 raise unknown_name("configuration key", name, known)
+        for key, kind in (*dict.fromkeys(("algorithm", "dataset", "network"), str).items(), ("parameters", dict)):
+            if not isinstance(values.get(key, kind()), kind):
+                raise TypeError(f"{key} is {values[key]!r}")
         return cls(**{**values, "training": training_config(values.get("training", {}))})
+
+    @classmethod
+    def of_run(cls, folder: RunFolder) -> RunConfig:
+        """The configuration of a recorded run.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+            UsageError: it holds what this version does not know.
+        """
+        try:
+            return cls.from_dict(folder.read_json(CONFIG))
+        except TypeError as error:
+            raise folder.damaged(CONFIG, str(error)) from error
 
     @classmethod
     def read(cls, path: Path) -> RunConfig:

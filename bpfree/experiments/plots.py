@@ -19,7 +19,6 @@ import numpy as np
 from bpfree.algorithms import ALGORITHMS
 from bpfree.errors import CheckpointError, DataError, UsageError
 from bpfree.experiments.collect import Entry
-from bpfree.experiments.records import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,10 +245,7 @@ def _epochs(entries: Sequence[Entry]) -> Plot:
     """Validation accuracy after each data pass; an arm's line ends with its first run."""
     rows: list[Row] = []
     for entry in entries:
-        curves = [
-            np.array([epoch["validation_accuracy"] for epoch in RunFolder.open(run.path).read_metrics()])
-            for run in entry.all_runs()
-        ]
+        curves = [np.array([epoch["validation_accuracy"] for epoch in run.epochs()]) for run in entry.all_runs()]
         for index in range(min(map(len, curves))):
             values = [curve[index] for curve in curves]
             bands = {"low": min(values), "median": float(np.median(values)), "high": max(values)}

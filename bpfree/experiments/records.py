@@ -9,8 +9,9 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, NoneType
 from typing import IO, Any, Final
 
 import numpy as np
@@ -26,6 +27,36 @@ UNTESTED: Final = "untested.json"  # in its place if a run was not tested
 CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
 PICTURE: Final = "reconstructions.png"
+
+NUMBER: Final = (int, float)
+MAYBE: Final = (int, float, NoneType)  # what not every device tells
+
+MEASURED: Final[dict[str, Any]] = {
+    **dict.fromkeys(("algorithm", "dataset", "network", "variant", "hardware", "date", "command"), str),
+    "preset": (str, NoneType),
+    "seed": int,
+    "validation_accuracy": NUMBER,
+    "passes": int,
+    "seconds": NUMBER,
+    "peak_memory_mib": NUMBER,
+    "memory": {"peak_mib": NUMBER, "method": str},
+    "energy": {
+        **dict.fromkeys(("gross_j", "net_j", "mean_w"), MAYBE),
+        "method": str,
+        "scope": str,
+        "flags": [str],
+        "regime": {"utilisation": MAYBE},
+        "source": dict,
+    },
+    "stages": [{"best_epoch": int}],
+}
+"""What a summary has at least, and of which type: whatever is read of it without asking whether it is there."""
+
+TESTED: Final[dict[str, Any]] = {"test_accuracy": NUMBER, "test_loss": NUMBER, "test_diagnostics": dict}
+"""What a summary has besides if the run was tested."""
+
+EPOCH: Final[dict[str, Any]] = {"steps": int, "validation_accuracy": NUMBER, "joules_at_start": MAYBE}
+"""The same of an epoch's record."""
 
 
 class RunFolder:
@@ -81,8 +112,12 @@ class RunFolder:
         """
         self._write(name, lambda file: file.write(text.encode()))
 
-    def read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str, shape: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """Read a JSON object.
+
+        Args:
+            name: of the file.
+            shape: what it has at least: by key a type, several types, a shape of its own, or a list of one of these.
 
         Raises:
             CheckpointError: it is missing or damaged.
@@ -92,15 +127,31 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path / name}: {error.strerror}") from error
         except ValueError as error:
-            raise self._damaged(name, str(error)) from error
-        if not isinstance(value, dict):
-            raise self._damaged(name, "not an object")
+            raise self.damaged(name, str(error)) from error
+        self._check(name, value, shape)
         return value
 
-    def _damaged(self, name: str, reason: str) -> CheckpointError:
+    def read_summary(self, name: str = SUMMARY) -> dict[str, Any]:
+        """A run's summary, which has all that it needs to have.
+
+        Args:
+            name: SUMMARY, or UNTESTED for that of a run that was not tested.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return self.read_json(name, MEASURED if name == UNTESTED else {**MEASURED, **TESTED})
+
+    def damaged(self, name: str, reason: str) -> CheckpointError:
+        """The error for a file that does not hold what was written to it."""
         return CheckpointError(
             f"{self.path / name} is damaged ({reason}); restore it, or move the folder {self.path} away"
         )
+
+    def _check(self, name: str, value: Any, shape: Any) -> None:
+        flaw = _flaw(value, shape)
+        if flaw is not None:
+            raise self.damaged(name, flaw)
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Replace the per-epoch metrics, after a resume has gone back to a checkpoint."""
@@ -125,11 +176,13 @@ class RunFolder:
             CheckpointError: they are missing or damaged.
         """
         try:
-            return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+            epochs = [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path / METRICS}: {error.strerror}") from error
         except ValueError as error:
-            raise self._damaged(METRICS, str(error)) from error
+            raise self.damaged(METRICS, str(error)) from error
+        self._check(METRICS, epochs, [EPOCH])
+        return epochs
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write tensors and plain values.
@@ -179,12 +232,28 @@ class RunFolder:
             raise CheckpointError(f"cannot write {path}: {reason}{kept}; free some space and try again") from error
 
 
+def _flaw(value: Any, shape: Any, name: str = "it") -> str | None:
+    """What is wrong with a value from JSON, if anything; see `RunFolder.read_json` for shapes."""
+    if isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            return f"{name} is not an object"
+        missing = next((key for key in shape if key not in value), None)
+        if missing is not None:
+            return f"{name} has no {missing}"
+        return next(filter(None, (_flaw(value[key], inner, key) for key, inner in shape.items())), None)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is not a list"
+        return next(filter(None, (_flaw(item, shape[0], f"{name}[{n}]") for n, item in enumerate(value))), None)
+    return None if isinstance(value, shape) else f"{name} is {value!r}"
+
+
 def find_runs(root: Path) -> Iterator[Path]:
     """Folders of finished runs under `root`, in order of name."""
     yield from sorted(path.parent for path in root.rglob(SUMMARY))
 
 
-def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
+def energy_curve(epochs: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[tuple[float | None, float]]:
     """Gross joules spent up to each validation, with that validation, and its metric in %; for energy to accuracy.
 
     The loop reads the counter when it has launched the next epoch's first steps, unless it has just done so, and once
@@ -192,12 +261,11 @@ def energy_curve(folder: RunFolder) -> list[tuple[float | None, float]]:
     So do those whose reading is above a later one: until the counter has moved, sampled power stands in for it.
     Joules are None if they were not measured.
 
-    Raises:
-        CheckpointError: a record is missing or damaged.
+    Args:
+        epochs: the run's records, one per epoch.
+        summary: the run's summary.
     """
-    epochs = folder.read_metrics()
     updates = [0, *(epoch["steps"] for epoch in epochs)]
-    summary = folder.read_json(SUMMARY if (folder.path / SUMMARY).is_file() else UNTESTED)
     readings = [*(epoch["joules_at_start"] for epoch in epochs), summary["energy"]["gross_j"]]
     known: dict[int, float] = {}
     for done, joules in reversed(list(zip(updates, readings, strict=True))):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bpfree.errors import CheckpointError
-from bpfree.experiments.compare import PLAN, Plan
+from bpfree.experiments.compare import Plan
 from bpfree.experiments.plots import Plot
 from bpfree.experiments.study_tables import Table
 
@@ -53,15 +53,6 @@ def report(
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join(sections)
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
-
-
-def read_plans(root: Path) -> dict[str, Plan]:
-    """The comparisons under a folder, by their folder's name.
-
-    Raises:
-        CheckpointError: one cannot be read.
-    """
-    return {path.parent.relative_to(root).as_posix(): Plan.read(path.parent) for path in sorted(root.rglob(PLAN))}
 
 
 def write_report(path: Path, page: str) -> None:

@@ -255,8 +255,8 @@ def resume(
     """
     folder = RunFolder.open(path)
     if (path / summary_name(test)).is_file():
-        return {**folder.read_json(summary_name(test)), "run_dir": str(path)}
-    config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+        return {**folder.read_summary(summary_name(test)), "run_dir": str(path)}
+    config = RunConfig.of_run(folder)
     if config.task == "autoencode":
         require_matplotlib()
     if dataset is None:
@@ -474,7 +474,7 @@ def trained(
         CheckpointError: `path` is not a run folder, or has no model.
     """
     folder = RunFolder.open(path)
-    config = RunConfig.from_dict(folder.read_json(records.CONFIG))
+    config = RunConfig.of_run(folder)
     dataset = load_dataset(config.dataset, data_root)
     learner = build_learner(config, dataset, device)
     learner.load_state_dict(folder.load(records.MODEL, device))

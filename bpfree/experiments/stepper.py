@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bpfree.algorithms._captures import captured
 from bpfree.algorithms._lanes import side_stream
 from bpfree.algorithms._optim import materialize_state
 from bpfree.algorithms.learner import Learner, Stage
@@ -101,7 +101,7 @@ class Stepper:
         self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
         self._staged = train.stage(self.capacity, batch_size)
         possible = graph and device.type == "cuda" and learner.capture_safe and train.fixed_shapes
-        self.use_graph = possible and self._team.size == 1
+        self.use_graph = possible and self._team.size == 1 and not self._team.captures
         on_device = self.use_graph or self._team.captures  # what a graph must find there
         self._groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
         for group in self._groups:
@@ -186,7 +186,10 @@ class Stepper:
         self.metric_names = tuple(metrics)
         self._metrics = torch.zeros(self.capacity, len(metrics), device=device)
         if self.use_graph:
-            self._capture()
+            self._warm_up()
+            trained = (parameter for group in self._groups for parameter in group["params"])
+            self._graphs = captured(self._captured, trained) or {}
+            self.use_graph = bool(self._graphs)
         for _ in range(REHEARSED_STEPS if self._team.captures else 0):
             self._record(0)
         with torch.no_grad():
@@ -196,7 +199,8 @@ class Stepper:
         if device.type == "cuda":
             torch.cuda.set_rng_state_all(generators[1])
 
-    def _capture(self) -> None:
+    def _warm_up(self) -> None:
+        """What a capture must not be the first to do."""
         side = side_stream(self._train.device, 0)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -205,20 +209,18 @@ class Stepper:
         torch.cuda.current_stream().wait_stream(side)
         for optimizer in self._stage.optimizers:  # gradients live in the graphs' own memory from here on
             optimizer.zero_grad(set_to_none=True)
+
+    def _captured(self) -> dict[int, torch.cuda.CUDAGraph]:
+        """Graphs by the number of steps that they hold."""
         pool = torch.cuda.graph_pool_handle()
         last = self.steps_per_epoch % self.capacity
-        try:
-            for count in sorted({self.capacity, last} - {0}):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    for position in range(count):
-                        self._record(position)
-                self._graphs[count] = graph
-        except RuntimeError as error:  # a user's block may do what a graph cannot hold
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"this step cannot be a CUDA graph and runs eagerly ({reason})", stacklevel=2)
-            self._graphs.clear()
-            self.use_graph = False
+        graphs = {}
+        for count in sorted({self.capacity, last} - {0}):
+            graphs[count] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[count], pool=pool):
+                for position in range(count):
+                    self._record(position)
+        return graphs
 
     def close(self) -> None:
         """Free graphs, gradients and optimiser state of a stage that is done."""

@@ -6,16 +6,18 @@ import csv
 import io
 import json
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, Final
 
-from bpfree.errors import DataError, unknown_name
+from bpfree.errors import unknown_name
 from bpfree.experiments.config import RunConfig, differing
-from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, find_runs
+from bpfree.experiments.finished import Say, finished_runs, nothing_to_show
 
 COLUMNS: Final = {
     "dataset": "dataset",
@@ -43,28 +45,28 @@ COLUMNS: Final = {
 """What `readable` shows: the name of a column and its title."""
 
 
-def result_rows(root: Path) -> list[dict[str, Any]]:
+def result_rows(root: Path, *, say: Say = warnings.warn) -> list[dict[str, Any]]:
     """One row per configuration, over its seeds, from the run folders under `root`.
 
     Runs belong to one row when everything but the seed is the same. Runs that repeat a seed count once, by their
     mean, because the spread of repeats is not the spread of seeds.
 
+    Args:
+        root: where to look.
+        say: told of what cannot be read, and is left out.
+
     Raises:
         DataError: no finished run under `root`.
-        CheckpointError: a record that cannot be read.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     configs: dict[str, RunConfig] = {}
-    for path in find_runs(root):
-        folder = RunFolder.open(path)
-        summary, config = folder.read_json(SUMMARY), folder.read_json(CONFIG)
-        config.pop("seed")
-        resolved = RunConfig.from_dict(config)  # with what older records do not name
-        key = json.dumps([resolved.to_dict(), summary["variant"], summary["hardware"]], sort_keys=True)
-        configs[key] = resolved
-        groups[key].append({**summary, "run_dir": path.relative_to(root).as_posix()})
+    for run in finished_runs(root, say=say):
+        config = replace(run.config, seed=0)
+        key = json.dumps([config.to_dict(), run.summary["variant"], run.summary["hardware"]], sort_keys=True)
+        configs[key] = config
+        groups[key].append({**run.summary, "run_dir": run.path.relative_to(root).as_posix()})
     if not groups:
-        raise DataError(f"no finished run under {root}; make some with `bpfree run`")
+        raise nothing_to_show(root)
     rows = [_row(runs, configs[key]) for key, runs in groups.items()]
     return sorted(rows, key=lambda row: (row["dataset"], row["network"], row["algorithm"], row["variant"]))
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpfree.algorithms.learner import Batch, DrawsNoise, Learner, LooksAtData, Metrics, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
 from bpfree.energy.result import add_known
-from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, unknown_name
+from bpfree.errors import EXIT_STOPPED, BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
 from bpfree.parallel.team import Alone, Team
@@ -133,7 +133,9 @@ class NoMeter:
 
 
 class InterruptedRunError(BpfreeError):
-    """Training was asked to stop and its state has been saved."""
+    """Training was asked to stop and its state has been saved. Exit code 130."""
+
+    exit_code = EXIT_STOPPED
 
 
 @dataclass
@@ -213,7 +215,7 @@ class Trainer:
         self._save = save
         self._interrupted = interrupted or (lambda: False)
         self.progress = Progress()
-        self._best: list[Tensor] = []
+        self._best: list[Tensor] | None = None  # copies of what this process trains of the stage in training
         self._epoch_metrics: Tensor | None = None  # (steps, metrics) of the epoch in training
         self._epoch_joules: float | None = None  # gross joules spent when that epoch began, if they were read
         self._joules_read = -math.inf  # when they were last read
@@ -227,7 +229,10 @@ class Trainer:
 
         Of several processes all must call this, and the leader's is the state.
         """
-        self.team.collect(self.learner, self._best)
+        self.team.collect(self.learner)
+        best: list[Tensor] = []
+        if self._best is not None:
+            best = self.team.collect_copies(_tensors(self._stages[self.progress.stage]), self._best)
         metrics = self._epoch_metrics
         generators = {"cpu": torch.get_rng_state()}
         if self.train.device.type == "cuda":
@@ -235,7 +240,7 @@ class Trainer:
         return {
             "learner": self.learner.state_dict(),
             "progress": asdict(self.progress),
-            "best": self._best,
+            "best": best,
             "epoch_metrics": None if metrics is None else self.team.share_metrics(metrics),
             "generators": generators,
         }
@@ -245,10 +250,9 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])
         self.progress = Progress(**state["progress"])
         self.team.settle(self.learner)
-        places = [t.device for m in self._stages[0].modules for t in (*m.parameters(), *m.buffers())]
-        if self.team.whole:
-            places = [self.train.device] * len(state["best"])
-        self._best = [tensor.to(place) for tensor, place in zip(state["best"], places, strict=False)]
+        if state["best"]:
+            places = zip(_tensors(self._stages[self.progress.stage]), state["best"], strict=True)
+            self._best = [best.to(tensor.device) for tensor, best in places if self.team.owns(tensor)]
         metrics = state["epoch_metrics"]
         kept = None if metrics is None else self.team.keep_metrics(metrics.to(self.train.device))
         self._epoch_metrics = kept
@@ -271,7 +275,7 @@ class Trainer:
     @property
     def has_best(self) -> bool:
         """Whether the stage in training has a best state, so that a failure leaves good weights."""
-        return bool(self._best)
+        return self._best is not None
 
     def _save_if(self, due: bool) -> None:
         if self._save is not None and due:
@@ -330,7 +334,7 @@ class Trainer:
         self.progress.stage += 1
         self.progress.epoch = self.progress.step = 0
         self.progress.stopping = {}
-        self._best, self._epoch_metrics = [], None
+        self._best = self._epoch_metrics = None
 
     def _prefixed(self, prefix: Callable[[Any], Any] | None, batches: AnyBatches) -> tuple[AnyBatches, int]:
         """Batches of stage inputs, computed once, and the FLOPs that took."""
@@ -375,7 +379,7 @@ class Trainer:
         stopping = (
             EarlyStopping(**progress.stopping) if progress.stopping else EarlyStopping(patience, config.min_delta)
         )
-        trained = [t for m in stage.modules for t in (*m.parameters(), *m.buffers())]
+        trained = self._trained(stage)
         scores = stage.scores if config.cache else stage.scores_of_inputs
         while progress.epoch < epochs and not stopping.stop:
             with self.meter.phase(TRAIN):
@@ -476,16 +480,22 @@ class Trainer:
     def _best_record(self, stage: Stage) -> dict[str, Any]:
         return [record for record in self.progress.history if record["stage"] == stage.name and record["best"]][-1]
 
+    def _trained(self, stage: Stage) -> list[Tensor]:
+        """What this process trains of a stage."""
+        return list(filter(self.team.owns, _tensors(stage)))
+
     @torch.no_grad()
     def _keep_best(self, trained: list[Tensor]) -> None:
-        if not self._best:
+        if self._best is None:
             self._best = [torch.empty_like(tensor) for tensor in trained]
         for best, tensor in zip(self._best, trained, strict=True):
             best.copy_(tensor)
 
     @torch.no_grad()
     def _restore_best(self, trained: list[Tensor]) -> None:
-        for tensor, best in zip(trained, self._best, strict=False):  # no best yet: nothing to restore
+        if self._best is None:  # nothing to go back to
+            return
+        for tensor, best in zip(trained, self._best, strict=True):
             tensor.copy_(best)
 
     def _run_epoch(self, stage: Stage, stepper: Stepper, train: AnyBatches, epochs: int) -> None:
@@ -543,8 +553,8 @@ class Trainer:
         steps = numbers[2:].view(metrics.shape)
         bad = (~steps.isfinite()).nonzero()
         if len(bad) or not math.isfinite(validation_loss):
-            self._restore_best([t for m in stage.modules for t in (*m.parameters(), *m.buffers())])
-            kept = f"the best state, of epoch {self._best_record(stage)['epoch']}, is kept; " if self._best else ""
+            self._restore_best(self._trained(stage))
+            kept = f"the best state, of epoch {self._best_record(stage)['epoch']}, is kept; " if self.has_best else ""
             where = (
                 f"{stepper.metric_names[bad[0, 1]]} is {steps[bad[0, 0], bad[0, 1]].item()} at step {bad[0, 0] + 1}"
                 if len(bad)
@@ -572,6 +582,11 @@ class Trainer:
             "steps": self.progress.steps,
             "joules_at_start": self._epoch_joules,
         }
+
+
+def _tensors(stage: Stage) -> list[Tensor]:
+    """The parameters and buffers of a stage."""
+    return [tensor for module in stage.modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 @torch.no_grad()

@@ -520,8 +520,13 @@ def _wait_for(workers: Sequence[Any], stop: StopRequest) -> None:
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     processes = [context.Process(target=work, kwargs={"failures": failures}) for work in workers]
-    for process in processes:
-        process.start()
+    # Workers inherit what is blocked: while they import PyTorch, Ctrl-C would be a stack trace of each of them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     told = False
     while alive := [process for process in processes if process.is_alive()]:
         multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.5)

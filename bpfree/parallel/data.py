@@ -170,8 +170,14 @@ class DataTeam(Team):
     def add(self, numbers: Iterable[float | None]) -> list[float | None]:
         return self._ranks.add(numbers)
 
-    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
+    def owns(self, tensor: Tensor) -> bool:
+        return True
+
+    def collect(self, learner: Learner) -> None:
         average_statistics(learner.buffers(), self._ranks)
+
+    def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+        return list(copies)
 
     def settle(self, learner: Learner) -> None:
         pass

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -27,9 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpfree.algorithms._captures import captured
 from bpfree.algorithms._lanes import side_stream
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
-from bpfree.algorithms.local_units import HasLocalUnits, LocalUnits, Signal
+from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError
 from bpfree.networks.partition import balanced_ends
 from bpfree.parallel.ranks import Ranks
@@ -227,10 +228,6 @@ class LayerTeam(Team):
                 link.declare("borrowed", [Layout((size,), parameters[0].dtype, channels_last=False)])
         return before, after
 
-    def owns(self, tensor: Tensor) -> bool:
-        """Whether a parameter or buffer is this rank's, or everyone's."""
-        return self._owner.get(id(tensor), self.rank) == self.rank
-
     def _place(self, learner: Learner) -> None:
         """Move what this rank computes with to its device; the rest stays on the host, and out of its optimisers."""
         borrowed = {id(parameter) for parameter in self._borrowed}
@@ -284,16 +281,26 @@ class LayerTeam(Team):
         measured = {} if self._seconds is None else {"unit_seconds": self._seconds}
         return {"form": self._form, "ranks": self.size, "last_units": list(self.ends), **measured}
 
-    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
+    def owns(self, tensor: Tensor) -> bool:
+        return self._owner.get(id(tensor), self.rank) == self.rank  # what no unit has is everyone's
+
+    def collect(self, learner: Learner) -> None:
         self.drain()
-        tensors = [*learner.parameters(), *learner.buffers()]
-        for index, tensor in enumerate(tensors):
-            owner = self._owner.get(id(tensor), 0)
-            self._ranks.to_leader(tensor, owner)
-            if copies:
-                self._ranks.to_leader(copies[index], owner)
+        for tensor in (*learner.parameters(), *learner.buffers()):
+            self._ranks.to_leader(tensor, self._owner.get(id(tensor), 0))
         for optimizer in learner.optimizers():
             self._collect_state(optimizer)
+
+    def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+        own = iter(copies)
+        if not self.leader:
+            for tensor in filter(self.owns, tensors):
+                self._ranks.to_leader(next(own), self._owner.get(id(tensor), 0))
+            return list(copies)
+        whole = [next(own) if self.owns(tensor) else torch.empty_like(tensor) for tensor in tensors]
+        for tensor, copied in zip(tensors, whole, strict=True):
+            self._ranks.to_leader(copied, self._owner.get(id(tensor), 0))
+        return whole
 
     def _collect_state(self, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -388,9 +395,14 @@ class LayerTeam(Team):
         part = self._parts[slot]
         if part is None:
             pool = next((other.pool for other in self._parts if other is not None), None)
-            part = self._parts[slot] = _Graphed(
-                self._chain, self.members, batch, signal, hands_on=self._after is not None, pool=pool
+            hands_on = self._after is not None
+            part = self._parts[slot] = captured(
+                lambda: _Graphed(self._chain, self.members, batch, signal, hands_on=hands_on, pool=pool),
+                _parameters(self._chain.units[number] for number in self.members),
             )
+        if part is None:  # of this rank alone: what ranks send each other is the same
+            self.captures, self._parts = False, [None] * SLOTS
+            return _Eager(self._chain, self.members)
         return part
 
     def _scores(self, inputs: Any) -> Tensor:
@@ -538,7 +550,8 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
             tensor.data = tensor.data.to(device)
         learn = precision()(partial(unit.learn, signal, step))
         outputs, _ = learn()
-        seconds.append(_least_seconds(_replayed(learn) if graphs else learn, device))
+        replay = captured(partial(_replayed, learn), _parameters([unit])) if graphs else None
+        seconds.append(_least_seconds(replay or learn, device))
         signal = outputs
         for tensor in held:
             tensor.grad = None
@@ -548,6 +561,10 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
     if generators[1]:
         torch.cuda.set_rng_state_all(generators[1])
     return seconds
+
+
+def _parameters(units: Iterable[LocalUnit]) -> Iterator[nn.Parameter]:
+    return (parameter for unit in units for module in unit.modules for parameter in module.parameters())
 
 
 def _replayed(work: Callable[[], Any]) -> Callable[[], None]:

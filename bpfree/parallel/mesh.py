@@ -105,9 +105,15 @@ class MeshTeam(Team):
     def add(self, numbers: Iterable[float | None]) -> list[float | None]:
         return self._ranks.add(numbers)
 
-    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
+    def owns(self, tensor: Tensor) -> bool:
+        return self._column.owns(tensor)
+
+    def collect(self, learner: Learner) -> None:
         self._average()
-        self._column.collect(learner, copies)
+        self._column.collect(learner)
+
+    def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+        return self._column.collect_copies(tensors, copies)
 
     def settle(self, learner: Learner) -> None:
         self._column.settle(learner)

@@ -60,12 +60,23 @@ class Team(ABC):
         """Sums over the processes; None where one of them does not know its number."""
 
     @abstractmethod
-    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
-        """Make the leader's learner whole.
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a parameter or buffer of the learner is this process's to train and to remember."""
+
+    @abstractmethod
+    def collect(self, learner: Learner) -> None:
+        """Make the leader's learner whole."""
+
+    @abstractmethod
+    def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of some of the learner's tensors, from the processes that own these.
 
         Args:
-            learner: what is trained.
-            copies: others of its parameters and buffers, in their order, that are to be whole as well; or none.
+            tensors: parameters and buffers of the learner.
+            copies: of those of `tensors` that this process owns, in their order.
+
+        Returns:
+            On the leader a copy of each of `tensors`, wherever it may lie; elsewhere `copies`.
         """
 
     @abstractmethod
@@ -102,8 +113,14 @@ class Alone(Team):
     def add(self, numbers: Iterable[float | None]) -> list[float | None]:
         return list(numbers)
 
-    def collect(self, learner: Learner, copies: Sequence[Tensor] = ()) -> None:
+    def owns(self, tensor: Tensor) -> bool:
+        return True
+
+    def collect(self, learner: Learner) -> None:
         pass
+
+    def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+        return list(copies)
 
     def settle(self, learner: Learner) -> None:
         pass

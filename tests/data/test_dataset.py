@@ -266,6 +266,50 @@ def test_arrays_that_do_not_fit(train: Any, test: Any, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "reason"),
+    [
+        (
+            [1, 2, 3],
+            [1, 3],
+            "labels run from 1 to 3 and none is 0, but classes are numbered from 0 on: subtract 1 from",
+        ),
+        ([2, 3], [3], "subtract 2 from all of them, or pass classes=4 if the others merely do not occur"),
+        ([0, 10, 20], [0], "only 3 of the classes 0..20 occur in the training labels, but"),
+        ([-1, 1], [1], "the training targets span -1..1, outside 0..1; number them like that"),
+        ([0.0, 1.0], [0], "convert them to integers"),
+        ([False, True], [0], "convert them to integers"),
+    ],
+)
+def test_labels_that_do_not_number_classes_from_0(train: list[Any], test: list[int], reason: str) -> None:
+    parts = [(np.zeros((len(targets), 2)), np.array(targets)) for targets in (train, test)]
+    with pytest.raises(DataError, match=re.escape(reason)) as caught:
+        Dataset.from_arrays(parts[0], parts[1])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "options", "classes"),
+    [
+        ([1, 2, 3], [1], {"classes": 4}, 4),
+        ([1, 2, 3], [1], {"class_names": ("none", "a", "b", "c")}, 4),
+        ([1, 2, 3], [0], {}, 4),  # which shows how they are numbered
+        ([0, 2, 5], [1], {}, 6),
+        ([0, 10, 20], [0], {"classes": 30}, 30),
+    ],
+)
+def test_subsets_without_some_classes(train: list[int], test: list[int], options: dict[str, Any], classes: int) -> None:
+    parts = [(np.zeros((len(targets), 2)), np.array(targets)) for targets in (train, test)]
+    assert Dataset.from_arrays(parts[0], parts[1], **options).classes == classes
+
+
+def test_labels_from_1_with_their_number_say_what_to_do() -> None:
+    with pytest.raises(DataError, match=r"the training targets span 1..3, outside 0..2; subtract 1 from all labels"):
+        Dataset.from_arrays((images(3), labels(3) + 1), (images(3), labels(3) + 1), classes=3)
+    with pytest.raises(DataError, match="none is 0"):
+        Dataset.from_arrays((images(3), labels(3) + 1), (images(3), labels(3) + 1), class_names=("a", "b", "c"))
+
+
 def test_a_part_without_samples_is_no_data_set() -> None:
     dataset = toy()
     with pytest.raises(DataError, match="the test part is empty"):

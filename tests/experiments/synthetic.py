@@ -85,6 +85,7 @@ def make_run(
         "metric": "accuracy",
         "test_accuracy": accuracy,
         "test_loss": 1.0,
+        "test_diagnostics": {},
         "validation_accuracy": max(value for _, value in curve),
         "passes": len(curve),
         "updates": 100 * len(curve),

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from bpfree.cli import cli
 from bpfree.data import Dataset, load
-from bpfree.errors import UsageError
+from bpfree.errors import CheckpointError, UsageError
 from bpfree.experiments import compare as comparisons
 from bpfree.experiments.arms import interleaved, make_arms, unequal_settings
 from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
@@ -39,7 +39,7 @@ def comparison(root: Path, digits: Dataset, *texts: str, seeds: Sequence[int] = 
     arms = make_arms(
         texts or ("mf", "bp"), "digits", "mlp:2x16", training=TRAINING, device="cpu", energy="simulated", baseline="bp"
     )
-    return Comparison(root, arms, seeds, digits, say=lambda line: None, **options)
+    return Comparison(root, arms, seeds, digits, **{"say": lambda line: None, **options})
 
 
 def ledger(root: Path) -> list[dict[str, Any]]:
@@ -282,6 +282,31 @@ def test_a_killed_comparison_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert slots(tmp_path) == {(rule, None, seed): 1 for rule in ("mf", "bp") for seed in (0, 1)}
     assert sum(1 for _ in tmp_path.rglob(CONFIG)) == 4
     assert sum("resumed" in line for line in ledger(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", [SUMMARY, CONFIG])
+def test_a_run_whose_record_is_damaged_is_made_again_and_its_folder_kept(
+    name: str, tmp_path: Path, digits: Dataset
+) -> None:
+    comparison(tmp_path, digits, protocols=["own"]).run()
+    damaged = next(path for path in find_runs(tmp_path) if "-mf-" in path.name and "seed1" in path.name)
+    (damaged / name).write_text("{")
+    said: list[str] = []
+    again = comparison(tmp_path, digits, protocols=["own"], say=said.append)
+    assert again.run() == Outcome(done=4)
+    assert [line for line in said if str(damaged / name) in line and line.endswith("now it is made again")]
+    assert (damaged / name).read_text() == "{"
+    assert len(list(find_runs(tmp_path))) == 5
+    lines = len(ledger(tmp_path))
+    assert comparison(tmp_path, digits, protocols=["own"]).run() == Outcome(done=4)
+    assert len(ledger(tmp_path)) == lines  # not a third time
+
+
+def test_a_damaged_ledger_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"event": "started"}\n{"eve\n{"event": "started"}\n')
+    with pytest.raises(CheckpointError, match=r"ledger.jsonl has a damaged line, .*; delete it"):
+        Ledger(path)
 
 
 # Skips and failures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -364,7 +365,8 @@ def test_trials_are_no_rows_of_a_table(tmp_path: Path) -> None:
     record = tune(study(trials=1), tmp_path, dataset=own_data())
     assert not list(records.find_runs(tmp_path))
     (trial,) = (tmp_path / "study" / "trials").iterdir()
-    curve = records.energy_curve(records.RunFolder.open(trial))
+    folder = records.RunFolder.open(trial)
+    curve = records.energy_curve(folder.read_metrics(), folder.read_summary(records.UNTESTED))
     assert len(curve) == record["best"]["passes"]
     assert curve[-1][0] == record["best"]["gross_j"]
 
@@ -544,10 +546,16 @@ def test_two_workers_share_one_study_and_end_with_their_parent(tmp_path: Path) -
     assert record["bill"]["gross_j"] is None
 
 
+def deaf_to_control_c(process: str) -> bool:
+    (blocked,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return bool(int(blocked, 16) & 1 << signal.SIGINT - 1)
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     process = start(tmp_path, "--trials", "200", "--workers", "2")
     wait_for_trials(process, tmp_path, 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert sum(map(deaf_to_control_c, children)) == 2  # which their parent passes on
     process.send_signal(signal.SIGKILL)
     process.communicate()  # ends when the last process that holds the pipe does
     assert len(children) >= 2

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.experiments.train import InterruptedRunError
 from bpfree.networks import cnn, mlp
 from bpfree.networks.streams import Stream
-from bpfree.parallel import Alone, Ranks, Spread, Team, spread_over
+from bpfree.parallel import Alone, Ranks, Spread, Team, layer, spread_over
 from bpfree.parallel import data as data_parallel
 from bpfree.parallel.layer import LayerTeam, Link
 
@@ -75,12 +78,14 @@ def train(
         team = spread_over(ranks, Spread(form, cut, mesh), learner, sample, **SAMPLED)
     asked = itertools.count(1)
     saved: list[dict[str, Any]] = []
+    remembered: list[int] = []
     trainer = Trainer(
         learner,
         learner_train,
         validation,
         config,
         seed=5,
+        on_epoch=lambda record: remembered.append(sum(best.numel() for best in trainer._best or ())),
         save=saved.append,
         # only the leader's wish counts
         interrupted=lambda: stop_after is not None and team.leader and next(asked) >= stop_after,
@@ -104,6 +109,7 @@ def train(
         "stopped": stopped,
         "state": saved[-1] if saved else None,
         "trained": held,
+        "remembered": remembered,
         "team": team.describe(),
     }
 
@@ -115,6 +121,37 @@ def train_in_small_buckets(ranks: Ranks, **arguments: Any) -> dict[str, Any]:
         return train(ranks, **arguments)
     finally:
         data_parallel.BUCKET_BYTES = size  # type: ignore[misc]
+
+
+def without_streams(patch: pytest.MonkeyPatch) -> None:
+    """Let what handles CUDA streams run on the CPU."""
+    patch.setattr(torch.cuda, "current_stream", lambda: None)
+    patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+
+def train_uncaptured(ranks: Ranks, **arguments: Any) -> dict[str, Any]:
+    """`train` where rank 1 finds, after its rehearsal, that its steps cannot be CUDA graphs."""
+    tried: list[Any] = []
+    captures: list[bool] = []
+    expect = LayerTeam.expect
+
+    def expected(team: LayerTeam, steps: int) -> None:
+        captures.append(team.captures)
+        team.captures = ranks.rank == 1 and not tried
+        expect(team, steps)
+
+    def broken(chain: Any, *given: Any, **options: Any) -> None:
+        tried.append(chain)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        patch.setattr(LayerTeam, "expect", expected)
+        patch.setattr(layer, "_Graphed", broken)
+        without_streams(patch)
+        found = train(ranks, **arguments)
+    words = [str(warning.message) for warning in said if "CUDA graph" in str(warning.message)]
+    return {**found, "tried": len(tried), "still": any(captures), "words": words}
 
 
 def refuse(ranks: Ranks, *, rule: str, form: str, network: str = "mlp", **options: Any) -> None:

@@ -71,6 +71,15 @@ def test_layers_on_two_ranks_learn_what_one_process_learns(name: str, pool: Pool
     assert sum(rank["trained"] for rank in found) == whole
 
 
+def test_ranks_remember_the_best_state_of_their_own_blocks(pool: Pool) -> None:
+    job: dict[str, Any] = {"rule": "mf", "training": {"epochs": 4}}
+    first, second = pool.run(2, jobs.train, **job)
+    expected = jobs.train(None, **job)
+    check([first, second], expected)
+    assert all(0 < numbers < expected["remembered"][-1] for numbers in (*first["remembered"], *second["remembered"]))
+    assert first["remembered"][-1] + second["remembered"][-1] == expected["remembered"][-1]
+
+
 @pytest.mark.parametrize("cut", [(0, 3, 4), (2, 3, 4)])
 def test_uneven_cuts(cut: tuple[int, ...], pool: Pool) -> None:
     found = pool.run(3, jobs.train, rule="mf", cut=cut)
@@ -284,6 +293,7 @@ def test_units_that_step_optimizers_can_be_timed_as_graphs(graphs: bool, monkeyp
         hook.remove()
         return work
 
+    jobs.without_streams(monkeypatch)
     monkeypatch.setattr(layer, "_replayed", replayed)
     assert len(layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=graphs)) == options["steps"]
     assert captured == [True] * (options["steps"] if graphs else 0)
@@ -319,6 +329,30 @@ def test_units_are_timed_with_the_casts_of_their_weights(monkeypatch: pytest.Mon
         layer.unit_seconds(learner, (inputs.float(), targets), torch.device("cpu"), graphs=False)
     assert len(casts) == 5
     assert min(casts) >= 1
+
+
+def test_units_that_cannot_be_captured_are_timed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.without_streams(monkeypatch)
+
+    def broken(work: Callable[[], Any]) -> Callable[[], Any]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(layer, "_replayed", broken)
+    learner = jobs.make_learner("mf", "mlp", {})
+    batch = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    with pytest.warns(UserWarning, match="cannot be a CUDA graph and runs eagerly"):
+        seconds = layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=True)
+    assert len(seconds) == 5
+    assert min(seconds) > 0
+
+
+def test_a_rank_whose_step_cannot_be_captured_goes_on_eagerly(pool: Pool) -> None:
+    job: dict[str, Any] = {"rule": "man", "network": "mlp", "options": LOCAL}  # activations forward, parameters back
+    found = pool.run(2, jobs.train_uncaptured, **job)
+    check(found, jobs.train(None, **job))
+    assert [(rank["tried"], rank["still"]) for rank in found] == [(0, False), (1, False)]
+    assert [len(rank["words"]) for rank in found] == [0, 1]
+    assert "runs eagerly (operation not permitted when stream is capturing)" in found[1]["words"][0]
 
 
 class FakeGraph:

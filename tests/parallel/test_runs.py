@@ -200,7 +200,7 @@ def test_a_stopped_run_says_so_once_and_exits_like_one_process(tmp_path: Path) -
         time.sleep(0.01)
     process.terminate()
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
+    assert process.returncode == 130, err
     assert out == ""
     (said,) = [line for line in err.splitlines() if "error" in line.lower()]
     assert "(SIGTERM); the run is saved, go on with: bpfree run --resume" in said
