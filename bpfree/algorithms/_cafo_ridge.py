@@ -65,6 +65,7 @@ class RidgeStatistics(nn.Module):
     def clear(self) -> None:
         """Forget everything."""
         self.count = 0
+        self._epsilon = 0.0  # to which the features are rounded
         self._rows: list[tuple[Tensor, Tensor]] = []  # (n, D) and (n, C), as long as N <= D
         self._sums: dict[str, Tensor] = {}  # gram (D, D) upper triangle, cross (D, C), x (D,), y (C,)
 
@@ -78,6 +79,7 @@ class RidgeStatistics(nn.Module):
         """
         self._move(x.device)
         self.count += len(x)
+        self._epsilon = max(self._epsilon, torch.finfo(x.dtype).eps)
         self._rows.append((x, y))
         if self.count > self.features:
             for rows in self._rows:
@@ -114,9 +116,11 @@ class RidgeStatistics(nn.Module):
             x = torch.cat([rows[0] for rows in self._rows]).double()
             y = torch.cat([rows[1] for rows in self._rows]).double()
             mean_x, mean_y = (x.mean(0), y.mean(0)) if centred else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
+            noise = self._noise(x.square().sum(), torch.float64)
             x, y = x - mean_x, y - mean_y
-            return RidgeProblem(x @ x.T, y, x, mean_x, mean_y, self.count)
+            return RidgeProblem(x @ x.T, y, x, mean_x, mean_y, self.count, noise)
         sums = self._sums
+        noise = self._noise(sums["gram"].diagonal().sum(), self._dtype)
         gram = sums["gram"].triu()
         gram += gram.triu(1).T
         cross = sums["cross"].clone()
@@ -126,13 +130,19 @@ class RidgeStatistics(nn.Module):
             cross.addr_(mean_x, mean_y, alpha=-self.count)
         else:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-        return RidgeProblem(gram, cross, None, mean_x, mean_y, self.count)
+        return RidgeProblem(gram, cross, None, mean_x, mean_y, self.count, noise)
+
+    def _noise(self, trace: Tensor, products: torch.dtype) -> Tensor:
+        """How large an eigenvalue of X^T X may be by rounding alone, before X is centred: by that of features, to the
+        square, and by that of products."""
+        return trace * max(self._epsilon**2, torch.finfo(products).eps)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"count": self.count, "rows": self._rows, "sums": self._sums}
+        return {"count": self.count, "epsilon": self._epsilon, "rows": self._rows, "sums": self._sums}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.count, self._rows, self._sums = state["count"], list(state["rows"]), dict(state["sums"])
+        self.count, self._epsilon = state["count"], state["epsilon"]
+        self._rows, self._sums = list(state["rows"]), dict(state["sums"])
 
     def _move(self, device: torch.device) -> None:
         """What a checkpoint held may be elsewhere."""
@@ -151,6 +161,7 @@ class RidgeProblem:
         mean_x: (D,) what the features were centred by.
         mean_y: (C,) what the targets were centred by.
         count: N.
+        noise: eigenvalues up to this may be rounding errors, 0-d.
     """
 
     matrix: Tensor
@@ -159,6 +170,7 @@ class RidgeProblem:
     mean_x: Tensor
     mean_y: Tensor
     count: int
+    noise: Tensor
 
     @property
     def scale(self) -> float:
@@ -202,7 +214,6 @@ class RidgeProblem:
         if not self.matrix.isfinite().all():
             raise TrainingError("features are not finite; check the inputs")
         values, vectors = torch.linalg.eigh(self.matrix)
-        noise = torch.finfo(values.dtype).eps * len(values) * values[-1]
         rotated = vectors.T @ self.right
-        kept = values > noise
+        kept = values > torch.maximum(self.noise, torch.finfo(values.dtype).eps * len(values) * values[-1])
         return [vectors @ (torch.where(kept, 1 / (values + shift), 0)[:, None] * rotated) for shift in shifts]

@@ -891,3 +891,19 @@ def test_products_of_predictors_with_and_without_columns_of_zeros(
     assert weight.is_contiguous()  # as its parameter is: a fused optimiser reads both as they lie in memory
     for gradient in biases:
         np.testing.assert_allclose(gradient.numpy(), e.sum(1), atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("gram", ["float64", "float32"])
+@pytest.mark.parametrize("samples", [400, 40], ids=["primal", "dual"])
+def test_minimum_norm_is_not_made_of_rounding_errors(samples: int, gram: str, offset: float) -> None:
+    """Features of rank 10 among 60, rounded to float32: the rounding has full rank, and no part in the solution."""
+    torch.manual_seed(0)
+    x = torch.randn(samples, 10, dtype=torch.float64) @ torch.randn(10, 60, dtype=torch.float64) + offset
+    y = torch.randn(samples, 3, dtype=torch.float64)
+    statistics = RidgeStatistics(60, 3, gram)
+    for part in torch.arange(samples).chunk(4):
+        statistics.add(x[part].float(), y[part].float())
+    (weights,), _ = statistics.problem(torch.device("cpu")).solve([0.0])
+    expected = np.linalg.pinv((x - x.mean(0)).numpy(), rcond=1e-9) @ (y - y.mean(0)).numpy()
+    np.testing.assert_allclose(weights.T.numpy(), expected, atol=1e-3 * np.abs(expected).max())
