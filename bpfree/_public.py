@@ -15,6 +15,7 @@ from bpfree.algorithms import (
     NoProp,
     NoPropBackprop,
     algorithm,
+    audit,
 )
 from bpfree.data import Batches, Dataset
 from bpfree.data.graph_batches import GraphBatches
@@ -45,6 +46,7 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "algorithm",
+    "audit",
     "build_network",
     "data",
     "evaluate",

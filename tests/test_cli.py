@@ -212,7 +212,7 @@ def test_list_shows_what_there_is() -> None:
 
 def test_every_command_explains_itself() -> None:
     for command in (
-        (), ("run",), ("compare",), ("list",), ("table",), ("plot",), ("report",),
+        (), ("run",), ("compare",), ("audit",), ("list",), ("table",), ("plot",), ("report",),
         ("data",), ("data", "fetch"), ("data", "verify"), ("data", "path"),
     ):  # fmt: skip
         result = bpfree(*command, "--help")

@@ -1,6 +1,7 @@
 """Learning rules, one file each, behind one contract."""
 
 from bpfree.algorithms._registry import ALGORITHMS, Algorithm, algorithm
+from bpfree.algorithms.audit import Audit, audit
 from bpfree.algorithms.backprop import Backprop
 from bpfree.algorithms.cafo import CaFo
 from bpfree.algorithms.competitive_forward import CompetitiveForward
@@ -8,7 +9,7 @@ from bpfree.algorithms.counter_current import CounterCurrent
 from bpfree.algorithms.direct_feedback import DirectFeedback
 from bpfree.algorithms.forward_forward import ForwardForward
 from bpfree.algorithms.forward_gnn import ForwardGNN
-from bpfree.algorithms.learner import Batch, Learner, Paper, Stage, Support
+from bpfree.algorithms.learner import Batch, Channel, Learner, Paper, Stage, Support
 from bpfree.algorithms.local_learning import LocalLearning
 from bpfree.algorithms.mono_forward import MonoForward
 from bpfree.algorithms.noprop import NoProp
@@ -17,9 +18,11 @@ from bpfree.algorithms.noprop_backprop import NoPropBackprop
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "Audit",
     "Backprop",
     "Batch",
     "CaFo",
+    "Channel",
     "CompetitiveForward",
     "CounterCurrent",
     "DirectFeedback",
@@ -34,4 +37,5 @@ __all__ = [
     "Stage",
     "Support",
     "algorithm",
+    "audit",
 ]

@@ -83,7 +83,8 @@ class PairGoodness(_Classifier):
     theta: float
 
     def logits(self, h: Tensor, layout: Layout) -> Tensor:
-        goodness = (h[layout.nodes[0]] * h[layout.nodes[1]]).square().sum(1)
+        first, second = layout.with_x(h).ends
+        goodness = (first * second).square().sum(1)
         return torch.stack([torch.zeros_like(goodness), goodness - self.theta], 1)
 
     def loss(self, h: Tensor, layout: Layout, targets: Tensor) -> Tensor:

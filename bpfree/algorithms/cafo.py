@@ -37,6 +37,7 @@ from bpfree.algorithms._cafo_predictors import AGGREGATES, LOSSES, GradientLoss,
 from bpfree.algorithms._cafo_ridge import GRAM_PRECISIONS
 from bpfree.algorithms._cafo_training import Alignment, ClosedForm, Descent, Group
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
+from bpfree.algorithms.direct_feedback import OUTPUT_ERROR
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
@@ -149,6 +150,7 @@ class CaFo(Learner):
         shapes = block_output_shapes(self.network, self.input_shape)
         self.alignment: Alignment | None = None
         if block_training == "dfa":
+            self.channels = (OUTPUT_ERROR,)
             block_lr = lr if block_lr is None else block_lr
             block_optimizer = partial(make_optimizer, optimizer=optimizer, lr=block_lr, weight_decay=block_weight_decay)
             self.alignment = Alignment(self.network, shapes, classes, block_optimizer)

@@ -49,7 +49,7 @@ from bpfree.algorithms._ccl_objectives import (
 )
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, evaluation_mode
+from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.metrics import linear_cka
 from bpfree.networks.autoencoder import check_reconstructs, start_autoencoder
@@ -60,6 +60,12 @@ ClipScope = Literal["layer", "network"]
 SIMILARITIES: Final = ("cosine", "dot")
 CLIP_SCOPES: Final = ("layer", "network")
 DECORRELATION: Final = 0.5
+
+FEEDBACK_STREAM: Final = Channel(
+    "feedback stream", "activations of the feedback network, whose layers have learnt from those of later blocks", 1
+)
+CLIPPING: Final = Channel("clipping", "the length of the whole network's gradient (clip_scope=network)")
+FLOOD: Final = Channel("flood", "the output's probabilities, which say what samples hidden levels leave out")
 
 
 class CounterCurrent(Learner):
@@ -143,6 +149,11 @@ class CounterCurrent(Learner):
                 f"got {flood}, {clip}, {warmup_steps}, {decorrelation}, {scale}"
             )
         self.similarity, self.clip, self.clip_scope, self.centralize = similarity, clip, clip_scope, centralize
+        self.channels = (
+            *([FEEDBACK_STREAM] if feedback_lr != 0 else []),
+            *([CLIPPING] if clip and clip_scope == "network" else []),
+            *([FLOOD] if flood else []),
+        )
         freeze_norms(self.network)
         shapes = [self.input_shape, *block_output_shapes(self.network, self.input_shape)]
         forward = list(self.network)

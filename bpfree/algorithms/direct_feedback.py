@@ -18,17 +18,19 @@ Deviations from the paper: B_l is normal with variance 1 / C (the paper tunes un
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial
+from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.graph import Graph
 from bpfree.networks.heads import Head
+
+OUTPUT_ERROR: Final = Channel("output error", "the error of the whole network, through fixed random weights")
 
 
 class DirectFeedback(Learner):
@@ -60,6 +62,7 @@ class DirectFeedback(Learner):
     )
     locality = "network"
     undivided = "every block learns from the output's error, which is known when the last block has answered"
+    channels = (OUTPUT_ERROR,)
 
     def __init__(
         self,

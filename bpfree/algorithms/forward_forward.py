@@ -48,7 +48,7 @@ from bpfree.algorithms._ff_losses import contrastive_loss
 from bpfree.algorithms._ff_negatives import NEGATIVES, HybridViews, LabelledViews, Views
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.algorithms.local_units import LocalUnits
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, linear_relu
@@ -58,6 +58,9 @@ SCHEDULES: Final = ("joint", "greedy")
 INFERENCES: Final = ("goodness", "softmax")
 INITS: Final = ("network", "normal")
 DEEP: Final = 3  # layers from which on the first one is left out of inference
+
+HARD_NEGATIVES: Final = Channel("hard negatives", "wrong labels, drawn from what the read-out says of all layers")
+COLLABORATION: Final = Channel("collaboration", "goodness of all other layers, which is part of a layer's loss")
 
 
 class ForwardForward(Learner):
@@ -155,6 +158,12 @@ class ForwardForward(Learner):
         if loss == "collaboration" and schedule == "greedy":
             raise UsageError("layers cannot hear later ones in the greedy schedule; use loss=collaboration-preceding")
         self.loss, self.negatives, self.schedule, self.inference = loss, negatives, schedule, inference
+        # layers that learn one after another hear of those before them only
+        hears_readout = negatives == "hard" and schedule == "joint"
+        self.channels = (
+            *([HARD_NEGATIVES] if hears_readout else []),
+            *([COLLABORATION] if loss == "collaboration" else []),
+        )
         stream = Stream(noise_seed)
         self.views: Views = (
             HybridViews(self.input_shape, stream)

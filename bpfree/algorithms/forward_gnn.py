@@ -39,7 +39,7 @@ from bpfree.algorithms._graph_labels import AppendedLabels, Labelling, Unlabelle
 from bpfree.algorithms._graph_objectives import Goodness, InnerProducts, Objective, PairGoodness, Prototypes
 from bpfree.algorithms._graph_schedules import InTime, LayerByLayer, Parts, Schedule, States, graph_blocks
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.errors import UsageError, unknown_name
 from bpfree.metrics import roc_auc
 from bpfree.networks.blocks import Shape
@@ -48,6 +48,16 @@ from bpfree.networks.graph import Graph
 
 LOSSES: Final = ("ff", "symba")
 BOTTOM_UP: Final = ("normalized", "raw")
+
+STATES_FROM_ABOVE: Final = Channel("states from above", "outputs of later layers, part of a layer's input or loss")
+STATES_OF_BEFORE: Final = Channel(
+    "states from above", "outputs of later layers in the step before, in a layer's loss", 1
+)
+CHANNELS: Final[dict[str, tuple[Channel, ...]]] = {
+    "greedy": (),
+    "top-to-input": (STATES_FROM_ABOVE,),
+    "top-to-loss": (STATES_OF_BEFORE,),
+}
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,7 @@ class ForwardGNN(Learner):
                 raise UsageError(f"the variant {variant} has no {name}")
         self.name = variant
         self._labelling, self._objective = parts.labelling(self), parts.objective(self)
+        self.channels = CHANNELS[parts.schedule]
         self._fit_blocks(parts.schedule)
         greedy = parts.schedule == "greedy"
         groups = [block.parameters() for block in self.network] if greedy else [self.parameters()]

@@ -51,6 +51,33 @@ class Support(NamedTuple):
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Channel:
+    """A way, other than a gradient from block to block, in which later blocks have a say in what earlier ones learn.
+
+    Attributes:
+        name: in a few words.
+        carries: what goes through it.
+        delay: steps that it takes; 0 if it arrives within the step that it leaves in.
+        reach: how many blocks up it goes each time; None for any number.
+    """
+
+    name: str
+    carries: str
+    delay: int = 0
+    reach: int | None = None
+
+    def explains(self, distance: int, step: int) -> bool:
+        """Whether a change in one block can have reached the update of a block so far before it by this channel.
+
+        Args:
+            distance: how many blocks up.
+            step: the step in whose update it shows, from 1 on; the change was made before step 1.
+        """
+        passages = (step - 1) // self.delay if self.delay else step
+        return distance <= passages * self.reach if self.reach is not None else passages > 0
+
+
 class Trial(Protocol):
     """What a search space needs of a tuner's trial (Optuna's `Trial` has it)."""
 
@@ -203,6 +230,8 @@ class Learner(nn.Module, ABC):
         paper: where the rule comes from.
         locality: how far a gradient travels: through the "network", a "block" or a "layer".
         capture_safe: whether `step` can be captured in a CUDA graph.
+        channels: ways besides gradients in which later blocks have a say in what earlier ones learn, with the options
+            that this learner was made with; the audit shows that there are no others.
         tasks: what the rule can learn.
         undivided: why its blocks cannot be spread over processes, for rules whose blocks cannot (others are
             `HasLocalUnits`).
@@ -216,6 +245,7 @@ class Learner(nn.Module, ABC):
     capture_safe: ClassVar[bool] = True
     tasks: ClassVar[tuple[Task, ...]] = ("classify",)
     undivided: ClassVar[str] = ""
+    channels: tuple[Channel, ...] = ()
 
     def __init__(
         self, network: nn.Sequential | Iterable[nn.Module], classes: int, input_shape: Shape | None = None

@@ -43,7 +43,7 @@ from bpfree.algorithms._auxiliary_losses import (
 )
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary, check_parts
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, sample_shape
@@ -54,6 +54,9 @@ from bpfree.networks.partition import first_unit, partition
 UpdateTime = Literal["before", "after"]
 UPDATE_TIMES: Final = ("before", "after")
 MOMENTUM: Final = 0.995
+MOMENTUM_COPY: Final = Channel(
+    "momentum copy", "weights of the next block's first unit, into the copy that a block learns through", 1, 1
+)
 
 GREEDY: Final = Paper(
     title="Greedy Layerwise Learning Can Scale to ImageNet",
@@ -170,6 +173,7 @@ class LocalLearning(Learner):
         )
         self.host = host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
         self.ema, self.bias, self.ema_update, self.scale = ema, bias, ema_update, scale
+        self.channels = (MOMENTUM_COPY,) if ema else ()
         blocks = list(self.network)
         shapes = block_output_shapes(blocks, self.input_shape)
         make_loss = auxiliary_loss(host, options)

@@ -71,6 +71,7 @@ from bpfree.algorithms._noprop_processes import (
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import (
     Batch,
+    Channel,
     Learner,
     Metrics,
     Paper,
@@ -91,6 +92,9 @@ from bpfree.networks.streams import Stream
 VariantName = Literal["dt", "ct", "fm"]
 SharedUpdates = Literal["block", "step"]
 SHARED_UPDATES: Final = ("block", "step")
+EMBEDDINGS_IN_COMMON: Final = Channel(
+    "shared embeddings", "embeddings of the classes, which learn from the losses of all blocks", 1
+)
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,7 @@ class NoProp(Learner):
         # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
         reads = variant != "fm" or self.embeddings.learned
         self.readout = Readout(p_out, self.embeddings, radial_sigma) if reads else None
+        self.channels = (EMBEDDINGS_IN_COMMON,) if self.embeddings.learned and len(self.network) > 1 else ()
         self.noise = BlockNoise(self.network, noise_seed)
         self._block_optimizers = tuple(
             make_optimizer(trained(block), optimizer, lr=lr, weight_decay=weight_decay) for block in self.network

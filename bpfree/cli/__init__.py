@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from bpfree import __version__
+from bpfree.cli.audit import audit
 from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Group
 from bpfree.cli.compare import compare
 from bpfree.cli.data import data_group
@@ -35,6 +36,7 @@ def cli(context: click.Context) -> None:
     bpfree tune --algo mf --trials 50           hyperparameters, by the same search for every rule
     bpfree compare --algos mf,bp --seeds 5      rules against the baseline over paired seeds
     bpfree plan --gpus 1,2,4,8,64,1024          what many GPUs would bring, from block times measured on one
+    bpfree audit                                on which later blocks each update depends, against what is declared
     bpfree list                                 algorithms, data sets, networks, presets
     bpfree table results                        accuracy, time and joules of all recorded runs
     bpfree report results                       tables and figures of comparisons as one page
@@ -44,7 +46,7 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-for command in (run, tune_rule, compare, plan, list_things, table, plot, report, data_group, energy_group):
+for command in (run, tune_rule, compare, plan, audit, list_things, table, plot, report, data_group, energy_group):
     cli.add_command(command)
 
 

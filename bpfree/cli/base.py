@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from bpfree.algorithms.learner import TASKS
 from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
 from bpfree.parallel.ranks import is_leader
 
@@ -83,6 +84,29 @@ def data_option(function: Callable[..., Any]) -> Callable[..., Any]:
         show_default="a folder in the user's cache",
         help="Folder of the data sets.",
     )(function)
+
+
+def subject_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options on what a rule is to learn, of commands that take what `bpfree run` takes."""
+    for option in (
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the rule (repeatable)."
+        ),
+        click.option(
+            "--preset",
+            help="Start from this preset, by name or as a .toml file; 'none' for the rule's defaults.  "
+            "[default: the one that fits]",
+        ),
+        click.option(
+            "--task",
+            type=click.Choice(TASKS),
+            help="Tell classes apart (or links of graphs), or reconstruct images.  [default: classify]",
+        ),
+        click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]"),
+        click.option("--dataset", "-d", help="Data set.  [default: digits, which is packaged]"),
+    ):
+        function = option(function)
+    return function
 
 
 def study_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,8 +15,17 @@ from typing import Any
 import click
 import torch
 
-from bpfree.algorithms.learner import TASKS, Task
-from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default, refuse_others
+from bpfree.algorithms.learner import Task
+from bpfree.cli.base import (
+    ENVIRONMENT_NOTE,
+    EXIT_NOTE,
+    Command,
+    data_option,
+    format_option,
+    is_default,
+    refuse_others,
+    subject_options,
+)
 from bpfree.cli.launch import one_voice, start_ranks
 from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
@@ -33,19 +42,7 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
 
 @click.command(cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
 @click.option("--algo", "-a", "algorithm_name", help="Learning rule, by its short or long name.  [default: mf]")
-@click.option("--dataset", "-d", help="Data set.  [default: digits, which is packaged]")
-@click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]")
-@click.option(
-    "--task",
-    type=click.Choice(TASKS),
-    help="Tell classes apart (or links of graphs), or reconstruct images.  [default: classify]",
-)
-@click.option(
-    "--preset",
-    help="Start from this preset, by name or as a .toml file; 'none' for the rule's defaults.  "
-    "[default: the one that fits]",
-)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the rule (repeatable).")
+@subject_options
 @click.option(
     "--seed", "seeds", type=click.IntRange(min=0), multiple=True, default=(0,), help="Seed; repeat it for several runs."
 )

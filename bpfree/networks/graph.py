@@ -238,6 +238,16 @@ class Graph:
         """(M, F): the features of the nodes that are asked about."""
         return self.x[self.nodes]
 
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """(M, F) twice: the features of both nodes of the pairs that are asked about.
+
+        A node is in many pairs, whose gradients add up in a fixed order: by `index_select` on CPUs, where threads
+        would hand those of `x[nodes]` in as they come, and by `x[nodes]` on GPUs, where it is the other way round.
+        """
+        first, second = (self.x.index_select(0, n) if n.device.type == "cpu" else self.x[n] for n in self.nodes)
+        return first, second
+
     def with_x(self: AnyGraph, x: Tensor) -> AnyGraph:
         """The same graph with other features."""
         return replace(self, x=x)

@@ -88,5 +88,6 @@ class ConvolutionHead(nn.Module):
 
 def pair_scores(graph: Graph) -> Tensor:
     """(M, 2) logits of "no edge" and "edge" between each pair: 0 and z_u . z_v."""
-    strength = (graph.x[graph.nodes[0]] * graph.x[graph.nodes[1]]).sum(1)
+    first, second = graph.ends
+    strength = (first * second).sum(1)
     return torch.stack([torch.zeros_like(strength), strength], 1)

@@ -136,6 +136,29 @@ def test_union_keeps_graphs_apart() -> None:
     torch.testing.assert_close(both, torch.cat([made(first).x, made(second).x]))
 
 
+def test_gradients_of_pairs_add_up_in_a_fixed_order() -> None:
+    """Every node is in many pairs, and two threads add them up; with `x[nodes]` the bits differ each time."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randint(500, (2, 8000), generator=generator)
+    x = torch.randn(500, 64, generator=generator, requires_grad=True)
+    graph = Graph.of(x, pairs[:, :1], pairs)
+    weights = torch.randn(8000, 64, generator=generator)
+
+    def gradient() -> Tensor:
+        first, second = graph.ends
+        assert torch.equal(first, x[pairs[0]])
+        assert torch.equal(second, x[pairs[1]])
+        return torch.autograd.grad((first * weights + second).sum(), x)[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = gradient()
+        assert all(torch.equal(expected, gradient()) for _ in range(10))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_networks_by_name() -> None:
     network = build_network("gcn:3x16", (5,))
     assert [(block.in_features, block.width) for block in network] == [(5, 16), (16, 16), (16, 16)]
