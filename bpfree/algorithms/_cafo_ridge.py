@@ -25,10 +25,6 @@ from bpfree.errors import TrainingError, UsageError
 PANEL: Final = 1024
 """Columns of the Gram matrix that one product makes; those left of its diagonal block are known by symmetry."""
 
-EIGEN_WORTH: Final = 12
-"""More ridges than these share one eigendecomposition, which takes as long as about a dozen Cholesky factorisations on
-a CPU, and more on a GPU; fewer are factorised one by one."""
-
 GRAM_PRECISIONS: Final = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -187,8 +183,8 @@ class RidgeProblem:
             TrainingError: the features are not finite, or a ridge is too small for them.
         """
         shifts = [self.count * ridge for ridge in ridges]
-        spectral = min(shifts) == 0 or len(shifts) > EIGEN_WORTH
-        solutions = self._by_eigenvectors(shifts) if spectral else self._by_cholesky(shifts)
+        # one decomposition would serve all, and takes as long as about a dozen factorisations
+        solutions = self._by_eigenvectors(shifts) if min(shifts) == 0 else self._by_cholesky(shifts)
         weights = torch.stack([solution if self.rows is None else self.rows.T @ solution for solution in solutions])
         if not weights.isfinite().all():
             raise TrainingError("the closed form has no finite solution; check the inputs or choose a larger ridge")

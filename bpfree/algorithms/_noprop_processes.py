@@ -35,15 +35,19 @@ class Coefficients(NamedTuple):
     c: Tensor
 
 
-def posterior(before: Tensor, after: Tensor) -> Coefficients:
+def posterior(
+    before: Tensor, after: Tensor, rest_before: Tensor | None = None, rest_after: Tensor | None = None
+) -> Coefficients:
     """The posterior's coefficients from abar_s and abar_t; with s = t - 1 those of the paper's section 3.
 
-    Any s < t will do, since the product of the alphas between them is abar_s / abar_t.
+    Any s < t will do, since the product of the alphas between them is abar_s / abar_t. `rest_before` and `rest_after`
+    are 1 - abar_s and 1 - abar_t where they are known better than by this difference.
     """
-    alpha = before / after
-    rest = 1 - before
+    rest_before = 1 - before if rest_before is None else rest_before
+    rest_after = 1 - after if rest_after is None else rest_after
+    alpha, lost = before / after, (rest_before - rest_after) / after  # lost = 1 - alpha
     return Coefficients(
-        after.sqrt() * (1 - alpha) / rest, alpha.sqrt() * (1 - after) / rest, (1 - after) * (1 - alpha) / rest
+        after.sqrt() * lost / rest_before, alpha.sqrt() * rest_after / rest_before, rest_after * lost / rest_before
     )
 
 
@@ -77,9 +81,9 @@ def prior_loss(alpha_bar: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (alpha_bar * squares - dim * alpha_bar - dim * torch.log1p(-alpha_bar))
 
 
-def noised(alpha_bar: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-    """A sample of q(z_t | y): sqrt(abar) u_y + sqrt(1 - abar) noise; (B, d), abar 0-d or (B, 1)."""
-    return alpha_bar.sqrt() * targets + (1 - alpha_bar).sqrt() * noise
+def noised(alpha_bar: Tensor, targets: Tensor, noise: Tensor, rest: Tensor | None = None) -> Tensor:
+    """A sample of q(z_t | y): sqrt(abar) u_y + sqrt(1 - abar) noise; (B, d), abar 0-d or (B, 1), `rest` 1 - abar."""
+    return alpha_bar.sqrt() * targets + (1 - alpha_bar if rest is None else rest).sqrt() * noise
 
 
 def squared_errors(estimates: Tensor, targets: Tensor) -> Tensor:
@@ -283,13 +287,15 @@ class ContinuousDiffusion(Process):
     def block_terms(self, index: int, block: Denoiser, x: Tensor, y: Tensor, shared: Shared, draws: Draws) -> Terms:
         """eta/2 E_t[SNR'(t) |uhat - u_y|^2], SNR' = -gamma' exp(-gamma)."""
         gamma, slope = self.schedule(draws.time)
-        before = noised(torch.sigmoid(-gamma)[:, None], draws.targets, draws.noise[0])
+        # sigmoid(gamma) is 1 - abar, whose difference is 0 in float32 from gamma = -17 on
+        before = noised(torch.sigmoid(-gamma)[:, None], draws.targets, draws.noise[0], torch.sigmoid(gamma)[:, None])
         errors = squared_errors(shared.embeddings.estimate(block(x, before, draws.time)), draws.targets)
         return {DENOISING: 0.5 * self.eta * (-slope * (-gamma).exp() * errors).mean()}
 
     def shared_terms(self, y: Tensor, shared: Shared, draws: Draws) -> Terms:
         """CE(z_1) + KL."""
-        last = noised(torch.sigmoid(-self.schedule.low), draws.targets, draws.noise[1])
+        low = self.schedule.low
+        last = noised(torch.sigmoid(-low), draws.targets, draws.noise[1], torch.sigmoid(low))
         return {
             READOUT: F.cross_entropy(shared.read(last), y),
             PRIOR: prior_loss(torch.sigmoid(-self.schedule.high), draws.targets),
@@ -302,8 +308,8 @@ class ContinuousDiffusion(Process):
         z = noise(0)
         times = torch.linspace(0, 1, steps + 1, dtype=z.dtype, device=z.device)
         gammas, slopes = self.schedule(times)
-        bars = torch.sigmoid(-gammas)
-        a, b, c = posterior(bars[:-1], bars[1:])
+        bars, rests = torch.sigmoid(-gammas), torch.sigmoid(gammas)
+        a, b, c = posterior(bars[:-1], bars[1:], rests[:-1], rests[1:])
         features = blocks[0].encode(x)
         for step in range(steps):
             logits = blocks[0].decode(features, z, times[step].expand(len(z)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
-from bpfree.networks.streams import StreamDropout
+from bpfree.networks.streams import Stream, StreamDropout
 
 BRANCH_WIDTH: Final = 256
 BRANCH_CHANNELS: Final = (32, 64, 128)
@@ -79,22 +79,18 @@ def image_branch(input_shape: Shape, kind: Kind = "dt") -> nn.Sequential:
 
 
 def fresh_copy(network: nn.Module) -> nn.Module:
-    """A copy with weights of its own, drawn as each layer draws them; what starts at zero (biases) starts at zero.
+    """A copy with weights of its own: the values of each tensor in another order.
 
-    Raises:
-        UsageError: a layer that cannot draw its weights anew.
+    They come from the same distribution, whoever drew them and however; what is constant (zero, one) stays so.
     """
     fresh = copy.deepcopy(network)
-    for module in fresh.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif any(True for _ in module.parameters(recurse=False)):
-            raise UsageError(f"{type(module).__name__} cannot be initialised again: it has no reset_parameters()")
     with torch.no_grad():
-        for parameter, original in zip(fresh.parameters(), network.parameters(), strict=True):
-            if not original.any():
-                parameter.zero_()
+        for parameter in fresh.parameters():
+            order = torch.randperm(parameter.numel(), device=parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    for module in fresh.modules():
+        if isinstance(module, Stream):  # dropout draws masks of its own
+            module.draw_key()
     return fresh
 
 

@@ -79,7 +79,7 @@ def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
 
 def uniform(bits: Tensor) -> Tensor:
     """Hashes as float64 in the open interval (0, 1)."""
-    return _shifted(bits, 11).double().add_(0.5).mul_(2.0**-53)
+    return _shifted(bits, 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def normal(bits: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ class Stream(nn.Module):
         self.register_buffer("key", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.share = (0, 1)
-        self.reset_parameters() if key is None else self.rekey(key)
+        self.draw_key() if key is None else self.rekey(key)
 
-    def reset_parameters(self) -> None:
+    def draw_key(self) -> None:
         """Start anew with a key from PyTorch's global generator."""
         self.rekey(int(torch.randint(1 << 62, ())))
 

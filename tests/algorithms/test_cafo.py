@@ -103,16 +103,12 @@ def test_ridge_equals_stacked_least_squares(count: int, features: int, centred: 
 
 
 @pytest.mark.parametrize(("count", "features"), [(30, 8), (8, 30)], ids=["primal", "dual"])
-def test_one_eigendecomposition_equals_a_factorisation_for_each_ridge(
-    count: int, features: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ridges_beside_zero_are_solved_as_by_themselves(count: int, features: int) -> None:
+    """One eigendecomposition serves all of them, where by themselves each is factorised."""
     x, y = samples(count, features)
     ridges = [10.0**exponent for exponent in range(-4, 1)]
-    one_by_one = solved(x, y, ridges)
-    monkeypatch.setattr(ridge_module, "EIGEN_WORTH", 1)
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", None)  # not what solves them now
-    for a, b in zip(one_by_one, solved(x, y, ridges), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+    for a, b in zip(solved(x, y, ridges), solved(x, y, [0.0, *ridges]), strict=True):
+        np.testing.assert_allclose(a, b[1:], rtol=0, atol=1e-10)
 
 
 # 2. without a penalty

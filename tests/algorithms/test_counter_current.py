@@ -546,7 +546,7 @@ def test_a_level_of_the_autoencoder_changes_one_layer_of_each_network() -> None:
                     if parameter.requires_grad:
                         parameter.add_(0.1 * torch.randn_like(parameter))
             if changed is not None:
-                weighted(modules[changed[0]][changed[1]]).weight.mul_(torch.tensor([1.0, 2.0]).repeat(99)[:1] + 0.5)
+                weighted(modules[changed[0]][changed[1]]).weight.mul_(1.5)
                 weighted(modules[changed[0]][changed[1]]).weight[0].mul_(-1)
         model.step((x, x))
         return [[weighted(layer).weight.grad for layer in network] for network in modules]  # type: ignore[misc]

@@ -242,6 +242,16 @@ def test_float32_agrees_with_numpy() -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gamma_min", [-17.0, -20.0])
+def test_a_schedule_that_ends_without_noise_stays_finite(gamma_min: float) -> None:
+    """1 - sigmoid(20) is 0 in float32, and the derivative of its square root is not a number."""
+    model = learner(variant="ct", gamma_min=gamma_min).float()
+    x, y = batch()
+    model.step((x.float(), y))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.scores(x.float()).isfinite().all()
+
+
 def test_prior_vanishes_with_its_signal_and_is_the_divergence_of_gaussians() -> None:
     u = torch.randn(7, 4, dtype=F64)
     for bar in (1e-4, 0.3, 0.9):
@@ -759,17 +769,23 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         learner(**options)
 
 
-def test_a_layer_that_cannot_be_drawn_anew_is_refused() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(INPUTS))
+@pytest.mark.parametrize("network", ["resnet:20", "deeper:tiny", "mobilenet:small"])
+def test_blocks_start_from_the_distribution_of_the_network(network: str) -> None:
+    """Whatever drew it: these networks do not draw as PyTorch's layers do by themselves."""
+    model = NoProp(build_network(network, (3, 32, 32)), 10, steps=3, input_shape=(3, 32, 32))
+    first, *others = ([p for p in block.image.parameters() if p.numel() > 1000] for block in model.network)
+    assert first
+    for other in others:
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        for a, b in zip(first, other, strict=True):
+            assert b.std().item() == pytest.approx(a.std().item(), rel=0.1)
+            assert b.mean().item() == pytest.approx(a.mean().item(), abs=0.1 * a.std().item())
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.scale
 
-    with pytest.raises(UsageError, match="reset_parameters"):
-        NoProp([nn.Linear(INPUTS, INPUTS), Fixed()], CLASSES, steps=2)
+def test_blocks_draw_dropout_of_their_own() -> None:
+    model = NoProp(nn.Sequential(nn.Linear(INPUTS, 8), nn.ReLU(), StreamDropout(0.5)), CLASSES, steps=3)
+    keys = {int(module.stream.key) for module in model.network.modules() if isinstance(module, StreamDropout)}
+    assert len(keys) == 3
 
 
 def test_another_number_of_denoisers_than_steps_is_refused() -> None:
