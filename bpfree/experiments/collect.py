@@ -139,11 +139,11 @@ class Entry:
         return list(dict.fromkeys(flag for run in self.all_runs() for flag in run.summary["energy"]["flags"]))
 
     def regime(self) -> str | None:
-        """ "busy" or "host-bound"; None where it is not known how busy the device was."""
-        share = self.mean("utilisation")
-        if share is None:
+        """ "busy" or "host-bound", by the seeds of which it is known; None where it is known of none."""
+        shares = self.per_seed("utilisation").values()
+        if not shares:
             return "host-bound" if "HOST_BOUND" in self.flags() else None
-        return "busy" if share >= BUSY_SHARE else "host-bound"
+        return "busy" if statistics.fmean(shares) >= BUSY_SHARE else "host-bound"
 
 
 def pairs(ours: Entry, baseline: Entry, quantity: str) -> tuple[list[float], list[float]]:

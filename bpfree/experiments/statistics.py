@@ -19,7 +19,14 @@ from bpfree.errors import DataError, UsageError
 
 MIN_PAIRS: Final = 5
 """Fewest pairs that support an interval or a claim of equivalence. With 4 the sign test cannot reach 5 % on one side
-(1/2^4), so that a claim rests on the normal distribution alone, and the bootstrap is vague; with 3 it is infinite."""
+(1/2^4), so that a claim rests on the normal distribution alone."""
+
+FEW_PAIRS: Final = 8
+"""With fewer pairs an interval is Student's. The bootstrap's is 1.3 times as long for 5 normal pairs in the median and
+5 times in one case of a hundred, where resamples of almost equal pairs decide."""
+
+FEW_LEFT: Final = 2
+"""A median is not told by fewer runs that were still on their way."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,15 @@ def paired_ratio(
 ) -> Estimate:
     """Geometric mean of ours/baseline over pairs of positive quantities (joules, seconds), with its interval.
 
-    The interval is a studentised bootstrap over pairs (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5).
+    The interval is Student's with fewer than `FEW_PAIRS` pairs, and where the next one has no end; otherwise it is a
+    studentised bootstrap over pairs (Efron and Tibshirani, An Introduction to the Bootstrap, 12.5).
     For n = 10 and a nominal 95 % it covered 94.9 % with normal log ratios and 92 % with log-normal ones (sigma 0.75);
     the percentile bootstrap and BCa, which scipy has, 90 % and 85-86 %; the t interval 95 % and 89 % (10,000 trials).
 
     Raises:
         DataError: lists that do not pair up, are empty, or hold what is not a positive finite number.
     """
-    log = _bootstrap(_differences(ours, baseline, relative=True), resamples, level, seed)
+    log = _interval(_differences(ours, baseline, relative=True), resamples, level, seed)
     # Beyond 700 there is no float.
     low, high = (None if end is None else math.exp(min(end, 700.0)) for end in (log.low, log.high))
     return Estimate(math.exp(log.value), low, high, log.n, level)
@@ -92,7 +100,7 @@ def paired_difference(
     ours: Sequence[float], baseline: Sequence[float], *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Estimate:
     """Mean of ours - baseline over pairs (accuracy points). Interval and errors as in `paired_ratio`."""
-    return _bootstrap(_differences(ours, baseline, relative=False), resamples, level, seed)
+    return _interval(_differences(ours, baseline, relative=False), resamples, level, seed)
 
 
 def difference_p(ours: Sequence[float], baseline: Sequence[float], *, relative: bool = False) -> float | None:
@@ -163,7 +171,8 @@ def reached(runs: Sequence[ToAccuracy]) -> Reached:
     """Summary of one arm without a mean over survivors: the median, by Kaplan-Meier, counts those that never got there.
 
     It is the smallest number of joules by which half of the runs got there, if a run that stopped short would have
-    gone on like the others. The bound needs no such assumption: it is the (lower) median of the joules spent.
+    gone on like the others. Where only the last run tells, as when most have stopped short before, there is the bound,
+    which needs no such assumption: the (lower) median of the joules spent.
     """
     k, n = sum(run.reached for run in runs), len(runs)
     measured = [(run.joules, not run.reached) for run in runs if run.joules is not None]
@@ -175,7 +184,9 @@ def reached(runs: Sequence[ToAccuracy]) -> Reached:
     left = ecdf(CensoredData.right_censored(spent, censored)).sf
     halved = left.probabilities <= 0.5 + 1e-9  # a product that is one half may come out above it
     if halved.any():
-        return Reached(k, n, n - len(measured), float(left.quantiles[halved.argmax()]), None)
+        median = float(left.quantiles[halved.argmax()])
+        if k == n or sum(joules >= median for joules in spent) >= FEW_LEFT:
+            return Reached(k, n, n - len(measured), median, None)
     return Reached(k, n, n - len(measured), None, statistics.median_low(spent))
 
 
@@ -201,19 +212,28 @@ def _differences(ours: Sequence[float], baseline: Sequence[float], *, relative: 
     return a - b
 
 
-def _bootstrap(values: npt.NDArray[np.float64], resamples: int, level: float, seed: int) -> Estimate:
-    """Mean with its studentised bootstrap interval."""
+def _interval(values: npt.NDArray[np.float64], resamples: int, level: float, seed: int) -> Estimate:
+    """Mean with its interval."""
     n, mean = len(values), float(values.mean())
-    unknown = Estimate(mean, None, None, n, level)
-    if n < MIN_PAIRS:
-        return unknown
+    if n < MIN_PAIRS or np.ptp(values) == 0:
+        return Estimate(mean, None, None, n, level)
+    low, high = _bootstrapped(values, resamples, level, seed) if n >= FEW_PAIRS else (-math.inf, math.inf)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        from scipy.stats import t
+
+        reach = float(t.ppf((1 + level) / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+        low, high = mean - reach, mean + reach
+    return Estimate(mean, low, high, n, level)
+
+
+def _bootstrapped(values: npt.NDArray[np.float64], resamples: int, level: float, seed: int) -> tuple[float, float]:
+    """The ends of the studentised bootstrap interval of the mean; they may be infinite."""
+    n, mean = len(values), float(values.mean())
     drawn = np.random.default_rng(seed).choice(values, (resamples, n))
     shift, spread = drawn.mean(axis=1) - mean, drawn.std(axis=1, ddof=1)
     # A resample of values that are equal but for rounding has no spread: its t is infinite; many make an end so, too.
     flat = np.ptp(drawn, axis=1) <= 1e-9 * np.ptp(values)
     t = np.where(flat, np.copysign(np.inf, shift), shift / np.where(flat, 1, spread))
     ends = np.quantile(t, [(1 + level) / 2, (1 - level) / 2], method="inverted_cdf")
-    if not np.isfinite(ends).all():
-        return unknown
     low, high = (mean - float(end * values.std(ddof=1)) for end in ends)
-    return Estimate(mean, low, high, n, level)
+    return low, high

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from bpfree.errors import DataError, UsageError
 from bpfree.experiments.statistics import (
@@ -41,7 +42,7 @@ def joules(rng: np.random.Generator, n: int, ratio: float, noise: float = 0.05) 
 # Intervals
 
 
-@pytest.mark.parametrize("n", [10, 20])
+@pytest.mark.parametrize("n", [5, 10, 20])
 def test_the_interval_covers_the_true_ratio_as_often_as_it_says(n: int) -> None:
     """The default of 10,000 resamples, to save time, only in the next test."""
     rng = np.random.default_rng(n)
@@ -97,15 +98,27 @@ def test_few_pairs_have_a_mean_but_no_interval(n: int) -> None:
     assert paired_difference([3.0, 4.0, 5.0, 6.0][:n], [1.0] * n) == Estimate((n + 3) / 2, None, None, n, 0.95)
 
 
-@pytest.mark.parametrize("differences", [[0.1] * 8, [0.0, 0.0, 0.0, 0.0, 0.1]], ids=["all alike", "all but one"])
-def test_pairs_too_alike_have_no_interval_rather_than_a_certain_one(differences: list[float]) -> None:
-    estimate = paired_difference(differences, [0.0] * len(differences))
+def test_pairs_that_are_all_alike_have_no_interval_rather_than_a_certain_one() -> None:
+    estimate = paired_difference([0.1] * 8, [0.0] * 8)
     assert (estimate.low, estimate.high) == (None, None)
 
 
-def test_alike_but_for_rounding_is_alike() -> None:
-    almost = [1.0, 1.0 + 2e-16, 1.0 - 2e-16, 1.0, 1.5]
-    assert paired_ratio(almost, [1.0] * 5).low is None
+@pytest.mark.parametrize("n", [5, 7, 10])
+@pytest.mark.parametrize("rounding", [0.0, 2e-16])
+def test_pairs_of_which_one_differs_have_students_interval(n: int, rounding: float) -> None:
+    """Most resamples of these have no spread of their own, and their bootstrap no end."""
+    differences = [(-1) ** i * rounding for i in range(n - 1)] + [0.1]
+    estimate = paired_difference(differences, [0.0] * n)
+    expected = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("n", "students"), [(5, True), (7, True), (8, False), (20, False)])
+def test_few_pairs_have_students_interval(n: int, students: bool) -> None:
+    differences = np.random.default_rng(n).normal(size=n)
+    estimate = paired_difference(differences.tolist(), [0.0] * n)
+    expected = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert ((estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), rel=1e-6)) == students
 
 
 def test_a_ratio_too_large_to_print_is_still_a_number() -> None:
@@ -283,6 +296,12 @@ def test_a_median_worked_by_hand() -> None:
     """At 2 two of 5 get there (3/5 left), one is stopped, at 4 one of 2 (3/10 left); survivors alone would say 2."""
     assert reached(runs(done=[2, 2, 4], stopped=[3, 5])) == Reached(3, 5, 0, 4.0, None)
     assert reached(runs(done=[2, 2], stopped=[2, 5, 6])).median_j is None  # 3/5 are left: the stopped one was at risk
+
+
+def test_one_run_that_outlasts_all_others_makes_no_median() -> None:
+    summary = reached(runs(done=[1000], stopped=[10 * i for i in range(1, 10)]))
+    assert (summary.k, summary.n, summary.median_j, summary.bound_j) == (1, 10, None, 50)
+    assert reached(runs(done=[7], stopped=[])).median_j == 7  # the only one there is
 
 
 @pytest.mark.parametrize("n", range(2, 41, 2))

@@ -204,8 +204,8 @@ def test_the_factors_of_a_difference_in_energy(tmp_path: Path) -> None:
             patience=4, epochs=15,
         )  # fmt: skip
     row = row_of(one(collect(tmp_path), "T9"), "mf")
-    assert row["stopping"] == "4 without gain, at most 15 a stage"
-    assert str(row["baseline_stopping"]).startswith("20 without gain")
+    assert row["stopping"] == "4 epochs without gain, at most 15 a stage"
+    assert str(row["baseline_stopping"]).startswith("20 epochs without gain")
     expected = {
         "wh_ratio": 0.8,
         "passes_ratio": 2.0,
