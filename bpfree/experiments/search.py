@@ -40,7 +40,7 @@ class SharedSpace:
         passes: numbers of data passes; None if training runs to its own convergence.
     """
 
-    lr: Range = (1e-5, 1e-1)
+    lr: Range = (1e-5, 2.0)
     weight_decay: Range = (1e-7, 1e-1)
     lr_schedules: tuple[str, ...] = ("constant", "cosine")
     batch_sizes: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)

@@ -489,8 +489,9 @@ def _changes(entries: Sequence[Entry], with_reference: bool) -> Table:
     margins = dict.fromkeys((e.analysis.margin_accuracy, e.analysis.margin_relative) for e in entries)
     words = "; ".join(f"±{points:g} pp and ±{100 * share:g} %" for points, share in margins)
     notes = [
-        f"Paired by seed, [95 % CI] by bootstrap, with fewer than {FEW_PAIRS} pairs Student's. Verdicts: paired t test and "
-        f"two one-sided tests, each Holm-corrected over the rows of a column at {LEVEL:g}; margins of equivalence, fixed before the first run: {words}."
+        f"Paired by seed, [95 % CI] by bootstrap, with fewer than {FEW_PAIRS} pairs Student's. Verdicts: paired t test "
+        f"and two one-sided tests, each Holm-corrected over the rows of a column at {LEVEL:g}; margins of equivalence, "
+        f"fixed before the first run: {words}."
     ]
     return Table("T3", _beside(rows, _reference_changes(), wanted=with_reference), notes)
 

@@ -28,7 +28,7 @@ from bpfree.data import Dataset, Part
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
-from bpfree.experiments.config import RunConfig, read_preset, resolve
+from bpfree.experiments.config import RunConfig, presets, read_preset, resolve
 from bpfree.experiments.search import PARAMETERS, SharedSpace, declare
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError, TrainingConfig
@@ -583,3 +583,12 @@ def test_a_storage_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot open the storage nosuchdb") as refused:
         tune(study(), tmp_path, dataset=own_data(), storage="nosuchdb://user:secret@host/name")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("preset", sorted(presets()))
+def test_the_shared_space_holds_what_presets_have(preset: str) -> None:
+    """A tuner that keeps a preset's optimiser must be able to reach its rate."""
+    space, parameters = SharedSpace(), resolve(preset=preset).parameters
+    for name in PARAMETERS:
+        low, high = getattr(space, name)
+        assert not parameters.get(name) or low <= parameters[name] <= high
