@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 from bpfree.algorithms import (
     Algorithm,
     Backprop,
-    CompetitiveForward,
     ForwardForward,
     Learner,
     LocalLearning,
@@ -61,7 +60,7 @@ COUNTED: Final = 4
 OF_THE_WHOLE: Final = frozenset({"k", "ends", "stem"})
 """Parameters on how to cut a network, which its blocks are no longer to be."""
 
-LOCAL: Final = (MonoForward, ForwardForward, CompetitiveForward, LocalLearning)
+LOCAL: Final = (MonoForward, ForwardForward, LocalLearning)
 """Learners whose blocks are told apart by what they cost alone."""
 
 
@@ -233,11 +232,16 @@ def _refuse_unmeasurable(subject: Subject, learner: Learner) -> None:
         elif subject.parameters.get("input_projection"):
             reason = "input_projection is a unit of its own before the first block"
         else:
-            return
+            try:
+                learner.local_units()
+            except UsageError as error:  # one that `bpfree run --parallel layer` refuses, too
+                reason = str(error)
+            else:
+                return
     elif isinstance(learner, Backprop):
         reason = "gradients go through the whole network; the baseline that plans know is bp"
     else:
-        reason = "its blocks do not learn from the activations of earlier blocks alone"
+        reason = learner.undivided or "its blocks do not learn from the activations of earlier blocks alone"
     raise UsageError(f"{subject.rule.alias} has no block times to measure: {reason}; --times takes times of your own")
 
 
