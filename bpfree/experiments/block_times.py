@@ -8,8 +8,10 @@ What a block costs is then what it adds to a learner of its successor.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpfree.algorithms import (
     Algorithm,
@@ -56,6 +59,9 @@ MOST_STEPS: Final = 100
 
 COUNTED: Final = 4
 """Samples of the smaller one of two batches whose bytes are counted; bytes grow along a line with the batch."""
+
+CONSTANT: Final = 0.01
+"""What weights are where their values do not matter: not zero, which some layers divide by."""
 
 OF_THE_WHOLE: Final = frozenset({"k", "ends", "stem"})
 """Parameters on how to cut a network, which its blocks are no longer to be."""
@@ -105,7 +111,8 @@ def measure(subject: Subject, readings: int = READINGS) -> Profile:
     Raises:
         UsageError: a rule whose blocks cannot work side by side, or be told apart like this, with the reason.
     """
-    rounds = [_profile(subject, readings) for _ in range(CPU_ROUNDS if subject.device.type == "cpu" else 1)]
+    parts = _Parts.of(subject)
+    rounds = [_profile(subject, parts, readings) for _ in range(CPU_ROUNDS if subject.device.type == "cpu" else 1)]
 
     def fastest(kind: str) -> tuple[BlockCost, ...]:
         alike = zip(*(getattr(profile, kind) for profile in rounds), strict=True)
@@ -117,7 +124,8 @@ def measure(subject: Subject, readings: int = READINGS) -> Profile:
 def count(subject: Subject, seconds: Sequence[float], source: str) -> Profile:
     """The same without a clock, for times of the rule's own blocks that are known: only bytes are counted.
 
-    That takes two steps of a few samples, so that a GPU's times can be planned with where there is none.
+    That takes two steps of a few samples of one block of each kind, so that a GPU's times can be planned with where
+    there is none.
 
     Args:
         subject: what the times are of.
@@ -128,7 +136,9 @@ def count(subject: Subject, seconds: Sequence[float], source: str) -> Profile:
         UsageError: see `measure`.
         DataError: not one time for each block.
     """
-    few, more = (_profile(replace(subject, batch_size=size), 0) for size in (COUNTED, 2 * COUNTED))
+    with _Constants():
+        parts = _Parts.of(subject)
+    few, more = (_profile(replace(subject, batch_size=size), parts, 0) for size in (COUNTED, 2 * COUNTED))
     profile = _along_a_line(few, more, subject.batch_size)
     if subject.rule.alias != BACKPROP:
         profile = replace(profile, backprop=())  # of which no times are known
@@ -150,58 +160,61 @@ def _along_a_line(few: Profile, more: Profile, batch_size: int) -> Profile:
     return replace(few, batch_size=batch_size, local=local, backprop=backprop, **bytes_at(few, more))
 
 
-def _profile(subject: Subject, readings: int) -> Profile:
+@dataclass(frozen=True)
+class _Parts:
+    """A network to be taken apart, which stays as it is.
+
+    Attributes:
+        whole: the rule's learner of it; None for back-propagation.
+        blocks: of that learner.
+        shapes: of the inputs of each block, and of the last one's outputs.
+    """
+
+    whole: Learner | None
+    blocks: Sequence[nn.Module]
+    shapes: Sequence[Shape]
+
+    @classmethod
+    def of(cls, subject: Subject) -> _Parts:
+        """The parts of a subject's network.
+
+        Raises:
+            UsageError: see `measure`.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = build_network(subject.network, subject.input_shape)
+            if subject.rule.alias == BACKPROP:
+                _refuse_unknown_backprop(subject.parameters)
+                whole, blocks = None, list(as_blocks(network))
+            else:
+                whole = subject.rule.build(network, subject.classes, subject.input_shape, **subject.parameters)
+                _refuse_unmeasurable(subject, whole)
+                blocks = list(whole.blocks())
+            return cls(whole, blocks, [subject.input_shape, *block_output_shapes(blocks, subject.input_shape)])
+
+
+def _profile(subject: Subject, parts: _Parts, readings: int) -> Profile:
     device = subject.device
     with torch.random.fork_rng(), numerics(subject.precision):
         torch.manual_seed(0)
-        network = build_network(subject.network, subject.input_shape)
-        if subject.rule.alias == BACKPROP:
-            _refuse_unknown_backprop(subject.parameters)
-            blocks, whole = list(as_blocks(network)), None
-        else:
-            whole = subject.rule.build(network, subject.classes, subject.input_shape, **subject.parameters)
-            _refuse_unmeasurable(subject, whole)
-            blocks = list(whole.blocks())
-        shapes = [subject.input_shape, *block_output_shapes(blocks, subject.input_shape)]
         inputs = torch.rand(subject.batch_size, *subject.input_shape, device=device)
         targets = torch.randint(subject.classes, (subject.batch_size,), device=device)
         signal = inputs
         if inputs.ndim == 4:
-            signal = inputs.contiguous(memory_format=preferred_layout(network, device))
+            signal = inputs.contiguous(memory_format=preferred_layout(nn.ModuleList(parts.blocks), device))
         local, backprop = [], []
-        for index, block in enumerate(blocks):
-            last = index + 1 == len(blocks)
-            head = Head(shapes[-1], subject.classes, bias=True) if last else None
-            backward, outputs = _backprop_cost(subject, f"block {index}", block, head, signal, index > 0, readings)
-            backprop.append(backward)
-            if whole is not None:
-                cost = _LearningCost.alone(subject, blocks[index : index + 1], shapes[index], signal, targets, readings)
-                if not last:
-                    pair = blocks[index : index + 2], shapes[index], signal
-                    rest = blocks[index + 1 : index + 2], shapes[index + 1], outputs
-                    sizes = [_bytes(subject.learner(*these[:2]).parameters()) for these in (pair, rest)]
-                    if sizes[0] - sizes[1] != cost.parameter_bytes:
-                        both, after = (
-                            _LearningCost.alone(subject, *these, targets, readings) for these in (pair, rest)
-                        )
-                        cost = both.beyond(after)
-                reads_next = isinstance(whole, LocalLearning) and whole.ema and not last
-                local.append(
-                    BlockCost(
-                        name=f"block {index}",
-                        forward_seconds=backward.forward_seconds,
-                        gradient_seconds=max(0.0, cost.step_seconds - cost.update_seconds - backward.forward_seconds),
-                        update_seconds=cost.update_seconds,
-                        output_bytes=backward.output_bytes,
-                        parameter_bytes=cost.parameter_bytes,
-                        gradient_bytes=cost.gradient_bytes,
-                        optimizer_bytes=cost.optimizer_bytes,
-                        # closed forms have no graph, but need what goes in and comes out
-                        saved_bytes=max(cost.saved_bytes, signal.nbytes + outputs.nbytes),
-                        message_bytes=_bytes(first_unit(blocks[index + 1]).parameters()) if reads_next else 0,
-                    )
-                )
-            signal = outputs
+        known: dict[Any, tuple[BlockCost, BlockCost | None, Tensor]] = {}
+        for index in range(len(parts.blocks)):
+            # what is alike takes the same bytes, but readings of the clock are of each
+            alike = None if readings else _structure(parts.blocks[index : index + 2], parts.shapes[index], index > 0)
+            found = known.get(alike) or _costs(subject, parts, index, signal, targets, readings)
+            if not readings:
+                known[alike] = found
+            backward, cost, signal = found
+            backprop.append(replace(backward, name=f"block {index}"))
+            if cost is not None:
+                local.append(replace(cost, name=f"block {index}"))
     return Profile(
         algorithm=subject.rule.alias,
         network=subject.network,
@@ -214,6 +227,77 @@ def _profile(subject: Subject, readings: int) -> Profile:
         source="measured here",
         precision=subject.precision,
     )
+
+
+def _costs(
+    subject: Subject, parts: _Parts, index: int, signal: Tensor, targets: Tensor, readings: int
+) -> tuple[BlockCost, BlockCost | None, Tensor]:
+    """What a block takes by back-propagation and by the rule, and its outputs.
+
+    Args:
+        subject: what is measured.
+        parts: of the network.
+        index: of the block.
+        signal: (B, ..) inputs of the block.
+        targets: (B,) classes.
+        readings: of the clock.
+    """
+    block, *following = parts.blocks[index : index + 2]
+    head = None if following else Head(parts.shapes[-1], subject.classes, bias=True)
+    backward, outputs = _backprop_cost(subject, f"block {index}", block, head, signal, index > 0, readings)
+    if parts.whole is None:
+        return backward, None, outputs
+    cost = _LearningCost.alone(subject, [block], parts.shapes[index], signal, targets, readings)
+    if following:
+        pair = [block, *following], parts.shapes[index], signal
+        rest = following, parts.shapes[index + 1], outputs
+        sizes = [_bytes(subject.learner(*these[:2]).parameters()) for these in (pair, rest)]
+        if sizes[0] - sizes[1] != cost.parameter_bytes:
+            both, after = (_LearningCost.alone(subject, *these, targets, readings) for these in (pair, rest))
+            cost = both.beyond(after)
+    reads_next = isinstance(parts.whole, LocalLearning) and parts.whole.ema
+    local = BlockCost(
+        name=backward.name,
+        forward_seconds=backward.forward_seconds,
+        gradient_seconds=max(0.0, cost.step_seconds - cost.update_seconds - backward.forward_seconds),
+        update_seconds=cost.update_seconds,
+        output_bytes=backward.output_bytes,
+        parameter_bytes=cost.parameter_bytes,
+        gradient_bytes=cost.gradient_bytes,
+        optimizer_bytes=cost.optimizer_bytes,
+        # closed forms have no graph, but need what goes in and comes out
+        saved_bytes=max(cost.saved_bytes, signal.nbytes + outputs.nbytes),
+        message_bytes=sum(_bytes(first_unit(next_one).parameters()) for next_one in following) if reads_next else 0,
+    )
+    return backward, local, outputs
+
+
+class _Constants(TorchDispatchMode):
+    """Initialises with constants: random numbers for a large network take longer than counting its bytes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].fill_(CONSTANT)
+        return func(*args, **(kwargs or {}))
+
+
+class _Structure(pickle.Pickler):
+    """Pickles all that modules are made of but the numbers in their tensors."""
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return type(value).__name__, tuple(value.shape), str(value.dtype), value.requires_grad
+        return None
+
+
+def _structure(*made_of: object) -> object:
+    """Equal for what is made alike, whatever numbers its tensors hold; what cannot be pickled is like nothing else."""
+    written = io.BytesIO()
+    try:
+        _Structure(written).dump(made_of)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return object()
+    return written.getvalue()
 
 
 def _refuse_unknown_backprop(parameters: Mapping[str, Any]) -> None:

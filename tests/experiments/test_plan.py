@@ -11,12 +11,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bpfree.algorithms import algorithm
 from bpfree.errors import DataError, UsageError
+from bpfree.experiments import block_times
 from bpfree.experiments.block_times import Subject, count, measure, read_measurements, read_profile, write_profile
 from bpfree.experiments.links import LINKS, Link
 from bpfree.experiments.plan import (
@@ -548,6 +550,28 @@ def test_bytes_of_an_mlp_are_those_of_its_matrices() -> None:
     assert (found.input_bytes, found.target_bytes) == (100 * 16 * 4, 100 * 8)
     assert first.saved_bytes == 100 * (16 + 20) * 4  # closed form: inputs and outputs
     assert (first.seconds, second.seconds, found.backprop, found.source) == (1, 2, (), "a record")
+
+
+@pytest.mark.parametrize(("rule", "network", "kinds"), [("mf", "mlp:8x30", 3), ("man", "resnet:20", 9)])
+def test_blocks_that_are_alike_are_counted_once(
+    rule: str, network: str, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network of many large blocks would take minutes."""
+    counted: list[int] = []
+    costs = block_times._costs
+
+    def noted(wanted: Subject, parts: block_times._Parts, index: int, *rest: Any) -> Any:
+        counted.append(index)
+        return costs(wanted, parts, index, *rest)
+
+    monkeypatch.setattr(block_times, "_costs", noted)
+    wanted = subject(rule, network, (3, 8, 8))
+    seconds = [1.0] * len(block_times._Parts.of(wanted).blocks)
+    found = count(wanted, seconds, "a record")
+    assert len(counted) == 2 * kinds  # for two sizes of a batch
+    monkeypatch.setattr(block_times, "_structure", lambda *made_of: object())
+    assert count(wanted, seconds, "a record") == found
+    assert len(counted) == 2 * (kinds + len(seconds))
 
 
 def test_blocks_that_have_been_counted_are_freed() -> None:
