@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.config import parse_settings
 from bpfree.networks import Graph, build_network, cnn, gnn, mlp
 
 CLASSES = 4
@@ -370,6 +372,33 @@ def test_graphs_of_autoencoders_equal_eager_steps(rule: str) -> None:
 def test_a_network_that_returns_another_shape_is_no_autoencoder(rule: str) -> None:
     with pytest.raises(UsageError, match="returns what it is given"):
         entry(rule).build(cnn(SHAPE, (6, 8)), 0, SHAPE)
+
+
+@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
+def test_a_setting_of_a_wrong_type_is_refused_in_one_line(rule: str) -> None:
+    types = {"7": int, "0.25": float, "abc": str, "true": bool}
+    for name, annotation in entry(rule).annotations().items():
+        wanted = str(annotation)
+        accepted = 0
+        for text in (*types, "nan", "-inf", "[1]", "{}", "1979-05-27"):
+            setting = f"{name}={text}"
+            with contextlib.suppress(UsageError):
+                value = parse_settings((setting,), rule)[name]
+                accepted += 1
+                # it is of a type that the constructor names, a whole number also where that is a float
+                assert type(value) is types.get(text) or (text, value) == ("7", 7.0), setting
+                assert type(value).__name__ in wanted or (type(value) is str and "Literal" in wanted), setting
+                # and if its value is wrong the learner says so
+                build(rule, backbones(rule)[0], **{name: value})
+        assert accepted, name
+
+
+@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_that_make_no_sense_are_refused_in_one_line(rule: str, value: str) -> None:
+    for name in entry(rule).parameters():
+        with contextlib.suppress(UsageError):
+            build(rule, backbones(rule)[0], **parse_settings((f"{name}={value}",), rule))
 
 
 class FirstChoice:
