@@ -126,7 +126,7 @@ class Stage:
             UsageError: shapes or types do not fit the network, or (on the CPU, where looking at values does
                 not stall a device) a target is not a class.
         """
-        _check_batch(batch, self.input_shape, self.classes)
+        check_batch(batch, self.input_shape, self.classes)
         return self.update(batch)
 
 
@@ -169,7 +169,17 @@ def _pair(batch: Batch) -> Batch:
     return batch[0], batch[1]
 
 
-def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+def check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+    """Refuse a batch that does not fit a network, as `Stage.step` does.
+
+    Args:
+        batch: see `Stage.step`.
+        input_shape: shape of one input sample.
+        classes: C; 0 for the task "autoencode".
+
+    Raises:
+        UsageError: see `Stage.step`.
+    """
     inputs, targets = _pair(batch)
     check_inputs(inputs, input_shape)
     if not isinstance(targets, Tensor):

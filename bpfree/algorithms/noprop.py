@@ -78,6 +78,7 @@ from bpfree.algorithms.learner import (
     Support,
     Trial,
     accuracy,
+    check_batch,
     check_classes,
     evaluation_mode,
 )
@@ -150,7 +151,8 @@ class NoProp(Learner):
         noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
             generator.
         draw: which draw of the inference noise `scores` uses.
-        validation_steps: denoising steps when a state is rated during training ("ct", "fm"); None: as many as `steps`.
+        validation_steps: denoising steps when a state is rated during training; None: as many as `steps`. "dt" takes
+            at most T, and then uses evenly spread blocks.
         shared_updates: when p_out and learned embeddings take a step: after each "block" as in Algorithm 1, or once
             per "step", by the sum of the blocks' gradients.
         lanes: blocks that learn at the same time in a CUDA graph, if they share nothing that learns in between.
@@ -222,6 +224,10 @@ class NoProp(Learner):
             raise unknown_name("shared_updates", shared_updates, SHARED_UPDATES)
         if lanes < 1 or (validation_steps is not None and validation_steps < 1):
             raise UsageError(f"lanes and validation_steps must be at least 1, got {lanes} and {validation_steps}")
+        if variant == "dt" and validation_steps is not None and validation_steps > process.steps:
+            raise UsageError(
+                f"validation_steps must be at most the number of blocks {process.steps}, got {validation_steps}"
+            )
         modules = children_of(network)
         check_classes(classes)
         shape = sample_shape(input_shape, list(as_blocks(modules)))
@@ -283,7 +289,7 @@ class NoProp(Learner):
         if self.shared_updates == "step":
             learned = self._learn_together(batch)
         else:
-            learned = [self.learn_block(index, batch) for index in range(len(self.network))]
+            learned = [self._learn_block(index, batch) for index in range(len(self.network))]
         metrics = {f"block {index} loss": terms.pop(DENOISING) for index, terms in enumerate(learned)}
         return {**metrics, **_of_the_whole(learned)}
 
@@ -360,7 +366,6 @@ class NoProp(Learner):
         _step(self._shared_optimizers, [torch.stack(same).sum(0) for same in zip(*gradients, strict=True)])
         return learned
 
-    @torch.enable_grad()
     def learn_block(self, index: int, batch: Batch) -> Metrics:
         """One update of one block, and of what blocks share: the body of Algorithm 1.
 
@@ -373,7 +378,17 @@ class NoProp(Learner):
 
         Returns:
             The terms of the block's loss by name, 0-d.
+
+        Raises:
+            UsageError: there is no such block, or the batch does not fit.
         """
+        if type(index) is not int or not 0 <= index < len(self.network):
+            raise UsageError(f"the index of a block lies in [0, {len(self.network)}), got {index!r}")
+        check_batch(batch, self.input_shape, self.classes)
+        return self._learn_block(index, batch)
+
+    @torch.enable_grad()
+    def _learn_block(self, index: int, batch: Batch) -> Metrics:
         x, y = batch
         draws = self._draw(index, y)
         if self._apart:
