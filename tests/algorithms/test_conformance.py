@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -110,7 +111,9 @@ LOCAL = [rule for rule in RULES if entry(rule).learner.locality != "network" and
 
 def build(rule: str, backbone: str, seed: int = 0, **parameters: object) -> Learner:
     torch.manual_seed(seed)
-    options = {"lr": 3e-3, **OPTIONS.get(rule, {}), **parameters}
+    options = {**OPTIONS.get(rule, {}), **parameters}
+    if "lr" not in entry(rule).learner.idle(options):
+        options.setdefault("lr", 3e-3)
     shape = FEATURES if backbone in GRAPHS else SHAPE
     return entry(rule).build(BACKBONES[backbone](), CLASSES, shape, **options)
 
@@ -401,22 +404,28 @@ def test_numbers_that_make_no_sense_are_refused_in_one_line(rule: str, value: st
             build(rule, backbones(rule)[0], **parse_settings((f"{name}={value}",), rule))
 
 
-class FirstChoice:
-    """A tuner's trial that takes the first or lowest value offered."""
+class AnyChoice:
+    """A tuner's trial that draws."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         assert low < high
-        return low
+        return self._random.choice((low, high))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return choices[0]
+        return self._random.choice(choices)
 
 
-@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
-def test_search_space_holds_parameters_of_the_rule(rule: str) -> None:
-    found = entry(rule).learner.search_space(FirstChoice())
+@pytest.mark.parametrize("rule", ALIASES)
+@pytest.mark.parametrize("seed", range(5))
+def test_search_space_holds_parameters_of_the_rule(rule: str, seed: int) -> None:
+    found = entry(rule).learner.search_space(AnyChoice(seed), {})
     assert set(found) <= set(entry(rule).parameters())
-    build(rule, backbones(rule)[0], **found)
+    entry(rule).build(
+        BACKBONES[backbones(rule)[0]](), CLASSES, SHAPE if "mlp" in backbones(rule) else FEATURES, **found
+    )
 
 
 @every

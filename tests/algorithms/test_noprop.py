@@ -753,7 +753,17 @@ def test_prediction_never_reads_an_embedding_of_a_label(variant: str, monkeypatc
         ({"variant": "ct", "validation_steps": 0}, "validation_steps"),
         ({"variant": "ct", "gamma_min": 3.0, "gamma_max": 3.0}, "gamma_min"),
         ({"variant": "fm", "path_sigma": -1.0}, "path_sigma"),
-        ({"radial_sigma": 0.0}, "radial_sigma"),
+        ({"p_out": "radial", "radial_sigma": 0.0}, "radial_sigma must be positive"),
+        ({"radial_sigma": 0.5}, "radial_sigma would have no effect with p_out=linear"),
+        ({"gamma_min": -7.0, "gamma_max": 7.0}, "gamma_min and gamma_max would have no effect with variant=dt"),
+        ({"path_sigma": 0.0}, "path_sigma would have no effect with variant=dt"),
+        ({"variant": "ct", "alpha_bar_min": 1e-4}, "alpha_bar_min would have no effect with variant=ct"),
+        ({"variant": "fm", "alpha_bar_max": 0.9}, "alpha_bar_max would have no effect with variant=fm"),
+        ({"variant": "fm", "p_out": "linear"}, "p_out would have no effect with variant=fm and embeddings=onehot"),
+        (
+            {"variant": "fm", "p_out": "radial", "radial_sigma": 1.0},
+            "p_out and radial_sigma",
+        ),
         ({"embeddings": "learned", "embedding_dim": 0}, "embedding_dim"),
     ],
 )
