@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 from torch import nn
 
@@ -53,6 +53,11 @@ class Algorithm:
             for name, parameter in signature.parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "input_shape"
         }
+
+    def annotations(self) -> dict[str, Any]:
+        """What each of `parameters` may be, as the learner's constructor says."""
+        hints = get_type_hints(self.learner.__init__)
+        return {name: hints[name] for name in self.parameters()}
 
     def build(self, network: nn.Sequential, classes: int, input_shape: Shape, **parameters: Any) -> Learner:
         """A learner for `network`; 0 classes are the task "autoencode".

@@ -19,7 +19,7 @@ multiplies the sum or the mean of the head losses; here the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -217,6 +217,6 @@ class Backprop(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing of its own: back-propagation has only what every rule has."""
         return {}

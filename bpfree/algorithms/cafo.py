@@ -24,7 +24,7 @@ without the code's (B, D, C) tensor. The feedback's scale is that of `direct_fee
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -38,7 +38,18 @@ from bpfree.algorithms._cafo_ridge import GRAM_PRECISIONS
 from bpfree.algorithms._cafo_training import Alignment, ClosedForm, Descent, Group
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
 from bpfree.algorithms.direct_feedback import OUTPUT_ERROR
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms.learner import (
+    Batch,
+    Learner,
+    Metrics,
+    Paper,
+    Stage,
+    Support,
+    Trial,
+    accuracy,
+    evaluation_mode,
+    refuse_idle,
+)
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
 
@@ -50,6 +61,7 @@ Normalization = Literal["train_stats", "batch"]
 BLOCK_TRAININGS: Final = ("random", "dfa")
 SCHEDULES: Final = ("concurrent", "sequential")
 NORMALIZATIONS: Final = ("train_stats", "batch")
+LR: Final = 1e-3
 
 
 class CaFo(Learner):
@@ -68,13 +80,14 @@ class CaFo(Learner):
             together, as in the paper's code; the network's layers then lose their own.
         ridge: penalty of the closed form; None chooses each predictor's among `RIDGES` by squared error on validation
             data; 0 gives the solution of minimum norm.
-        gram: precision of the closed form's products: "float64", or "float32" where float64 is slow.
+        gram: precision of the closed form's products: "float64" (None), or "float32" where float64 is slow.
         bias: whether predictors have one.
-        lr: learning rate of predictors that learn in steps.
-        optimizer: of predictors and blocks: "adam", "adamw", "sgd", "gd", or a function from parameters to one.
-        weight_decay: decay of the predictors' weights.
+        lr: learning rate of predictors that learn in steps; None: 0.001.
+        optimizer: of predictors that learn in steps and of blocks: "adam" (None), "adamw", "sgd", "gd", or a function
+            from parameters to one.
+        weight_decay: decay of the weights of predictors that learn in steps; None: 0.
         block_lr: learning rate of blocks trained by "dfa"; None takes `lr`.
-        block_weight_decay: decay of their weights.
+        block_weight_decay: decay of their weights; None: 0.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -110,33 +123,42 @@ class CaFo(Learner):
         schedule: Schedule = "concurrent",
         bn_mode: Normalization = "train_stats",
         ridge: float | None = None,
-        gram: str = "float64",
+        gram: str | None = None,
         bias: bool = True,
-        lr: float = 1e-3,
-        optimizer: str | OptimizerFactory = "adam",
-        weight_decay: float = 0.0,
+        lr: float | None = None,
+        optimizer: str | OptimizerFactory | None = None,
+        weight_decay: float | None = None,
         block_lr: float | None = None,
-        block_weight_decay: float = 0.0,
+        block_weight_decay: float | None = None,
         input_shape: Shape | None = None,
     ) -> None:
         super().__init__(network, classes, input_shape)
+        precision = "float64" if gram is None else gram
         for kind, value, known in (
             ("loss", loss, LOSSES),
             ("block_training", block_training, BLOCK_TRAININGS),
             ("aggregate", aggregate, AGGREGATES),
             ("schedule", schedule, SCHEDULES),
             ("bn_mode", bn_mode, NORMALIZATIONS),
-            ("gram", gram, GRAM_PRECISIONS),
+            ("gram", precision, GRAM_PRECISIONS),
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
-        if loss != "mse" and (ridge is not None or gram != "float64"):
-            raise UsageError(f"ridge and gram belong to the closed form of loss=mse, not to loss={loss}")
-        if block_training != "dfa" and (block_lr is not None or block_weight_decay):
-            raise UsageError("block_lr and block_weight_decay are for block_training=dfa; random blocks do not learn")
-        for name, given in (("ridge", ridge), ("block_lr", block_lr)):
-            if given is not None and (type(given) not in (float, int) or not 0 <= given < math.inf):
-                raise UsageError(f"{name} must be a number from 0 on, got {given!r}")
+        given = {
+            "ridge": ridge,
+            "gram": gram,
+            "lr": lr,
+            "optimizer": optimizer,
+            "weight_decay": weight_decay,
+            "block_lr": block_lr,
+            "block_weight_decay": block_weight_decay,
+        }
+        chosen = {"loss": loss, "block_training": block_training, "block_lr": block_lr}
+        refuse_idle(given, self.idle(chosen), " and ".join(f"{k}={v}" for k, v in chosen.items() if v is not None))
+        lr, optimizer = LR if lr is None else lr, "adam" if optimizer is None else optimizer
+        for name, number in (("ridge", ridge), ("block_lr", block_lr)):
+            if number is not None and (type(number) not in (float, int) or not 0 <= number < math.inf):
+                raise UsageError(f"{name} must be a number from 0 on, got {number!r}")
         self.block_training, self.aggregate, self.schedule, self.bn_mode = block_training, aggregate, schedule, bn_mode
         self.loss_name, self._loss = loss, LOSSES[loss]()
         if bn_mode == "batch":
@@ -152,7 +174,9 @@ class CaFo(Learner):
         if block_training == "dfa":
             self.channels = (OUTPUT_ERROR,)
             block_lr = lr if block_lr is None else block_lr
-            block_optimizer = partial(make_optimizer, optimizer=optimizer, lr=block_lr, weight_decay=block_weight_decay)
+            block_optimizer = partial(
+                make_optimizer, optimizer=optimizer, lr=block_lr, weight_decay=block_weight_decay or 0.0
+            )
             self.alignment = Alignment(self.network, shapes, classes, block_optimizer)
         else:
             self.network.requires_grad_(False)
@@ -161,8 +185,8 @@ class CaFo(Learner):
         def group(members: range) -> Group:
             predictors = Predictors([widths[number] for number in members], classes, bias=bias)
             if not isinstance(self._loss, GradientLoss):
-                return ClosedForm(members, predictors, ridge, gram)
-            make = make_optimizer(predictors.parameters(), optimizer, lr=lr, weight_decay=weight_decay)
+                return ClosedForm(members, predictors, ridge, precision)
+            make = make_optimizer(predictors.parameters(), optimizer, lr=lr, weight_decay=weight_decay or 0.0)
             return Descent(members, predictors, self._loss, make)
 
         together = [range(len(widths))] if schedule == "concurrent" else [range(n, n + 1) for n in range(len(widths))]
@@ -236,10 +260,28 @@ class CaFo(Learner):
         """Any sequence of blocks: each must only map a batch to a batch (for "dfa", PyTorch must differentiate it)."""
         return Support(True)
 
+    @classmethod
+    def idle(cls, parameters: Mapping[str, Any]) -> frozenset[str]:
+        """Rates of what does not learn in steps, and the closed form's options without one."""
+        names: set[str] = set()
+        learning = parameters.get("block_training") == "dfa"
+        if not learning:
+            names |= {"block_lr", "block_weight_decay"}
+        if parameters.get("loss", "mse") != "mse":
+            return frozenset(names | {"ridge", "gram"})
+        names.add("weight_decay")
+        if not learning:
+            names.add("optimizer")
+        if not learning or parameters.get("block_lr") is not None:
+            names.add("lr")
+        return frozenset(names)
+
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """What predictors learn from, and how they are read."""
+        losses = tuple(loss for loss in LOSSES if not CaFo.idle({**fixed, "loss": loss}) & set(fixed))
         return {
-            "loss": trial.suggest_categorical("loss", tuple(LOSSES)),
+            # parameters of which no loss takes all are refused with whichever it is
+            "loss": trial.suggest_categorical("loss", losses or tuple(LOSSES)),
             "aggregate": trial.suggest_categorical("aggregate", AGGREGATES),
         }

@@ -26,7 +26,7 @@ ranks classes as averages do. Groups of channels may be uneven.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -281,7 +281,7 @@ class CompetitiveForward(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing of its own: goodness, loss and normalisation are what tells its three rules apart."""
         return {}
 

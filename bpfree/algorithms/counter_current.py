@@ -31,7 +31,7 @@ as in the authors' code. A row of zeros has no direction under "cosine" and give
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -141,6 +141,8 @@ class CounterCurrent(Learner):
             raise unknown_name("similarity", similarity, SIMILARITIES)
         if clip_scope not in CLIP_SCOPES:
             raise unknown_name("clip_scope", clip_scope, CLIP_SCOPES)
+        if clip_scope == "network" and not clip:
+            raise UsageError("clip=0 clips nothing, so that clip_scope=network has no effect; use clip_scope=layer")
         if similarity == "dot" and decorrelation is not None:
             raise UsageError("decorrelation belongs to similarity=cosine")
         if not (0 <= flood < 1 and clip >= 0 and warmup_steps >= 0 and scale > 0 and (decorrelation or 0) >= 0):
@@ -299,10 +301,11 @@ class CounterCurrent(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """How activations are compared, and the length at which gradients are clipped."""
+        comparable = SIMILARITIES if fixed.get("decorrelation") is None else ("cosine",)
         return {
-            "similarity": trial.suggest_categorical("similarity", SIMILARITIES),
+            "similarity": trial.suggest_categorical("similarity", comparable),
             "clip": trial.suggest_float("clip", 0.1, 1.0, log=True),
         }
 

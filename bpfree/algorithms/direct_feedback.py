@@ -17,7 +17,7 @@ Deviations from the paper: B_l is normal with variance 1 / C (the paper tunes un
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -114,7 +114,7 @@ class DirectFeedback(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing of its own."""
         return {}
 

@@ -34,7 +34,7 @@ mean square activity of 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -439,9 +439,11 @@ class ForwardForward(Learner):
         return Support(False, "its layers are Linear-ReLU, such as mlp:4x2000; for convolutions see cwc, dff and sff")
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
-        """The temperature, and the strength of peer normalisation."""
-        return {
-            "temperature": trial.suggest_float("temperature", 0.3, 100.0, log=True),
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        """The temperature of losses that have one, and the strength of peer normalisation."""
+        space: dict[str, Any] = {
             "peer_normalization": trial.suggest_categorical("peer_normalization", (0.0, 0.03)),
         }
+        if fixed.get("loss") != "symba":
+            space["temperature"] = trial.suggest_float("temperature", 0.3, 100.0, log=True)
+        return space

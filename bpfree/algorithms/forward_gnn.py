@@ -26,7 +26,7 @@ like training does; `bottom_up="raw"` leaves it out. Scores of link-ff come from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -264,6 +264,9 @@ class ForwardGNN(Learner):
         return Support(False, "it needs graph convolutions as blocks, such as gcn:2x128, sage:2x128 or gat:2x128")
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
-        """The temperature of the default variant."""
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        """The temperature of variants that have one."""
+        variant = VARIANTS.get(fixed.get("variant", "sf"))  # the learner says if there is none of that name
+        if variant is None or "tau" not in variant.options:
+            return {}
         return {"tau": trial.suggest_float("tau", 0.1, 10.0, log=True)}

@@ -13,7 +13,7 @@ another. A plain loop is all it takes to train one:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, final, runtime_checkable
@@ -153,7 +153,7 @@ class Stage:
             UsageError: shapes or types do not fit the network, or (on the CPU, where looking at values does
                 not stall a device) a target is not a class.
         """
-        _check_batch(batch, self.input_shape, self.classes)
+        check_batch(batch, self.input_shape, self.classes)
         return self.update(batch)
 
 
@@ -189,6 +189,22 @@ def check_classes(classes: int) -> None:
         raise UsageError(f"classes is how many there are, an int, got {classes!r}")
 
 
+def refuse_idle(given: Mapping[str, Any], idle: Container[str], reason: str) -> None:
+    """Refuse parameters that would be ignored.
+
+    Args:
+        given: by name; None is not given.
+        idle: names of those that have no effect.
+        reason: what leaves them without.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    names = [name for name, value in given.items() if value is not None and name in idle]
+    if names:
+        raise UsageError(f"{' and '.join(names)} would have no effect with {reason}; leave out {' and '.join(names)}")
+
+
 def _pair(batch: Batch) -> Batch:
     # a tensor of two rows would unpack as well
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -196,7 +212,17 @@ def _pair(batch: Batch) -> Batch:
     return batch[0], batch[1]
 
 
-def _check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+def check_batch(batch: Batch, input_shape: Shape, classes: int) -> None:
+    """Refuse a batch that does not fit a network, as `Stage.step` does.
+
+    Args:
+        batch: see `Stage.step`.
+        input_shape: shape of one input sample.
+        classes: C; 0 for the task "autoencode".
+
+    Raises:
+        UsageError: see `Stage.step`.
+    """
     inputs, targets = _pair(batch)
     check_inputs(inputs, input_shape)
     if not isinstance(targets, Tensor):
@@ -285,11 +311,25 @@ class Learner(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """The rule's own hyperparameters for a tuner, as keyword arguments of the learner.
 
         Those that every rule has (learning rate, weight decay, batch size, ...) are the tuner's.
+
+        Args:
+            trial: asked for values.
+            fixed: keyword arguments that go with them, of a preset or the user; nothing is suggested that the learner
+                refuses beside them.
         """
+
+    @classmethod
+    def idle(cls, parameters: Mapping[str, Any]) -> frozenset[str]:
+        """Names of keyword arguments that these, with the defaults of all others, leave without effect.
+
+        A tuner asks, for a learner refuses them. Only rules that have no use for a learning rate or for weight decay,
+        which are searched for every rule, have to answer.
+        """
+        return frozenset()
 
     @property
     @final

@@ -24,7 +24,7 @@ option (`head_pool`, default flatten). "sum" is offered over scores and over pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -278,7 +278,7 @@ class MonoForward(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """The schedule is the only choice of its own that changes training."""
         return {"schedule": trial.suggest_categorical("schedule", SCHEDULES)}
 

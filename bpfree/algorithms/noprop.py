@@ -37,7 +37,7 @@ Deviations from the paper, and what it leaves open:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -79,8 +79,10 @@ from bpfree.algorithms.learner import (
     Support,
     Trial,
     accuracy,
+    check_batch,
     check_classes,
     evaluation_mode,
+    refuse_idle,
 )
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
@@ -95,15 +97,21 @@ SHARED_UPDATES: Final = ("block", "step")
 EMBEDDINGS_IN_COMMON: Final = Channel(
     "shared embeddings", "embeddings of the classes, which learn from the losses of all blocks", 1
 )
+ALPHA_BAR_MIN: Final = 1e-4
+ALPHA_BAR_MAX: Final = 1 - 1e-4
+GAMMA_MIN: Final = -7.0
+GAMMA_MAX: Final = 7.0
+RADIAL_SIGMA: Final = 0.5
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A process and what the paper's table of hyperparameters says of it."""
+    """A process, what the paper's table of hyperparameters says of it, and the options that no other process has."""
 
     build: Callable[[_Options], Process]
     steps: int
     eta: float
+    own: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -118,9 +126,11 @@ class _Options:
 
 
 VARIANTS: Final = {
-    "dt": Variant(lambda o: DiscreteDiffusion(o.steps, o.eta, *o.alpha_bar), steps=10, eta=0.1),
-    "ct": Variant(lambda o: ContinuousDiffusion(o.steps, o.eta, *o.gamma), steps=1000, eta=1.0),
-    "fm": Variant(lambda o: FlowMatching(o.steps, o.eta, o.path_sigma), steps=1000, eta=1.0),
+    "dt": Variant(
+        lambda o: DiscreteDiffusion(o.steps, o.eta, *o.alpha_bar), 10, 0.1, ("alpha_bar_min", "alpha_bar_max")
+    ),
+    "ct": Variant(lambda o: ContinuousDiffusion(o.steps, o.eta, *o.gamma), 1000, 1.0, ("gamma_min", "gamma_max")),
+    "fm": Variant(lambda o: FlowMatching(o.steps, o.eta, o.path_sigma), 1000, 1.0, ("path_sigma",)),
 }
 
 
@@ -139,29 +149,30 @@ class NoProp(Learner):
         embeddings: rows of W_E: "onehot" (fixed), "learned" (`embedding_dim` wide), "prototype" (as wide as an input;
             `prepare` makes them medoids of the training set).
         embedding_dim: d of learned embeddings.
-        p_out: "linear" or "radial".
-        radial_sigma: sigma of the radial p_out.
+        p_out: "linear" (None) or "radial"; "fm" has none with one-hot embeddings.
+        radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T of "dt"; steps of inference of "ct" and "fm". None: 10, 1000, 1000 as in the paper.
         eta: weight of the denoising loss. None: 0.1, 1, 1 as in the paper.
-        alpha_bar_min: lower clamp of abar in "dt".
-        alpha_bar_max: upper clamp of abar in "dt".
-        gamma_min: g0 of "ct" at the start.
-        gamma_max: g1 of "ct" at the start.
-        path_sigma: sigma of the path in "fm".
+        alpha_bar_min: lower clamp of abar in "dt"; None: 1e-4.
+        alpha_bar_max: upper clamp of abar in "dt"; None: 1 - 1e-4.
+        gamma_min: g0 of "ct" at the start; None: -7.
+        gamma_max: g1 of "ct" at the start; None: 7.
+        path_sigma: sigma of the path in "fm"; None: 0.
         sampler: "stochastic" as in the paper, "mean" without the noise term (dt, ct), or "ode" (ct, fm). None: the
             variant's own.
         width: units of the label and time branches and of the trunk.
         noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
             generator.
         draw: which draw of the inference noise `scores` uses.
-        validation_steps: denoising steps when a state is rated during training ("ct", "fm"); None: as many as `steps`.
+        validation_steps: denoising steps when a state is rated during training; None: as many as `steps`. "dt" takes
+            at most T, and then uses evenly spread blocks.
         shared_updates: when p_out and learned embeddings take a step: after each "block" as in Algorithm 1, or once
             per "step", by the sum of the blocks' gradients.
         lanes: blocks that learn at the same time in a CUDA graph, if they share nothing that learns in between.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
-        UsageError: a network or value that does not fit.
+        UsageError: a network or value that does not fit, or a value that the other choices leave without effect.
 
     Example:
         >>> branch = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
@@ -190,15 +201,15 @@ class NoProp(Learner):
         variant: VariantName = "dt",
         embeddings: EmbeddingKind = "onehot",
         embedding_dim: int = 20,
-        p_out: ReadoutKind = "linear",
-        radial_sigma: float = 0.5,
+        p_out: ReadoutKind | None = None,
+        radial_sigma: float | None = None,
         steps: int | None = None,
         eta: float | None = None,
-        alpha_bar_min: float = 1e-4,
-        alpha_bar_max: float = 1 - 1e-4,
-        gamma_min: float = -7.0,
-        gamma_max: float = 7.0,
-        path_sigma: float = 0.0,
+        alpha_bar_min: float | None = None,
+        alpha_bar_max: float | None = None,
+        gamma_min: float | None = None,
+        gamma_max: float | None = None,
+        path_sigma: float | None = None,
         sampler: str | None = None,
         width: int = BRANCH_WIDTH,
         noise_seed: int | None = None,
@@ -211,13 +222,24 @@ class NoProp(Learner):
         if variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
         usual = VARIANTS[variant]
+        own = {
+            "alpha_bar_min": alpha_bar_min,
+            "alpha_bar_max": alpha_bar_max,
+            "gamma_min": gamma_min,
+            "gamma_max": gamma_max,
+            "path_sigma": path_sigma,
+        }
+        refuse_idle(own, own.keys() - set(usual.own), f"variant={variant}")
         process = usual.build(
             _Options(
                 steps=usual.steps if steps is None else steps,
                 eta=usual.eta if eta is None else eta,
-                alpha_bar=(alpha_bar_min, alpha_bar_max),
-                gamma=(gamma_min, gamma_max),
-                path_sigma=path_sigma,
+                alpha_bar=(
+                    ALPHA_BAR_MIN if alpha_bar_min is None else alpha_bar_min,
+                    ALPHA_BAR_MAX if alpha_bar_max is None else alpha_bar_max,
+                ),
+                gamma=(GAMMA_MIN if gamma_min is None else gamma_min, GAMMA_MAX if gamma_max is None else gamma_max),
+                path_sigma=path_sigma or 0.0,
             )
         )
         if sampler is not None and sampler not in process.samplers:
@@ -226,6 +248,10 @@ class NoProp(Learner):
             raise unknown_name("shared_updates", shared_updates, SHARED_UPDATES)
         if lanes < 1 or (validation_steps is not None and validation_steps < 1):
             raise UsageError(f"lanes and validation_steps must be at least 1, got {lanes} and {validation_steps}")
+        if variant == "dt" and validation_steps is not None and validation_steps > process.steps:
+            raise UsageError(
+                f"validation_steps must be at most the number of blocks {process.steps}, got {validation_steps}"
+            )
         modules = children_of(network)
         check_classes(classes)
         shape = sample_shape(input_shape, list(as_blocks(modules)))
@@ -242,7 +268,17 @@ class NoProp(Learner):
         self.embeddings = Embeddings(embeddings, classes, dim)
         # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
         reads = variant != "fm" or self.embeddings.learned
-        self.readout = Readout(p_out, self.embeddings, radial_sigma) if reads else None
+        if not reads:
+            refuse_idle(
+                {"p_out": p_out, "radial_sigma": radial_sigma},
+                ("p_out", "radial_sigma"),
+                f"variant=fm and embeddings={embeddings}",
+            )
+        kind = "linear" if p_out is None else p_out
+        if kind == "linear":
+            refuse_idle({"radial_sigma": radial_sigma}, ("radial_sigma",), "p_out=linear")
+        sigma = RADIAL_SIGMA if radial_sigma is None else radial_sigma
+        self.readout = Readout(kind, self.embeddings, sigma) if reads else None
         self.channels = (EMBEDDINGS_IN_COMMON,) if self.embeddings.learned and len(self.network) > 1 else ()
         self.noise = BlockNoise(self.network, noise_seed)
         self._block_optimizers = tuple(
@@ -288,7 +324,7 @@ class NoProp(Learner):
         if self.shared_updates == "step":
             learned = self._learn_together(batch)
         else:
-            learned = [self.learn_block(index, batch) for index in range(len(self.network))]
+            learned = [self._learn_block(index, batch) for index in range(len(self.network))]
         metrics = {f"block {index} loss": terms.pop(DENOISING) for index, terms in enumerate(learned)}
         return {**metrics, **_of_the_whole(learned)}
 
@@ -365,7 +401,6 @@ class NoProp(Learner):
         _step(self._shared_optimizers, [torch.stack(same).sum(0) for same in zip(*gradients, strict=True)])
         return learned
 
-    @torch.enable_grad()
     def learn_block(self, index: int, batch: Batch) -> Metrics:
         """One update of one block, and of what blocks share: the body of Algorithm 1.
 
@@ -378,7 +413,17 @@ class NoProp(Learner):
 
         Returns:
             The terms of the block's loss by name, 0-d.
+
+        Raises:
+            UsageError: there is no such block, or the batch does not fit.
         """
+        if type(index) is not int or not 0 <= index < len(self.network):
+            raise UsageError(f"the index of a block lies in [0, {len(self.network)}), got {index!r}")
+        check_batch(batch, self.input_shape, self.classes)
+        return self._learn_block(index, batch)
+
+    @torch.enable_grad()
+    def _learn_block(self, index: int, batch: Batch) -> Metrics:
         x, y = batch
         draws = self._draw(index, y)
         if self._apart:
@@ -483,7 +528,7 @@ class NoProp(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """The weight of the denoising loss."""
         return {"eta": trial.suggest_float("eta", 0.03, 3.0, log=True)}
 

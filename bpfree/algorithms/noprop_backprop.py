@@ -13,7 +13,7 @@ Deviations from the paper: where w_t starts is not given; here at 1 (k = 0.76), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -192,6 +192,6 @@ class NoPropBackprop(Learner):
         return Support(True)
 
     @staticmethod
-    def search_space(trial: Trial) -> dict[str, Any]:
+    def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing of its own."""
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from types import UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from bpfree import data
 from bpfree.algorithms import Algorithm, algorithm
@@ -322,20 +324,19 @@ def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, 
             value of another kind than the parameter's.
     """
     rule = algorithm(algorithm_name)
-    return _parse(settings, rule.parameters(), f"parameter of {rule.name}")
+    return _parse(settings, rule.annotations(), f"parameter of {rule.name}")
 
 
 def parse_mixed_settings(settings: tuple[str, ...], algorithm_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`("lr=1e-3", "patience=4")` as learner parameters and training settings; errors as in `parse_settings`."""
     rule = algorithm(algorithm_name)
-    training = {f.name: f.default for f in fields(TrainingConfig)}
-    parsed = _parse(settings, {**training, **rule.parameters()}, f"setting of {rule.name}")
+    parsed = _parse(settings, {**get_type_hints(TrainingConfig), **rule.annotations()}, f"setting of {rule.name}")
     own = {name: value for name, value in parsed.items() if name in rule.parameters()}
     return own, {name: value for name, value in parsed.items() if name not in own}
 
 
 def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Values by name, of the types of the defaults in `known`."""
+    """Values by name, as the annotations in `known` want them."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -346,12 +347,32 @@ def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> di
             raise unknown_name(kind, name, known)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:  # no TOML, or a number of thousands of digits
             value = text.strip()
-        default = known[name]
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if default is not None and type(value) is not type(default):
-            raise UsageError(f"{name} takes a {type(default).__name__} (default {default!r}), got {text!r}")
+        kinds, choices = _wanted(known[name])
+        if float in kinds and type(value) is int:
+            value = float(str(value))  # infinite, and no error, if it is too large
+        # one that PyTorch can hold
+        fits = math.isfinite(value) if type(value) is float else type(value) is not int or -(2**63) <= value < 2**63
+        if type(value) not in kinds or not fits:
+            wanted = " or ".join(choices or [_KINDS[kind] for kind in _KINDS if kind in kinds])
+            raise UsageError(f"{name} takes {wanted}, got {text!r}")
         parsed[name] = value
     return parsed
+
+
+_KINDS: Final[dict[type, str]] = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+
+
+def _wanted(annotation: Any) -> tuple[set[type], list[str]]:
+    """The types that a value given as text may have, and its names if they are listed.
+
+    None and functions are what only Python code can give.
+    """
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        return {type(choice) for choice in choices}, [str(choice) for choice in choices]
+    if get_origin(annotation) in (Union, UnionType):
+        parts = [_wanted(part) for part in get_args(annotation)]
+        return set().union(*(kinds for kinds, _ in parts)), [choice for _, choices in parts for choice in choices]
+    return {annotation} & set(_KINDS), []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -15,7 +15,7 @@ from bpfree.experiments.schedules import SCHEDULES
 Range = tuple[float, float]
 
 PARAMETERS: Final = ("lr", "weight_decay")
-"""What every learner takes; the rest of the shared part are training settings."""
+"""What learners take; the rest of the shared part are training settings."""
 
 
 class FullTrial(Trial, Protocol):
@@ -59,13 +59,12 @@ class SharedSpace:
             if schedule not in SCHEDULES:
                 raise unknown_name("learning-rate schedule", schedule, SCHEDULES)
 
-    def suggest(self, trial: FullTrial) -> dict[str, Any]:
-        """Values for one trial by name: `PARAMETERS` of the learner and training settings."""
+    def suggest(self, trial: FullTrial, idle: Container[str] = ()) -> dict[str, Any]:
+        """Values for one trial by name: `PARAMETERS` of the learner that are not `idle`, and training settings."""
         found: dict[str, Any] = {
-            "lr": trial.suggest_float("lr", *self.lr, log=True),
-            "weight_decay": trial.suggest_float("weight_decay", *self.weight_decay, log=True),
-            "lr_schedule": trial.suggest_categorical("lr_schedule", self.lr_schedules),
+            name: trial.suggest_float(name, *getattr(self, name), log=True) for name in PARAMETERS if name not in idle
         }
+        found["lr_schedule"] = trial.suggest_categorical("lr_schedule", self.lr_schedules)
         if self.batch_sizes:
             found["batch_size"] = trial.suggest_categorical("batch_size", self.batch_sizes)
         if self.dropout is not None:
@@ -102,9 +101,11 @@ class Declared:
     """A tuner's trial that writes down what it is asked, and answers with the lowest or first value.
 
     Attributes:
+        chosen: other answers by name.
         space: what was asked for by name, in plain words for a record.
     """
 
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
@@ -117,7 +118,7 @@ class Declared:
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         self.space[name] = {"choices": list(choices)}
-        return choices[0]
+        return self.chosen.get(name, choices[0])
 
 
 def suggest(trial: FullTrial, base: RunConfig, shared: SharedSpace, given: Mapping[str, Any]) -> RunConfig:
@@ -130,18 +131,26 @@ def suggest(trial: FullTrial, base: RunConfig, shared: SharedSpace, given: Mappi
         given: parameters of the learner that are not searched, because the user set them.
     """
     pinned = Pinned(trial, given)
-    found = shared.suggest(pinned)
-    parameters = {name: found.pop(name) for name in PARAMETERS}
-    own = algorithm(base.algorithm).learner.search_space(pinned)
-    return replace(
-        base,
-        parameters={**base.parameters, **parameters, **own},
-        training=replace(base.training, **found),
-    )
+    # a preset's own rates are searched too; where they would have no effect they must not stay behind
+    fixed = {name: value for name, value in base.parameters.items() if name in given or name not in PARAMETERS}
+    learner = algorithm(base.algorithm).learner
+    parameters = {**fixed, **learner.search_space(pinned, fixed)}
+    found = shared.suggest(pinned, learner.idle(parameters))
+    parameters.update({name: found.pop(name) for name in PARAMETERS if name in found})
+    return replace(base, parameters=parameters, training=replace(base.training, **found))
 
 
 def declare(base: RunConfig, shared: SharedSpace, given: Mapping[str, Any]) -> tuple[dict[str, Any], RunConfig]:
-    """The whole search space as plain values, and the run at its lowest corner."""
+    """The whole search space as plain values, and the run at its lowest corner.
+
+    What is searched beside one choice only is a part of the space too.
+    """
     declared = Declared()
     corner = suggest(declared, base, shared, given)
-    return declared.space, corner
+    space = dict(declared.space)
+    for name, limits in declared.space.items():
+        for choice in limits.get("choices", [])[1:]:
+            branch = Declared({name: choice})
+            suggest(branch, base, shared, given)
+            space.update(branch.space)
+    return space, corner

@@ -234,8 +234,10 @@ def denoisers(
         width: see `BranchDenoiser`.
 
     Raises:
-        UsageError: a network that does not fit the inputs or that cannot be copied.
+        UsageError: a network that does not fit the inputs or that cannot be copied, or no units.
     """
+    if width < 1:
+        raise UsageError(f"width must be at least 1, got {width}")
     parts = list(as_blocks(network))
     features = math.prod(block_output_shapes(parts, input_shape)[-1])
     first = nn.Sequential(*parts)

@@ -614,7 +614,7 @@ def step(model: CaFo, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("loss", ["mse", "ce", "sl"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_together_equals_one_by_one(loss: str, bias: bool) -> None:
-    rate = {"lr": 0.01, "weight_decay": 0.01}
+    rate = {} if loss == "mse" else {"lr": 0.01, "weight_decay": 0.01}
     together = learner(loss=loss, bias=bias, **rate)
     alone = learner(loss=loss, bias=bias, schedule="sequential", **rate)
     data = [batch(20) for _ in range(30)]
@@ -780,9 +780,14 @@ def test_full_batches_are_served_without_a_copy() -> None:
         ({"aggregate": "sum_probs"}, "did you mean sum_prob"),
         ({"bn_mode": "eval"}, "bn_mode"),
         ({"gram": "float16"}, "gram"),
-        ({"loss": "ce", "ridge": 0.1}, "closed form"),
-        ({"loss": "sl", "gram": "float32"}, "closed form"),
-        ({"block_lr": 0.1}, "random blocks do not learn"),
+        ({"loss": "ce", "ridge": 0.1}, "ridge would have no effect with loss=ce"),
+        ({"loss": "sl", "gram": "float64"}, "gram would have no effect with loss=sl"),
+        ({"block_lr": 0.1}, "block_lr would have no effect with .*block_training=random"),
+        ({"loss": "ce", "block_weight_decay": 0.0}, "block_weight_decay would have no effect"),
+        ({"lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0}, "lr and optimizer and weight_decay would have no"),
+        ({"block_training": "dfa", "weight_decay": 0.1}, "weight_decay would have no effect with loss=mse"),
+        ({"block_training": "dfa", "lr": 0.1, "block_lr": 0.1}, "lr would have no effect with .* and block_lr=0.1"),
+        ({"block_training": "dfa", "optimizer": "adamm"}, "did you mean adam"),
         ({"ridge": -1.0}, "ridge must be"),
         ({"ridge": "much"}, "ridge must be"),
         ({"ridge": math.nan}, "ridge must be"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from bpfree.data.batches import Batches
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.config import parse_settings
 from bpfree.networks import Graph, build_network, cnn, gnn, mlp
 
 CLASSES = 4
@@ -115,7 +118,9 @@ def backbones(rule: str) -> list[str]:
 
 def build(rule: str, backbone: str, seed: int = 0, **parameters: object) -> Learner:
     torch.manual_seed(seed)
-    options = {"lr": 3e-3, **OPTIONS.get(rule, {}), **parameters}
+    options = {**OPTIONS.get(rule, {}), **parameters}
+    if "lr" not in entry(rule).learner.idle(options):
+        options.setdefault("lr", 3e-3)
     shape = FEATURES if backbone in GRAPHS else SHAPE
     return entry(rule).build(BACKBONES[backbone](), CLASSES, shape, **options)
 
@@ -379,22 +384,55 @@ def test_a_network_that_returns_another_shape_is_no_autoencoder(rule: str) -> No
         entry(rule).build(cnn(SHAPE, (6, 8)), 0, SHAPE)
 
 
-class FirstChoice:
-    """A tuner's trial that takes the first or lowest value offered."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        assert low < high
-        return low
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return choices[0]
+@pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
+def test_a_setting_of_a_wrong_type_is_refused_in_one_line(rule: str) -> None:
+    types = {"7": int, "0.25": float, "abc": str, "true": bool}
+    for name, annotation in entry(rule).annotations().items():
+        wanted = str(annotation)
+        accepted = 0
+        for text in (*types, "nan", "-inf", "[1]", "{}", "1979-05-27"):
+            setting = f"{name}={text}"
+            with contextlib.suppress(UsageError):
+                value = parse_settings((setting,), rule)[name]
+                accepted += 1
+                # it is of a type that the constructor names, a whole number also where that is a float
+                assert type(value) is types.get(text) or (text, value) == ("7", 7.0), setting
+                assert type(value).__name__ in wanted or (type(value) is str and "Literal" in wanted), setting
+                # and if its value is wrong the learner says so
+                build(rule, backbones(rule)[0], **{name: value})
+        assert accepted, name
 
 
 @pytest.mark.parametrize("rule", [rule.alias for rule in ALGORITHMS])
-def test_search_space_holds_parameters_of_the_rule(rule: str) -> None:
-    found = entry(rule).learner.search_space(FirstChoice())
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_that_make_no_sense_are_refused_in_one_line(rule: str, value: str) -> None:
+    for name in entry(rule).parameters():
+        with contextlib.suppress(UsageError):
+            build(rule, backbones(rule)[0], **parse_settings((f"{name}={value}",), rule))
+
+
+class AnyChoice:
+    """A tuner's trial that draws."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        assert low < high
+        return self._random.choice((low, high))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._random.choice(choices)
+
+
+@pytest.mark.parametrize("rule", ALIASES)
+@pytest.mark.parametrize("seed", range(5))
+def test_search_space_holds_parameters_of_the_rule(rule: str, seed: int) -> None:
+    found = entry(rule).learner.search_space(AnyChoice(seed), {})
     assert set(found) <= set(entry(rule).parameters())
-    build(rule, backbones(rule)[0], **found)
+    entry(rule).build(
+        BACKBONES[backbones(rule)[0]](), CLASSES, SHAPE if "mlp" in backbones(rule) else FEATURES, **found
+    )
 
 
 @every

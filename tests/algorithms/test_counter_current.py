@@ -492,6 +492,7 @@ def test_maps_that_are_flattened_too_early_are_refused() -> None:
         {"similarity": "dot", "decorrelation": 0.5},
         {"flood": 1.0},
         {"clip": -1.0},
+        {"clip": 0.0, "clip_scope": "network"},
         {"scale": 0.0},
         {"momentum": 0.5},
         {"lr": 0.0},

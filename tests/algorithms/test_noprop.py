@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms import NoProp
-from bpfree.algorithms._noprop_parts import Embeddings, SampleNoise, medoid
+from bpfree.algorithms._noprop_parts import EmbeddingKind, Embeddings, SampleNoise, medoid
 from bpfree.algorithms._noprop_processes import (
     ContinuousDiffusion,
     DiscreteDiffusion,
@@ -27,6 +27,7 @@ from bpfree.algorithms._noprop_processes import (
     prior_loss,
     snr,
 )
+from bpfree.algorithms.learner import evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
@@ -85,7 +86,7 @@ def linear(count: int = 4, dim: int = CLASSES, **options: Any) -> NoProp:
 
 def learner(steps: int = 3, **options: Any) -> NoProp:
     branch = nn.Sequential(*mlp((INPUTS,), (8,))[0], StreamDropout(0.2))
-    return NoProp([branch], CLASSES, input_shape=(INPUTS,), steps=steps, width=8, **{"noise_seed": 1, **options})
+    return NoProp([branch], CLASSES, input_shape=(INPUTS,), steps=steps, **{"noise_seed": 1, "width": 8, **options})
 
 
 def batch(size: int = 8, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
@@ -757,10 +758,22 @@ def test_prediction_never_reads_an_embedding_of_a_label(variant: str, monkeypatc
         ({"steps": 0}, "steps"),
         ({"shared_updates": "never"}, "shared_updates"),
         ({"lanes": 0}, "lanes"),
+        ({"width": 0}, "width"),
+        ({"steps": 4, "validation_steps": 5}, "validation_steps"),
         ({"variant": "ct", "validation_steps": 0}, "validation_steps"),
         ({"variant": "ct", "gamma_min": 3.0, "gamma_max": 3.0}, "gamma_min"),
         ({"variant": "fm", "path_sigma": -1.0}, "path_sigma"),
-        ({"radial_sigma": 0.0}, "radial_sigma"),
+        ({"p_out": "radial", "radial_sigma": 0.0}, "radial_sigma must be positive"),
+        ({"radial_sigma": 0.5}, "radial_sigma would have no effect with p_out=linear"),
+        ({"gamma_min": -7.0, "gamma_max": 7.0}, "gamma_min and gamma_max would have no effect with variant=dt"),
+        ({"path_sigma": 0.0}, "path_sigma would have no effect with variant=dt"),
+        ({"variant": "ct", "alpha_bar_min": 1e-4}, "alpha_bar_min would have no effect with variant=ct"),
+        ({"variant": "fm", "alpha_bar_max": 0.9}, "alpha_bar_max would have no effect with variant=fm"),
+        ({"variant": "fm", "p_out": "linear"}, "p_out would have no effect with variant=fm and embeddings=onehot"),
+        (
+            {"variant": "fm", "p_out": "radial", "radial_sigma": 1.0},
+            "p_out and radial_sigma",
+        ),
         ({"embeddings": "learned", "embedding_dim": 0}, "embedding_dim"),
     ],
 )
@@ -780,6 +793,35 @@ def test_blocks_start_from_the_distribution_of_the_network(network: str) -> None
         for a, b in zip(first, other, strict=True):
             assert b.std().item() == pytest.approx(a.std().item(), rel=0.1)
             assert b.mean().item() == pytest.approx(a.mean().item(), abs=0.1 * a.std().item())
+
+
+@pytest.mark.parametrize("embeddings", ["onehot", "learned"])
+def test_learn_block_checks_what_it_is_given(embeddings: EmbeddingKind) -> None:
+    model = learner(embeddings=embeddings, steps=3)
+    before = copy.deepcopy(model.state_dict())
+    x, y = torch.randn(4, INPUTS), torch.tensor([0, 1, 2, 0])
+    wrong: list[tuple[Any, Any, str]] = [
+        (3, (x, y), "block"),
+        (-1, (x, y), "block"),
+        (True, (x, y), "block"),
+        (1.0, (x, y), "block"),
+        (0, (x[:, 1:], y), "inputs have shape"),
+        (0, (x, y + 1), "targets must lie in"),
+        (0, x, "a batch is a pair"),
+    ]
+    for index, given, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            model.learn_block(index, given)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.learn_block(2, (x, y))
+
+
+def test_a_discrete_state_is_rated_with_up_to_as_many_steps_as_blocks() -> None:
+    model = learner(steps=4, validation_steps=2)
+    x = torch.randn(5, INPUTS)
+    (stage,) = model.stages()
+    with evaluation_mode(model), torch.no_grad():
+        assert torch.equal(stage.scores_of_inputs(x), model.sample(x, steps=2))
 
 
 def test_blocks_draw_dropout_of_their_own() -> None:

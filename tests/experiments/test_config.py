@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,15 @@ import pytest
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS, algorithm
 from bpfree.errors import UsageError
-from bpfree.experiments.config import RunConfig, command, parse_settings, presets, read_preset, resolve
+from bpfree.experiments.config import (
+    RunConfig,
+    command,
+    parse_mixed_settings,
+    parse_settings,
+    presets,
+    read_preset,
+    resolve,
+)
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 
@@ -93,15 +102,48 @@ def test_settings_are_typed() -> None:
     [
         ("lr", "key=value"),
         ("lrr=1", "did you mean lr"),
-        ("lr=fast", "lr takes a float"),
-        ("lr=true", "lr takes a float"),
-        ("schedule=1", "schedule takes a str"),
-        ("input_projection=1", "input_projection takes a bool"),
+        ("lr=fast", "lr takes a number, got 'fast'"),
+        ("lr=true", "lr takes a number, got 'true'"),
+        ("lr=nan", "lr takes a number"),
+        (f"lr=1{400 * '0'}", "lr takes a number"),
+        (f"lr=1{5000 * '0'}", "lr takes a number"),
+        ("schedule=1", "schedule takes simultaneous or sequential, got '1'"),
+        ("input_projection=1", "input_projection takes true or false"),
     ],
 )
 def test_bad_settings(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_settings((setting,), "mf")
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "wanted"),
+    [
+        ("ff", ("theta=abc", "temperature=true", "alpha=inf", "theta=nan"), "a number"),
+        ("ff", ("skip_first=no", "skip_first=7"), "true or false"),
+        ("ff", ("noise_seed=abc", "noise_seed=1.0", f"noise_seed={1 << 63}"), "a whole number"),
+        ("noprop", ("steps=abc", "steps=2.5", "steps=true", "noise_seed=1.5"), "a whole number"),
+        ("noprop", ("eta=abc", "eta=none"), "a number"),
+        ("noprop", ("sampler=3", "optimizer=3", "optimizer=[1]"), "a name"),
+        ("noprop", ("variant=3",), "dt or ct or fm"),
+        ("ccl", ("feedback_lr=abc",), "a number"),
+    ],
+)
+def test_settings_without_a_default_are_typed_too(rule: str, settings: tuple[str, ...], wanted: str) -> None:
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        with pytest.raises(UsageError, match=re.escape(f"{name} takes {wanted}, got {text!r}")):
+            parse_settings((setting,), rule)
+
+
+def test_training_settings_of_an_arm_are_typed() -> None:
+    assert parse_mixed_settings(("passes=4", "lr=1", "min_delta=1"), "mf") == (
+        {"lr": 1.0},
+        {"passes": 4, "min_delta": 1.0},
+    )
+    for setting in ("passes=4.5", "dropout=high", "split=3", "graph=1"):
+        with pytest.raises(UsageError, match=f"{setting.partition('=')[0]} takes"):
+            parse_mixed_settings((setting,), "mf")
 
 
 def test_config_survives_json(tmp_path: Path) -> None:

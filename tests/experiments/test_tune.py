@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -22,17 +23,18 @@ import torch
 from click.testing import CliRunner
 
 from bpfree import data
-from bpfree.algorithms import ALGORITHMS
+from bpfree.algorithms import ALGORITHMS, Learner, algorithm
 from bpfree.cli import cli
 from bpfree.data import Dataset, Part
 from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, presets, read_preset, resolve
-from bpfree.experiments.search import PARAMETERS, SharedSpace, declare
+from bpfree.experiments.search import PARAMETERS, SharedSpace, declare, suggest
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError, TrainingConfig
 from bpfree.experiments.tune import Observer, TuneConfig, Watch, bill, fit_space, tune
+from bpfree.networks import build_network
 
 optuna = pytest.importorskip("optuna")
 
@@ -73,7 +75,7 @@ def test_every_rule_gets_the_same_shared_space(dataset: str) -> None:
         base = resolve(rule.alias, dataset, "mlp:2x20" if dataset == "digits" else "gcn:2x8", preset="none")
         shared = fit_space(SharedSpace(), base, loaded)
         space, corner = declare(base, shared, {})
-        own = rule.learner.search_space(Nothing())
+        own = rule.learner.search_space(Nothing(), {})
         assert not set(own) & {*PARAMETERS, *vars(TrainingConfig())}
         spaces[rule.alias] = {name: limits for name, limits in space.items() if name not in own}
         assert corner.training == replace(base.training, **spaces_values(space, own))
@@ -90,6 +92,99 @@ class Nothing:
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
         return choices[0]
+
+
+class Draw(Nothing):
+    """A trial that draws the ends of ranges, and any choice."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.asked: set[str] = set()
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self.asked.add(name)
+        return self.random.choice((low, high))
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self.suggest_float(name, low, high, log=log))
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        self.asked.add(name)
+        return self.random.choice(choices)
+
+
+SMALL = {"ccl": "mlp-elu:2x8", "fgnn": "gcn:2x8"}
+SEARCHING = [rule.alias for rule in ALGORITHMS if rule.learner.search_space(Nothing(), {})]
+
+
+def drawn(base: RunConfig, given: Mapping[str, Any], seed: int) -> tuple[Learner, set[str], dict[str, Any]]:
+    """A small learner with what a trial drew, what the trial was asked, and the parameters."""
+    trial = Draw(seed)
+    chosen = suggest(trial, replace(base, parameters={**base.parameters, **given}), SharedSpace(), given)
+    rule = algorithm(base.algorithm)
+    classes = 2 if base.parameters.get("variant", "").startswith("link") else 3
+    shape = (4,) if rule.alias == "fgnn" else (1, 4, 4)
+    network = build_network(SMALL.get(rule.alias, "mlp:2x8"), shape)
+    return rule.build(network, classes, shape, **chosen.parameters), trial.asked, chosen.parameters
+
+
+@pytest.mark.parametrize("rule", SEARCHING)
+def test_every_draw_beside_every_preset_makes_a_learner(rule: str) -> None:
+    bases = [resolve(rule, preset="none")]
+    bases += [resolve(preset=name) for name, p in presets().items() if p.algorithm == rule and p.task == "classify"]
+    assert rule == "noprop-bp" or len(bases) > 1
+    for base in bases:
+        for seed in range(12):
+            _, _, parameters = drawn(base, {}, seed)
+            kept = {name: value for name, value in parameters.items() if base.parameters.get(name, value) != value}
+            assert set(kept) <= {*PARAMETERS, *algorithm(rule).learner.search_space(Nothing(), {})}
+
+
+@pytest.mark.parametrize(
+    ("rule", "given"),
+    [
+        ("ff", {"loss": "symba"}),
+        ("ff", {"loss": "collaboration"}),
+        ("cafo", {"ridge": 0.1}),
+        ("cafo", {"gram": "float32"}),
+        ("cafo", {"lr": 0.1}),
+        ("cafo", {"optimizer": "gd"}),
+        ("cafo", {"block_training": "dfa"}),
+        ("cafo", {"block_training": "dfa", "block_lr": 0.1}),
+        ("cafo", {"block_training": "dfa", "weight_decay": 0.1}),
+        ("fgnn", {"variant": "ff-vn"}),
+        ("ccl", {"decorrelation": 0.5}),
+        ("ccl", {"similarity": "dot"}),
+        ("ccl", {"clip_scope": "network"}),
+    ],
+)
+def test_draws_go_with_what_the_user_fixes(rule: str, given: dict[str, Any]) -> None:
+    base = resolve(rule, preset="none")
+    for seed in range(20):
+        _, asked, parameters = drawn(base, given, seed)
+        assert given.items() <= parameters.items()
+        assert not asked & set(given)
+
+
+def test_what_has_no_effect_is_neither_searched_nor_kept() -> None:
+    base = resolve(preset="cafo-mnist-dfa")
+    met = set()
+    for seed in range(30):
+        _, asked, parameters = drawn(base, {}, seed)
+        steps = parameters["loss"] != "mse"
+        assert {"lr", "weight_decay"} & asked == ({"lr", "weight_decay"} if steps else set())
+        assert ("lr" in parameters) == ("weight_decay" in parameters) == steps
+        met.add(steps)
+    assert met == {True, False}
+    space, corner = declare(resolve("cafo", preset="none"), SharedSpace(), {})
+    assert space["loss"] == {"choices": ["mse", "ce", "sl"]}
+    assert "lr" in space
+    assert "lr" not in corner.parameters
+
+
+def test_parameters_that_no_choice_takes_are_refused_by_the_learner() -> None:
+    with pytest.raises(UsageError, match="would have no effect"):
+        drawn(resolve("cafo", preset="none"), {"ridge": 0.1, "optimizer": "adam"}, 0)
 
 
 def spaces_values(space: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
