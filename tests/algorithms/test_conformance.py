@@ -116,13 +116,16 @@ def backbones(rule: str) -> list[str]:
     return [name for name in supported if rule != "mf-post-sums" or name not in GRAPHS]
 
 
+def options_of(rule: str, **parameters: object) -> dict[str, object]:
+    """With a learning rate, if something learns by steps."""
+    options = {**OPTIONS.get(rule, {}), **parameters}
+    return options if "lr" in entry(rule).learner.idle(options) else {"lr": 3e-3, **options}
+
+
 def build(rule: str, backbone: str, seed: int = 0, **parameters: object) -> Learner:
     torch.manual_seed(seed)
-    options = {**OPTIONS.get(rule, {}), **parameters}
-    if "lr" not in entry(rule).learner.idle(options):
-        options.setdefault("lr", 3e-3)
     shape = FEATURES if backbone in GRAPHS else SHAPE
-    return entry(rule).build(BACKBONES[backbone](), CLASSES, shape, **options)
+    return entry(rule).build(BACKBONES[backbone](), CLASSES, shape, **options_of(rule, **parameters))
 
 
 def batch(backbone: str, size: int = 16, seed: int = 0) -> tuple[Any, Tensor]:
@@ -430,9 +433,8 @@ class AnyChoice:
 def test_search_space_holds_parameters_of_the_rule(rule: str, seed: int) -> None:
     found = entry(rule).learner.search_space(AnyChoice(seed), {})
     assert set(found) <= set(entry(rule).parameters())
-    entry(rule).build(
-        BACKBONES[backbones(rule)[0]](), CLASSES, SHAPE if "mlp" in backbones(rule) else FEATURES, **found
-    )
+    backbone = backbones(rule)[0]
+    entry(rule).build(BACKBONES[backbone](), CLASSES, FEATURES if backbone in GRAPHS else SHAPE, **found)
 
 
 @every
@@ -628,7 +630,7 @@ def test_a_frozen_block_stays_and_the_others_learn(rule: str, backbone: str) -> 
     network = BACKBONES[backbone]()
     network[0].requires_grad_(False)
     shape = FEATURES if backbone in GRAPHS else SHAPE
-    options = {"lr": 3e-3, **OPTIONS.get(rule, {})}
+    options = options_of(rule)
     if backbone in GRAPHS and rule in RESIZED:
         with pytest.raises(UsageError, match="block 0 more inputs and so new weights, which cannot stay frozen"):
             entry(rule).build(network, CLASSES, shape, **options)

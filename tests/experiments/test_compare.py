@@ -88,7 +88,7 @@ def test_arms_take_presets_files_and_settings(tmp_path: Path) -> None:
         (["mf@backprop-cifar10"], "is for bp, not for mf"),
         (["mf:rate=1"], "unknown setting of mono_forward 'rate'"),
         (["mf:patience"], "key=value"),
-        (["mf:patience=many"], "patience takes a int"),
+        (["mf:patience=many"], "patience takes a whole number"),
         (["mf", "mono_forward"], "same configuration"),
         (["mf", "mf@mono_forward-digits"], "same configuration"),
     ],
