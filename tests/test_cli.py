@@ -291,6 +291,47 @@ def test_import_is_cheap() -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--batch-size", "0"), "Invalid value for '--batch-size': 0 is not in the range x>=1; see "),
+        (("run", "--epochs", "0"), "Invalid value for '--epochs': 0 is not in the range x>=1; see "),
+        (("run", "--nosuch"), "--nosuch"),
+        (("nosuch",), "No such command 'nosuch'; see "),
+        (("--nosuch",), "--nosuch"),
+        (("data", "fetch"), "Missing argument 'NAMES...'; see "),
+        (("table", "nosuch"), "Directory 'nosuch' does not exist; see "),
+    ],
+)
+def test_wrong_usage_is_one_line_too(arguments: tuple[str, ...], said: str) -> None:
+    result = bpfree(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("bpfree: error: ")
+    assert said in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bpfree", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "bpfree: error: No space left on device; --debug shows what it was for\n"
+
+
+def test_an_error_of_the_system_is_one_line_and_a_trace_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("bpfree.experiments.run.load_dataset", broken)
+    result = bpfree(*QUICK)
+    assert result.exit_code == 1
+    assert result.stderr == "bpfree: error: Permission denied (/some/file); --debug shows what it was for\n"
+    with pytest.raises(PermissionError):
+        bpfree(*QUICK, "--debug")
+
+
 def with_torch(code: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """`python -m bpfree list` where importing PyTorch does this."""
     (folder / "torch.py").write_text(code)
