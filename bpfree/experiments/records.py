@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import IO, Any, Final
@@ -17,7 +18,7 @@ from typing import IO, Any, Final
 import numpy as np
 import torch
 
-from bpfree.errors import CheckpointError
+from bpfree.errors import CheckpointError, cannot_write
 
 CONFIG: Final = "config.json"
 ENVIRONMENT: Final = "environment.json"
@@ -82,7 +83,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True)
         except OSError as error:
-            raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
+            raise cannot_write(path, error) from error
         return cls(path)
 
     @classmethod
@@ -167,7 +168,7 @@ class RunFolder:
             with (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
+            raise cannot_write(self.path / METRICS, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One record per epoch, in order.
@@ -224,12 +225,10 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        # torch reports a full disk as a RuntimeError of its stream writer
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = str(error).strip().splitlines()[0]
-            kept = "; the previous version is kept" if path.exists() else ""
-            raise CheckpointError(f"cannot write {path}: {reason}{kept}; free some space and try again") from error
+        except (OSError, RuntimeError) as error:  # the latter is PyTorch's
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise cannot_write(path, error, kept=path.is_file()) from error
 
 
 def _flaw(value: Any, shape: Any, name: str = "it") -> str | None:
