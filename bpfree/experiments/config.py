@@ -78,7 +78,8 @@ class RunConfig:
         for name in values:
             if name not in known:
                 raise unknown_name("configuration key", name, known)
-        for key, kind in (*dict.fromkeys(("algorithm", "dataset", "network"), str).items(), ("parameters", dict)):
+        kinds: dict[str, type] = dict.fromkeys(("algorithm", "dataset", "network", "device", "energy"), str)
+        for key, kind in {**kinds, "seed": int, "parameters": dict, "training": dict}.items():
             if not isinstance(values.get(key, kind()), kind):
                 raise TypeError(f"{key} is {values[key]!r}")
         return cls(**{**values, "training": training_config(values.get("training", {}))})
@@ -95,6 +96,8 @@ class RunConfig:
             return cls.from_dict(folder.read_json(CONFIG))
         except TypeError as error:
             raise folder.damaged(CONFIG, str(error)) from error
+        except UsageError as error:
+            raise UsageError(f"{folder.path / CONFIG}: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> RunConfig:
@@ -124,7 +127,12 @@ def training_config(values: Mapping[str, Any]) -> TrainingConfig:
     for name in values:
         if name not in known:
             raise unknown_name("training setting", name, known)
-    return TrainingConfig(**values)
+    defaults = {f.name: f.default for f in fields(TrainingConfig)}
+    typed = {name: _typed(name, value, defaults[name]) for name, value in values.items()}
+    try:
+        return TrainingConfig(**typed)
+    except TypeError as error:  # of a setting that is nothing by default, and so of no type
+        raise UsageError(f"a training setting is of another type ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -348,10 +356,18 @@ def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> di
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        default = known[name]
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if default is not None and type(value) is not type(default):
-            raise UsageError(f"{name} takes a {type(default).__name__} (default {default!r}), got {text!r}")
-        parsed[name] = value
+        parsed[name] = _typed(name, value, known[name])
     return parsed
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """A value of the type of the default, if that tells.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        raise UsageError(f"{name} takes a {type(default).__name__} (default {default!r}), got {value!r}")
+    return value

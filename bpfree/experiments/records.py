@@ -29,6 +29,9 @@ CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
 PICTURE: Final = "reconstructions.png"
 
+START_AGAIN: Final = "delete it, and --resume trains this run from its start"
+"""What to do about a checkpoint that is no good."""
+
 NUMBER: Final = (int, float)
 MAYBE: Final = (int, float, NoneType)  # what not every device tells
 
@@ -55,6 +58,9 @@ MEASURED: Final[dict[str, Any]] = {
 
 TESTED: Final[dict[str, Any]] = {"test_accuracy": NUMBER, "test_loss": NUMBER, "test_diagnostics": dict}
 """What a summary has besides if the run was tested."""
+
+SURROUNDINGS: Final[dict[str, Any]] = {"hardware": str, "date": str, "commit": (str, NoneType)}
+"""What the record of a run's environment has at least."""
 
 EPOCH: Final[dict[str, Any]] = {"steps": int, "validation_accuracy": NUMBER, "joules_at_start": MAYBE}
 """The same of an epoch's record."""
@@ -126,7 +132,9 @@ class RunFolder:
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text())
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path / name}: {error.strerror}") from error
+            raise CheckpointError(
+                f"cannot read {self.path / name}: {error.strerror}; restore it, or move the folder {self.path} away"
+            ) from error
         except ValueError as error:
             raise self.damaged(name, str(error)) from error
         self._check(name, value, shape)
@@ -208,7 +216,7 @@ class RunFolder:
             reason = (
                 str(error).strip().splitlines()[0].partition(". ")[0] if str(error).strip() else type(error).__name__
             )
-            again = "; delete it, and --resume trains this run from its start" if name == CHECKPOINT else ""
+            again = f"; {START_AGAIN}" if name == CHECKPOINT else ""
             raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}){again}") from error
         return state
 

@@ -6,13 +6,16 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS, algorithm
-from bpfree.errors import UsageError
+from bpfree.errors import BpfreeError, CheckpointError, UsageError
 from bpfree.experiments.config import RunConfig, command, parse_settings, presets, read_preset, resolve
+from bpfree.experiments.records import RunFolder
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 
@@ -102,6 +105,48 @@ def test_settings_are_typed() -> None:
 def test_bad_settings(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_settings((setting,), "mf")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[training]\nepochs = 'many'", "epochs takes a int"),
+        ("[training]\npasses = 'many'", "a training setting is of another type"),
+        ("[parameters]\nlr = 'fast'", "lr takes a number"),
+    ],
+)
+def test_presets_with_values_of_another_type(table: str, message: str, tmp_path: Path) -> None:
+    from bpfree.experiments.run import build_learner
+
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        f'description = "d"\nsource = "s"\nalgorithm = "mf"\ndataset = "digits"\nnetwork = "mlp:1x8"\n{table}\n'
+    )
+    with pytest.raises(UsageError, match=message):
+        build_learner(resolve(preset=str(path)), data.load("digits"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"seed": "a"}, CheckpointError, "is damaged .seed is 'a'.; restore it"),
+        ({"parameters": 3}, CheckpointError, "is damaged .parameters is 3.; restore it"),
+        ({"training": None}, CheckpointError, "is damaged .training is None.; restore it"),
+        ({"training": {"epochs": "many"}}, UsageError, r"config\.json: epochs takes a int"),
+        (
+            {"training": {"epoch": 3}},
+            UsageError,
+            r"config\.json: unknown training setting 'epoch'; did you mean epochs",
+        ),
+    ],
+)
+def test_damaged_configurations_of_runs_are_named(
+    values: dict[str, Any], error: type[BpfreeError], message: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json("config.json", {**resolve("mf").to_dict(), **values})
+    with pytest.raises(error, match=message):
+        RunConfig.of_run(folder)
 
 
 def test_config_survives_json(tmp_path: Path) -> None:
