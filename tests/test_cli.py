@@ -97,6 +97,9 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
         (("run", "--network", "cnn:mf"), 2, "too small for 4 pooled blocks"),
         (("run", "--batch-size", "5000"), 1, "do not fill one batch of 5000"),
         (("run", "--energy", "nvml", "--device", "cpu"), 2, "nvml"),
+        (("run", "--dataset", "cora", "--network", "mlp:1x8"), 2, "has no graph convolutions; use gcn:2x128"),
+        (("tune", "--algo", "mf", "--dataset", "cora", "--network", "mlp:1x8"), 2, "has no graph convolutions"),
+        (("compare", "--algos", "mf,bp", "--dataset", "cora", "--network", "mlp:1x8"), 2, "has no graph convolutions"),
         (("run", "--resume", "nowhere"), 1, "not a run folder"),
         (("run", "--config", "nowhere.json"), 2, "nowhere.json"),
         (("run", "--config", "x.json", "--algo", "bp"), 2, "leave out --algo"),
@@ -117,12 +120,6 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     result = bpfree(*QUICK, "--results", str(tmp_path), "--device", "cuda:99")
     assert result.exit_code == 2
     assert "use --device cpu" in result.stderr
-
-
-def test_click_reports_usage_errors_with_code_2() -> None:
-    assert bpfree("run", "--epochs", "0").exit_code == 2
-    assert bpfree("run", "--no-such-option").exit_code == 2
-    assert bpfree("nothing").exit_code == 2
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:

@@ -324,6 +324,14 @@ def test_a_full_disk_stops_everything_and_is_no_failure_of_an_arm(
     assert comparison(tmp_path, digits, protocols=["own"]).run() == Outcome(done=4)
 
 
+def test_quiet_comparisons_say_what_failed(tmp_path: Path) -> None:
+    command = ("compare", "--algos", "bp:lr=1e30,bp", "--seeds", "1", "--protocol", "own", *QUICK, "-q")
+    result = bpfree(*command, "--results", str(tmp_path))
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("bp:lr=1e30 on mlp:2x16, own, seed 0 failed: loss is nan")
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = bpfree("compare", "--algos", "mf,bp", "--seeds", "1", *QUICK, "--results", str(tmp_path / "file" / "c"))
