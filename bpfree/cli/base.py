@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,13 +15,15 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
+from bpfree.errors import EXIT_STOPPED, BpfreeError, TrainingError, UsageError
 from bpfree.parallel.ranks import is_leader
 
 ENVIRONMENT_NOTE = (
     "Every option can also be given as an environment variable BPFREE_COMMAND_OPTION, such as "
     "BPFREE_RUN_EPOCHS=10; BPFREE_DATA names the folder of the data sets."
 )
+NO_MEMORY = "can't allocate memory"  # how PyTorch's allocator for the CPU says so, in a plain RuntimeError
+
 NO_ARGUMENTS: tuple[type[click.UsageError], ...] = (
     (click.exceptions.NoArgsIsHelpError,) if hasattr(click.exceptions, "NoArgsIsHelpError") else ()
 )
@@ -52,6 +55,18 @@ def usage_in_one_line() -> Iterator[None]:
         fail(UsageError(error.format_message().rstrip(".") + more))
 
 
+def refuse_nan(context: click.Context) -> None:
+    """Refuse numbers that are none: they are in no range, and click lets them pass all.
+
+    Raises:
+        UsageError: of click.
+    """
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if any(isinstance(one, float) and math.isnan(one) for one in (value if isinstance(value, tuple) else [value])):
+            raise click.BadParameter("nan is not a number.", context, parameter)
+
+
 def explained(error: OSError) -> BpfreeError:
     """An error of the system that nothing has expected, such as a full disk behind standard output."""
     with suppress(OSError, ValueError):  # or Python would fail again when it writes the rest at its end
@@ -78,7 +93,9 @@ class Command(click.Command):
                     words = (parent.auto_envvar_prefix, info_name, max(option.opts, key=len).lstrip("-"))
                     option.envvar = "_".join(words).upper().replace("-", "_")
         with usage_in_one_line():
-            return super().make_context(info_name, args, parent, **extra)
+            context = super().make_context(info_name, args, parent, **extra)
+            refuse_nan(context)
+            return context
 
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")
@@ -89,6 +106,10 @@ class Command(click.Command):
             if debug or getattr(error, "errno", None) == errno.EPIPE:  # who reads no more needs no word
                 raise
             fail(error if isinstance(error, BpfreeError) else explained(error))
+        except (MemoryError, RuntimeError) as error:
+            if debug or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+                raise
+            fail(TrainingError("this machine has not that much memory; use a smaller network, batch or data set"))
         except KeyboardInterrupt:
             if is_leader():
                 click.echo("bpfree: stopped", err=True)

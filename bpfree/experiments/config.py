@@ -111,6 +111,8 @@ class RunConfig:
             if not isinstance(values, dict):
                 raise ValueError("not an object")
             return cls.from_dict(values)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
         except OSError as error:
             raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
@@ -279,6 +281,11 @@ def resolve(
     for name in overrides:
         if name not in rule.parameters():
             raise unknown_name(f"parameter of {rule.name}", name, rule.parameters())
+    if start is not None and (alien := start.parameters.keys() - rule.parameters().keys()):
+        raise UsageError(
+            f"preset {start.name} is for {start.algorithm}, and {rule.alias} has no {', '.join(sorted(alien))}; choose "
+            "another preset, or none"
+        )
     return RunConfig(
         algorithm=rule.alias,
         dataset=chosen,

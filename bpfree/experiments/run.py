@@ -267,7 +267,11 @@ def resume(
     if config.task == "autoencode":
         require_matplotlib()
     if dataset is None:
-        dataset = load_dataset(config.dataset, data_root)
+        try:
+            dataset = load_dataset(config.dataset, data_root)
+        except UsageError as error:
+            how = "a run on data of your own goes on in Python: bpfree.experiments.run.resume(path, dataset=..)"
+            raise UsageError(f"{path}: {error}; {how}") from error
     device, learner = _learner_of(config, dataset, together)
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None

@@ -112,6 +112,7 @@ def test_bad_settings(setting: str, message: str) -> None:
     [
         ("[training]\nepochs = 'many'", "epochs takes a int"),
         ("[training]\npasses = 'many'", "a training setting is of another type"),
+        ("[training]\nmin_delta = nan", "must be 0 or more"),
         ("[parameters]\nlr = 'fast'", "lr takes a number"),
     ],
 )

@@ -363,3 +363,9 @@ def test_a_run_without_a_record_of_its_environment_is_not_trained_in_vain(stoppe
     with pytest.raises(CheckpointError, match=r"cannot read .*environment\.json: No such file .*; restore it, or move"):
         resume(stopped.path)
     assert (stopped.path / records.CHECKPOINT).read_bytes() == state
+
+
+def test_a_run_on_own_data_says_how_it_goes_on(stopped: RunFolder) -> None:
+    stopped.write_json(records.CONFIG, {**stopped.read_json(records.CONFIG), "dataset": "mine"})
+    with pytest.raises(UsageError, match=r"unknown data set 'mine'; .*; a run on data of your own goes on in Python"):
+        resume(stopped.path)
