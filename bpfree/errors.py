@@ -6,6 +6,7 @@ Anything else that escapes is a defect of bpfree and may show a stack trace.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Final
 
@@ -31,6 +32,31 @@ class DataError(BpfreeError):
 
 class CheckpointError(BpfreeError):
     """A run folder or checkpoint that cannot be read or written."""
+
+
+class WriteError(CheckpointError):
+    """A file that cannot be written: the disk is full, or the place is no good. No other would be written either."""
+
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""How systems say that a disk, or what is allowed of it, is full."""
+
+
+def cannot_write(path: object, error: Exception, *, kept: bool = False) -> WriteError:
+    """An error for what cannot be written, with what to do.
+
+    Args:
+        path: the file or folder.
+        error: the reason; PyTorch reports a full disk as a RuntimeError of its stream writer, with the real reason
+            behind it.
+        kept: whether a previous version of it is left.
+    """
+    reason = error if isinstance(error, OSError) else error.__context__
+    words, full = str(error).strip().splitlines()[0], True
+    if isinstance(reason, OSError):
+        words, full = reason.strerror or words, reason.errno in FULL
+    remedy = "free some space and try again" if full else "make that possible, or choose another place"
+    return WriteError(f"cannot write {path}: {words}{'; the previous version is kept' if kept else ''}; {remedy}")
 
 
 class TrainingError(BpfreeError):

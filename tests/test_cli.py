@@ -94,9 +94,16 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
         ),
         (("run", "--set", "lr=-1"), 2, "lr must be positive"),
         (("run", "--device", "tpu"), 2, "unknown device 'tpu'"),
+        (("run", "--algo", "bp", "--preset", "mono_forward-cifar10"), 2, "is for mf, and bp has no schedule; choose"),
+        (("run", "--network", "mlp:1x99999999999"), 1, "not that much memory; use a smaller network"),
+        (("plan", "--gpus", "2", "--network", "mlp:1x99999999999"), 1, "not that much memory"),
+        (("table", "--format", "json", "--columns", "accuracy"), 2, "--format json has everything"),
         (("run", "--network", "cnn:mf"), 2, "too small for 4 pooled blocks"),
         (("run", "--batch-size", "5000"), 1, "do not fill one batch of 5000"),
         (("run", "--energy", "nvml", "--device", "cpu"), 2, "nvml"),
+        (("run", "--dataset", "cora", "--network", "mlp:1x8"), 2, "has no graph convolutions; use gcn:2x128"),
+        (("tune", "--algo", "mf", "--dataset", "cora", "--network", "mlp:1x8"), 2, "has no graph convolutions"),
+        (("compare", "--algos", "mf,bp", "--dataset", "cora", "--network", "mlp:1x8"), 2, "has no graph convolutions"),
         (("run", "--resume", "nowhere"), 1, "not a run folder"),
         (("run", "--config", "nowhere.json"), 2, "nowhere.json"),
         (("run", "--config", "x.json", "--algo", "bp"), 2, "leave out --algo"),
@@ -117,12 +124,6 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     result = bpfree(*QUICK, "--results", str(tmp_path), "--device", "cuda:99")
     assert result.exit_code == 2
     assert "use --device cpu" in result.stderr
-
-
-def test_click_reports_usage_errors_with_code_2() -> None:
-    assert bpfree("run", "--epochs", "0").exit_code == 2
-    assert bpfree("run", "--no-such-option").exit_code == 2
-    assert bpfree("nothing").exit_code == 2
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:
@@ -289,6 +290,49 @@ def test_import_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--batch-size", "0"), "Invalid value for '--batch-size': 0 is not in the range x>=1; see "),
+        (("run", "--epochs", "0"), "Invalid value for '--epochs': 0 is not in the range x>=1; see "),
+        (("run", "--nosuch"), "--nosuch"),
+        (("run", "--min-delta", "nan"), "Invalid value for '--min-delta': nan is not a number; see "),
+        (("tune", "--algo", "mf", "--weight-decay", "0", "nan"), "'--weight-decay': nan is not a number; see "),
+        (("nosuch",), "No such command 'nosuch'; see "),
+        (("--nosuch",), "--nosuch"),
+        (("data", "fetch"), "Missing argument 'NAMES...'; see "),
+        (("table", "nosuch"), "Directory 'nosuch' does not exist; see "),
+    ],
+)
+def test_wrong_usage_is_one_line_too(arguments: tuple[str, ...], said: str) -> None:
+    result = bpfree(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("bpfree: error: ")
+    assert said in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bpfree", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "bpfree: error: No space left on device; --debug shows what it was for\n"
+
+
+def test_an_error_of_the_system_is_one_line_and_a_trace_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("bpfree.experiments.run.load_dataset", broken)
+    result = bpfree(*QUICK)
+    assert result.exit_code == 1
+    assert result.stderr == "bpfree: error: Permission denied (/some/file); --debug shows what it was for\n"
+    with pytest.raises(PermissionError):
+        bpfree(*QUICK, "--debug")
 
 
 def with_torch(code: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -97,6 +97,7 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
         (("--algo", "bp", "--pareto", "--pruner", "median"), 2, "use no pruner"),
         (("--algo", "bp", "--target", "60", "--energy", "none"), 2, "joules as an objective need to be measured"),
         (("--algo", "bp", "--target", "60", "--pareto"), 2, "one objective"),
+        (("--algo", "bp", "--name", "a/b"), 2, "the name of a study is that of one folder"),
         (("--algo", "bp", "--storage", "nosuchdb://host/name"), 2, "cannot open the storage nosuchdb"),
     ],
 )

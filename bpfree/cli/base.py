@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,13 +16,20 @@ import click
 from click.core import ParameterSource
 
 from bpfree.algorithms.learner import TASKS
-from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
+from bpfree.errors import EXIT_STOPPED, BpfreeError, TrainingError, UsageError
 from bpfree.parallel.ranks import is_leader
 
 ENVIRONMENT_NOTE = (
     "Every option can also be given as an environment variable BPFREE_COMMAND_OPTION, such as "
     "BPFREE_RUN_EPOCHS=10; BPFREE_DATA names the folder of the data sets."
 )
+NO_MEMORY = "can't allocate memory"  # how PyTorch's allocator for the CPU says so, in a plain RuntimeError
+
+NO_ARGUMENTS: tuple[type[click.UsageError], ...] = (
+    (click.exceptions.NoArgsIsHelpError,) if hasattr(click.exceptions, "NoArgsIsHelpError") else ()
+)
+"""How newer versions of click end a command that was given nothing and shows its help."""
+
 EXIT_NOTE = "Exit codes: 0 done, 1 failure, 2 usage, 3 target accuracy missed, 130 stopped by Ctrl-C or a signal."
 
 
@@ -31,6 +42,40 @@ def fail(error: BpfreeError) -> NoReturn:
 def warn(text: str) -> None:
     """Say something that a person should know and that does not stop the command."""
     click.echo(f"bpfree: warning: {text}", err=True)
+
+
+@contextmanager
+def usage_in_one_line() -> Iterator[None]:
+    """Say what is wrong with arguments as all errors are said, without the usage that click prints around it."""
+    try:
+        yield
+    except NO_ARGUMENTS:  # which is answered with help
+        raise
+    except click.UsageError as error:
+        more = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
+        fail(UsageError(error.format_message().rstrip(".") + more))
+
+
+def refuse_nan(context: click.Context) -> None:
+    """Refuse numbers that are none: they are in no range, and click lets them pass all.
+
+    Raises:
+        UsageError: of click.
+    """
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if any(isinstance(one, float) and math.isnan(one) for one in (value if isinstance(value, tuple) else [value])):
+            raise click.BadParameter("nan is not a number.", context, parameter)
+
+
+def explained(error: OSError) -> BpfreeError:
+    """An error of the system that nothing has expected, such as a full disk behind standard output."""
+    with suppress(OSError, ValueError):  # or Python would fail again when it writes the rest at its end
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    where = f" ({error.filename})" if error.filename else ""
+    return BpfreeError(f"{error.strerror or error}{where}; --debug shows what it was for")
 
 
 class Command(click.Command):
@@ -48,16 +93,24 @@ class Command(click.Command):
                 if isinstance(option, click.Option) and option.envvar is None:
                     words = (parent.auto_envvar_prefix, info_name, max(option.opts, key=len).lstrip("-"))
                     option.envvar = "_".join(words).upper().replace("-", "_")
-        return super().make_context(info_name, args, parent, **extra)
+        with usage_in_one_line():
+            context = super().make_context(info_name, args, parent, **extra)
+            refuse_nan(context)
+            return context
 
     def invoke(self, context: click.Context) -> Any:
         debug = context.params.pop("debug")
         try:
-            return super().invoke(context)
-        except BpfreeError as error:
-            if debug:
+            with usage_in_one_line():
+                return super().invoke(context)
+        except (BpfreeError, OSError) as error:
+            if debug or getattr(error, "errno", None) == errno.EPIPE:  # who reads no more needs no word
                 raise
-            fail(error)
+            fail(error if isinstance(error, BpfreeError) else explained(error))
+        except (MemoryError, RuntimeError) as error:
+            if debug or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
+                raise
+            fail(TrainingError("this machine has not that much memory; use a smaller network, batch or data set"))
         except KeyboardInterrupt:
             if is_leader():
                 click.echo("bpfree: stopped", err=True)
@@ -66,6 +119,16 @@ class Command(click.Command):
 
 class Group(click.Group):
     command_class = Command
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with usage_in_one_line():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, context: click.Context) -> Any:
+        with usage_in_one_line():
+            return super().invoke(context)
 
 
 def format_option(*choices: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

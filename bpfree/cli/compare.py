@@ -178,4 +178,7 @@ def compare(
         failed = f", {len(outcome.failed)} failed" if outcome.failed else ""
         click.echo(f"{outcome.done} runs done{failed}{left} -> {folder}")
     if outcome.failed:
+        for one in outcome.failed if quiet else ():  # nothing has said so yet
+            words = f"{one['arm']} on {one['network']}, {one['protocol']}, seed {one['seed']}"
+            click.echo(f"{words} failed: {one['reason']}", err=True)
         sys.exit(1)

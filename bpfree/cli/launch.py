@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from bpfree.cli.base import explained
 from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
 from bpfree.parallel import LostRankError, Ranks
 
@@ -83,9 +84,10 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
     """Turn an error into the exit code of this rank, having said what it is on one rank alone."""
     try:
         yield
-    except BpfreeError as error:
-        _say(error, ranks)
-        sys.exit(error.exit_code)
+    except (BpfreeError, OSError) as error:
+        said = error if isinstance(error, BpfreeError) else explained(error)
+        _say(said, ranks)
+        sys.exit(said.exit_code)
     except RuntimeError as error:
         if not ranks.is_loss(error):
             raise

@@ -152,6 +152,8 @@ def table(
 
 
 def _list_runs(root: Path, columns: str | None, form: str) -> None:
+    if form == "json" and columns is not None:
+        raise UsageError("--columns is for tables; --format json has everything")
     rows = result_rows(root, say=warn)
     if form == "json":
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))

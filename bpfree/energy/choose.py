@@ -71,7 +71,7 @@ def choose_for_program(kind: str = "auto", is_ours: Callable[[int], bool] | None
             return _joined(visible_sources(is_ours))
         except SourceUnavailableError as error:
             if kind == "nvml":
-                raise
+                raise _with_a_way_out(error) from error
             no_board = str(error)
     source = _or_reason(kind, lambda: _open_host(kind))
     if no_board and isinstance(source, NullSource):
@@ -112,8 +112,12 @@ def _or_reason(kind: str, open_source: Callable[[], PowerSource]) -> PowerSource
         return open_source()
     except SourceUnavailableError as error:
         if kind != "auto":
-            raise
+            raise _with_a_way_out(error) from error
         return NullSource(str(error))
+
+
+def _with_a_way_out(error: SourceUnavailableError) -> SourceUnavailableError:
+    return SourceUnavailableError(f"{error}; choose another source, or auto or none to do without")
 
 
 def _open_host(kind: str) -> PowerSource:

@@ -30,7 +30,7 @@ import torch
 
 from bpfree.energy import choose_source
 from bpfree.energy.thermal import ThermalStart
-from bpfree.errors import BpfreeError, CheckpointError, TrainingError, UsageError
+from bpfree.errors import BpfreeError, CheckpointError, TrainingError, UsageError, WriteError, cannot_write
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
 from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, Arm, checked, interleaved, unequal_settings
@@ -211,10 +211,18 @@ class Ledger:
         )
 
     def add(self, event: str, slot: Slot, **facts: Any) -> None:
+        """Note what has happened.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"event": event, **slot.name, "time": now, **facts}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
         self.lines.append(line)
 
     def failure(self, name: dict[str, Any]) -> str | None:
@@ -337,6 +345,7 @@ class Comparison:
             UsageError: another process is at work in this folder.
             InterruptedRunError: a signal asked to stop; another call goes on.
             TrainingError: the device no longer answers.
+            WriteError: the disk is full, or the folder cannot be written; another call goes on.
         """
         with closing(choose_source(self._running[0].config.energy, self._device)) as self._source, self._alone():
             self._save_plan()
@@ -427,6 +436,8 @@ class Comparison:
                     summary = runs.resume(path, **options)
         except InterruptedRunError as error:
             raise InterruptedRunError(f"{str(error).split('; ')[0]}; the same command goes on") from None
+        except WriteError:  # which is no fault of this arm, and would be taken for one of every other
+            raise
         except BpfreeError as error:
             return self._failed(slot, what, str(error))
         except Exception as error:  # a defect of one arm must not end a night of others
@@ -482,8 +493,12 @@ class Comparison:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process at a time: two would make the same runs."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / LEDGER).open("a") as lock:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            opened = (self.root / LEDGER).open("a")
+        except OSError as error:
+            raise cannot_write(self.root, error) from error
+        with opened as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

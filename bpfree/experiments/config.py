@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from bpfree import data
@@ -80,7 +80,8 @@ class RunConfig:
         for name in values:
             if name not in known:
                 raise unknown_name("configuration key", name, known)
-        for key, kind in (*dict.fromkeys(("algorithm", "dataset", "network"), str).items(), ("parameters", dict)):
+        kinds: dict[str, type] = dict.fromkeys(("algorithm", "dataset", "network", "device", "energy"), str)
+        for key, kind in {**kinds, "seed": int, "parameters": dict, "training": dict}.items():
             if not isinstance(values.get(key, kind()), kind):
                 raise TypeError(f"{key} is {values[key]!r}")
         return cls(**{**values, "training": training_config(values.get("training", {}))})
@@ -97,6 +98,8 @@ class RunConfig:
             return cls.from_dict(folder.read_json(CONFIG))
         except TypeError as error:
             raise folder.damaged(CONFIG, str(error)) from error
+        except UsageError as error:
+            raise UsageError(f"{folder.path / CONFIG}: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> RunConfig:
@@ -110,6 +113,8 @@ class RunConfig:
             if not isinstance(values, dict):
                 raise ValueError("not an object")
             return cls.from_dict(values)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
         except OSError as error:
             raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
@@ -126,7 +131,12 @@ def training_config(values: Mapping[str, Any]) -> TrainingConfig:
     for name in values:
         if name not in known:
             raise unknown_name("training setting", name, known)
-    return TrainingConfig(**values)
+    hints = get_type_hints(TrainingConfig)
+    typed: dict[str, Any] = {}
+    for name, value in values.items():
+        nothing = value is None and NoneType in get_args(hints[name])
+        typed[name] = None if nothing else _typed(name, value, hints[name], shown=value)
+    return TrainingConfig(**typed)
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,11 @@ def resolve(
     for name in overrides:
         if name not in rule.parameters():
             raise unknown_name(f"parameter of {rule.name}", name, rule.parameters())
+    if start is not None and (alien := start.parameters.keys() - rule.parameters().keys()):
+        raise UsageError(
+            f"preset {start.name} is for {start.algorithm}, and {rule.alias} has no {', '.join(sorted(alien))}; choose "
+            "another preset, or none"
+        )
     return RunConfig(
         algorithm=rule.alias,
         dataset=chosen,
@@ -349,19 +364,27 @@ def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> di
             value = tomllib.loads(f"value = {text}")["value"]
         except ValueError:  # no TOML, or a number of thousands of digits
             value = text.strip()
-        kinds, choices = _wanted(known[name])
-        if float in kinds and type(value) is int:
-            value = float(str(value))  # infinite, and no error, if it is too large
-        # one that PyTorch can hold
-        fits = math.isfinite(value) if type(value) is float else type(value) is not int or -(2**63) <= value < 2**63
-        if type(value) not in kinds or not fits:
-            wanted = " or ".join(choices or [_KINDS[kind] for kind in _KINDS if kind in kinds])
-            raise UsageError(f"{name} takes {wanted}, got {text!r}")
-        parsed[name] = value
+        parsed[name] = _typed(name, value, known[name], shown=text)
     return parsed
 
 
 _KINDS: Final[dict[type, str]] = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+
+
+def _typed(name: str, value: Any, annotation: Any, *, shown: object) -> Any:
+    """A value as an annotation wants it.
+
+    Raises:
+        UsageError: it is of another type, or a number that PyTorch cannot hold.
+    """
+    kinds, choices = _wanted(annotation)
+    if float in kinds and type(value) is int:
+        value = float(str(value))  # infinite, and no error, if it is too large
+    fits = math.isfinite(value) if type(value) is float else type(value) is not int or -(2**63) <= value < 2**63
+    if type(value) not in kinds or not fits:
+        wanted = " or ".join(choices or [_KINDS[kind] for kind in _KINDS if kind in kinds])
+        raise UsageError(f"{name} takes {wanted}, got {shown!r}")
+    return value
 
 
 def _wanted(annotation: Any) -> tuple[set[type], list[str]]:

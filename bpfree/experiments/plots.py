@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from bpfree.algorithms import ALGORITHMS
-from bpfree.errors import CheckpointError, DataError, UsageError
+from bpfree.errors import DataError, UsageError, cannot_write
 from bpfree.experiments.collect import Entry
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def save(plots: Iterable[Plot], folder: Path) -> list[Path]:
                 written.append(folder / f"{plot.name}.{suffix}")
                 written[-1].write_bytes(content)
         except OSError as error:
-            raise CheckpointError(f"cannot write {folder / plot.name}: {error.strerror}") from error
+            raise cannot_write(folder / plot.name, error) from error
     return written
 
 

@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import IO, Any, Final
@@ -17,7 +18,7 @@ from typing import IO, Any, Final
 import numpy as np
 import torch
 
-from bpfree.errors import CheckpointError
+from bpfree.errors import CheckpointError, cannot_write
 
 CONFIG: Final = "config.json"
 ENVIRONMENT: Final = "environment.json"
@@ -27,6 +28,9 @@ UNTESTED: Final = "untested.json"  # in its place if a run was not tested
 CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
 PICTURE: Final = "reconstructions.png"
+
+START_AGAIN: Final = "delete it, and --resume trains this run from its start"
+"""What to do about a checkpoint that is no good."""
 
 NUMBER: Final = (int, float)
 MAYBE: Final = (int, float, NoneType)  # what not every device tells
@@ -55,6 +59,9 @@ MEASURED: Final[dict[str, Any]] = {
 TESTED: Final[dict[str, Any]] = {"test_accuracy": NUMBER, "test_loss": NUMBER, "test_diagnostics": dict}
 """What a summary has besides if the run was tested."""
 
+SURROUNDINGS: Final[dict[str, Any]] = {"hardware": str, "date": str, "commit": (str, NoneType)}
+"""What the record of a run's environment has at least."""
+
 EPOCH: Final[dict[str, Any]] = {"steps": int, "validation_accuracy": NUMBER, "joules_at_start": MAYBE}
 """The same of an epoch's record."""
 
@@ -82,7 +89,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True)
         except OSError as error:
-            raise CheckpointError(f"cannot make the run folder {path}: {error.strerror}") from error
+            raise cannot_write(path, error) from error
         return cls(path)
 
     @classmethod
@@ -125,7 +132,9 @@ class RunFolder:
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text())
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path / name}: {error.strerror}") from error
+            raise CheckpointError(
+                f"cannot read {self.path / name}: {error.strerror}; restore it, or move the folder {self.path} away"
+            ) from error
         except ValueError as error:
             raise self.damaged(name, str(error)) from error
         self._check(name, value, shape)
@@ -167,7 +176,7 @@ class RunFolder:
             with (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
+            raise cannot_write(self.path / METRICS, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One record per epoch, in order.
@@ -207,7 +216,7 @@ class RunFolder:
             reason = (
                 str(error).strip().splitlines()[0].partition(". ")[0] if str(error).strip() else type(error).__name__
             )
-            again = "; delete it, and --resume trains this run from its start" if name == CHECKPOINT else ""
+            again = f"; {START_AGAIN}" if name == CHECKPOINT else ""
             raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason}){again}") from error
         return state
 
@@ -224,12 +233,10 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        # torch reports a full disk as a RuntimeError of its stream writer
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = str(error).strip().splitlines()[0]
-            kept = "; the previous version is kept" if path.exists() else ""
-            raise CheckpointError(f"cannot write {path}: {reason}{kept}; free some space and try again") from error
+        except (OSError, RuntimeError) as error:  # the latter is PyTorch's
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise cannot_write(path, error, kept=path.is_file()) from error
 
 
 def _flaw(value: Any, shape: Any, name: str = "it") -> str | None:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from bpfree.errors import CheckpointError
+from bpfree.errors import cannot_write
 from bpfree.experiments.compare import Plan
 from bpfree.experiments.plots import Plot
 from bpfree.experiments.study_tables import Table
@@ -65,7 +65,7 @@ def write_report(path: Path, page: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
 def _warnings(tables: Iterable[Table]) -> list[str]:

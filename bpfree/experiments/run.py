@@ -25,7 +25,7 @@ from bpfree.energy import EnergyMeter, EnergyResult, choose_source
 from bpfree.energy.carbon import CarbonTracker, carbon_intensity
 from bpfree.energy.simulated import SimulatedSource
 from bpfree.energy.sources import PowerSource
-from bpfree.errors import TrainingError, UsageError
+from bpfree.errors import CheckpointError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
@@ -35,6 +35,7 @@ from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.stepper import numerics, step_precision
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
 from bpfree.networks import build_network, set_dropout
+from bpfree.networks.gnn import GraphBlock
 from bpfree.parallel import Alone, Ranks, Spread, Team, check_spread, spread_over
 
 MIB: Final = 2**20
@@ -140,6 +141,11 @@ def build_learner(
         input_shape = dataset.input_shape
         classes = 0 if config.task == "autoencode" else dataset.classes
     network = build_network(config.network, input_shape)
+    if isinstance(dataset, GraphDataset) and not any(isinstance(module, GraphBlock) for module in network.modules()):
+        raise UsageError(
+            f"{dataset.name} is a graph, and {config.network} has no graph convolutions; use gcn:2x128, sage:2x128 or "
+            "gat:2x128"
+        )
     if config.training.dropout is not None:
         set_dropout(network, config.training.dropout)
     learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
@@ -257,10 +263,15 @@ def resume(
     if (path / summary_name(test)).is_file():
         return {**folder.read_summary(summary_name(test)), "run_dir": str(path)}
     config = RunConfig.of_run(folder)
+    folder.read_json(records.ENVIRONMENT, records.SURROUNDINGS)  # which the summary needs, in the end
     if config.task == "autoencode":
         require_matplotlib()
     if dataset is None:
-        dataset = load_dataset(config.dataset, data_root)
+        try:
+            dataset = load_dataset(config.dataset, data_root)
+        except UsageError as error:
+            how = "a run on data of your own goes on in Python: bpfree.experiments.run.resume(path, dataset=..)"
+            raise UsageError(f"{path}: {error}; {how}") from error
     device, learner = _learner_of(config, dataset, together)
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None
@@ -293,7 +304,10 @@ def _train(
     with told_of_memory(config, device), closing(_source(config, device, together)) as source:
         train, validation, *held = load_batches(config, dataset, device, preferred_layout(learner, device), test=test)
         team = _team(config, learner, train, together)
-        earlier = {} if state is None else {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
+        earlier: dict[str, EnergyResult] = {}
+        if state is not None:
+            with checkpoint_of(folder):
+                earlier = {name: EnergyResult.from_dict(r) for name, r in state["energy"].items()}
         meter = EnergyMeter(
             source,
             device=device,
@@ -335,7 +349,8 @@ def _train(
             joules_before=0.0 if together is None or not earlier else earlier["total"].gross_j,
         )
         if state is not None:
-            trainer.load_state_dict(state)
+            with checkpoint_of(folder):
+                trainer.load_state_dict(state)
         if leader:
             folder.write_metrics(trainer.progress.history)
         reporter.started(config, folder.path, learner, trainer)
@@ -399,6 +414,21 @@ def _train(
     folder.write_json(summary_name(test), summary)
     folder.remove(records.CHECKPOINT)
     return {**summary, "run_dir": str(folder.path)}
+
+
+@contextmanager
+def checkpoint_of(folder: RunFolder) -> Iterator[None]:
+    """Turn what a checkpoint of another run, or of something else, makes its readers raise into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, UsageError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[1].strip() if len(lines) > 1 and lines[0].endswith(":") else lines[0]  # PyTorch's is a list
+        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
+        path = folder.path / records.CHECKPOINT
+        raise CheckpointError(f"{path} is not a checkpoint of this run ({reason}); {records.START_AGAIN}") from error
 
 
 def _team(config: RunConfig, learner: Learner, train: AnyBatches, together: Together | None) -> Team:

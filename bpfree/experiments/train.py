@@ -96,9 +96,8 @@ class TrainingConfig:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.passes is not None and self.passes < 1:
             raise UsageError(f"passes must be at least 1, got {self.passes}")
-        if self.min_delta < 0 or self.warmup_epochs < 0 or self.checkpoint_every < 0:
-            raise UsageError("min_delta, warmup_epochs and checkpoint_every must not be negative")
-
+        if not all(value >= 0 for value in (self.min_delta, self.warmup_epochs, self.checkpoint_every)):
+            raise UsageError("min_delta, warmup_epochs and checkpoint_every must be 0 or more")
         if self.monitor not in MONITORS:
             raise unknown_name("monitor", self.monitor, MONITORS)
         if self.split is not None and self.split not in SPLITS:

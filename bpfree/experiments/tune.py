@@ -32,7 +32,7 @@ from bpfree.energy import EnergyMeter, choose_source
 from bpfree.energy.choose import choose_for_program
 from bpfree.energy.result import JOULES_PER_WH
 from bpfree.energy.sources import NullSource
-from bpfree.errors import BpfreeError, CheckpointError, DataError, TrainingError, UsageError, unknown_name
+from bpfree.errors import BpfreeError, CheckpointError, DataError, TrainingError, UsageError, cannot_write, unknown_name
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import Preset, RunConfig, differing, write_preset
@@ -84,6 +84,8 @@ class TuneConfig:
     pruner: str = "median"
 
     def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise UsageError(f"the name of a study is that of one folder in --results, got {self.name!r}")
         if self.trials < 1:
             raise UsageError(f"tuning takes 1 trial or more, got {self.trials}")
         if self.pruner not in PRUNERS:
@@ -420,7 +422,7 @@ def tune(
     try:
         (folder / TRIALS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise cannot_write(folder, error) from error
     where = storage or f"sqlite:///{folder.absolute() / 'study.db'}"
     study = _open(config, folder, where)
     observer = observer or Observer()

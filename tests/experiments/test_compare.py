@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from bpfree.cli import cli
 from bpfree.data import Dataset, load
-from bpfree.errors import CheckpointError, UsageError
+from bpfree.errors import CheckpointError, UsageError, WriteError, cannot_write
 from bpfree.experiments import compare as comparisons
 from bpfree.experiments.arms import interleaved, make_arms, unequal_settings
 from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
@@ -307,6 +308,38 @@ def test_a_damaged_ledger_is_an_error_that_says_what_to_do(tmp_path: Path) -> No
     path.write_text('{"event": "started"}\n{"eve\n{"event": "started"}\n')
     with pytest.raises(CheckpointError, match=r"ledger.jsonl has a damaged line, .*; delete it"):
         Ledger(path)
+
+
+def test_a_full_disk_stops_everything_and_is_no_failure_of_an_arm(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(run: RunFolder, record: dict[str, Any]) -> None:
+        raise cannot_write(run.path, OSError(errno.ENOSPC, "No space left on device"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", full)
+        with pytest.raises(WriteError, match=r"No space left on device; free some space"):
+            comparison(tmp_path, digits, protocols=["own"]).run()
+    assert [line["event"] for line in ledger(tmp_path)] == ["started"]
+    assert comparison(tmp_path, digits, protocols=["own"]).run() == Outcome(done=4)
+
+
+def test_quiet_comparisons_say_what_failed(tmp_path: Path) -> None:
+    command = ("compare", "--algos", "bp:lr=1e30,bp", "--seeds", "1", "--protocol", "own", *QUICK, "-q")
+    result = bpfree(*command, "--results", str(tmp_path))
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("bp:lr=1e30 on mlp:2x16, own, seed 0 failed: loss is nan")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = bpfree("compare", "--algos", "mf,bp", "--seeds", "1", *QUICK, "--results", str(tmp_path / "file" / "c"))
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        f"bpfree: error: cannot write {tmp_path / 'file' / 'c'}: Not a directory; make that possible"
+    )
 
 
 # Skips and failures

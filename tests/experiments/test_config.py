@@ -7,12 +7,14 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS, algorithm
-from bpfree.errors import UsageError
+from bpfree.errors import BpfreeError, CheckpointError, UsageError
 from bpfree.experiments.config import (
     RunConfig,
     command,
@@ -22,6 +24,7 @@ from bpfree.experiments.config import (
     read_preset,
     resolve,
 )
+from bpfree.experiments.records import RunFolder
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 
@@ -144,6 +147,49 @@ def test_training_settings_of_an_arm_are_typed() -> None:
     for setting in ("passes=4.5", "dropout=high", "split=3", "graph=1"):
         with pytest.raises(UsageError, match=f"{setting.partition('=')[0]} takes"):
             parse_mixed_settings((setting,), "mf")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[training]\nepochs = 'many'", "epochs takes a whole number"),
+        ("[training]\npasses = 'many'", "passes takes a whole number"),
+        ("[training]\nmin_delta = nan", "min_delta takes a number"),
+        ("[parameters]\nlr = 'fast'", "lr takes a number"),
+    ],
+)
+def test_presets_with_values_of_another_type(table: str, message: str, tmp_path: Path) -> None:
+    from bpfree.experiments.run import build_learner
+
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        f'description = "d"\nsource = "s"\nalgorithm = "mf"\ndataset = "digits"\nnetwork = "mlp:1x8"\n{table}\n'
+    )
+    with pytest.raises(UsageError, match=message):
+        build_learner(resolve(preset=str(path)), data.load("digits"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"seed": "a"}, CheckpointError, "is damaged .seed is 'a'.; restore it"),
+        ({"parameters": 3}, CheckpointError, "is damaged .parameters is 3.; restore it"),
+        ({"training": None}, CheckpointError, "is damaged .training is None.; restore it"),
+        ({"training": {"epochs": "many"}}, UsageError, r"config\.json: epochs takes a whole number"),
+        (
+            {"training": {"epoch": 3}},
+            UsageError,
+            r"config\.json: unknown training setting 'epoch'; did you mean epochs",
+        ),
+    ],
+)
+def test_damaged_configurations_of_runs_are_named(
+    values: dict[str, Any], error: type[BpfreeError], message: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json("config.json", {**resolve("mf").to_dict(), **values})
+    with pytest.raises(error, match=message):
+        RunConfig.of_run(folder)
 
 
 def test_config_survives_json(tmp_path: Path) -> None:

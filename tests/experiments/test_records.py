@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_previous_version(tmp_path: Path) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
-    assert "the previous version is kept" in done.stdout
+    assert "File too large; the previous version is kept; free some space" in done.stdout  # not what PyTorch says of it
     assert len(done.stdout.splitlines()) == 1
     assert torch.equal(run.load("state.pt")["tensor"], torch.zeros(10))
     assert [path.name for path in run.path.iterdir()] == ["state.pt"]
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_previous_version(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot make the run folder"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*; make that possible, or choose another place"):
         folder(tmp_path / "file")
 
 

@@ -19,12 +19,13 @@ import torch
 
 from bpfree.data import Dataset
 from bpfree.energy import EnergyMeter
-from bpfree.errors import TrainingError, UsageError
+from bpfree.errors import CheckpointError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import resolve
 from bpfree.experiments.records import RunFolder
-from bpfree.experiments.run import Measuring, load_batches, resume, run, told_of_memory
+from bpfree.experiments.run import Measuring, Reporter, load_batches, resume, run, told_of_memory
 from bpfree.experiments.tables import readable, result_rows
+from bpfree.experiments.train import InterruptedRunError
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -310,3 +311,61 @@ def test_a_missing_drawing_library_is_told_before_training(tmp_path: Path, monke
     with pytest.raises(UsageError, match="matplotlib"):
         run(resolve("bp", "digits", task="autoencode"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class StopAtOnce(Reporter):
+    """Asks its own process to stop behind the first epoch."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> RunFolder:
+    """A run that can be resumed."""
+    config = resolve("mf", network="mlp:1x8", training={"epochs": 3}, device="cpu", energy="none")
+    with pytest.raises(InterruptedRunError):
+        run(config, tmp_path, reporter=StopAtOnce())
+    return RunFolder(only_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"a": 1}, r"it has no 'energy'"),
+        ({"energy": {}}, r"it has no 'learner'"),
+        ({"energy": {}, "learner": {}}, r"Missing key\(s\) in state_dict: .*"),
+        ({"energy": 3}, r".*"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_line(content: dict[str, Any], reason: str, stopped: RunFolder) -> None:
+    stopped.save(records.CHECKPOINT, content)
+    with pytest.raises(
+        CheckpointError, match=rf"is not a checkpoint of this run \({reason}\); delete it, and"
+    ) as caught:
+        resume(stopped.path)
+    assert "\n" not in str(caught.value)
+    stopped.remove(records.CHECKPOINT)
+    assert resume(stopped.path)["passes"] == 3  # as the message has promised
+
+
+@pytest.mark.parametrize(("key", "value"), [("network", "mlp:1x9"), ("algorithm", "bp")])
+def test_a_checkpoint_of_another_run_is_one_line(key: str, value: str, stopped: RunFolder) -> None:
+    stopped.write_json(records.CONFIG, {**stopped.read_json(records.CONFIG), key: value, "parameters": {}})
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this run \(.*\); delete it, and") as caught:
+        resume(stopped.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_record_of_its_environment_is_not_trained_in_vain(stopped: RunFolder) -> None:
+    state = (stopped.path / records.CHECKPOINT).read_bytes()
+    stopped.remove(records.ENVIRONMENT)
+    with pytest.raises(CheckpointError, match=r"cannot read .*environment\.json: No such file .*; restore it, or move"):
+        resume(stopped.path)
+    assert (stopped.path / records.CHECKPOINT).read_bytes() == state
+
+
+def test_a_run_on_own_data_says_how_it_goes_on(stopped: RunFolder) -> None:
+    stopped.write_json(records.CONFIG, {**stopped.read_json(records.CONFIG), "dataset": "mine"})
+    with pytest.raises(UsageError, match=r"unknown data set 'mine'; .*; a run on data of your own goes on in Python"):
+        resume(stopped.path)
