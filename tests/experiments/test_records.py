@@ -175,7 +175,6 @@ def test_joules_of_a_curve_never_decrease(tmp_path: Path, at_start: list[float |
             for epoch, joules in enumerate(at_start, start=1)
         ]
     )
-    run.write_json(records.SUMMARY, {"energy": {"gross_j": expected[-1]}})
-    curve = records.energy_curve(run)
+    curve = records.energy_curve(run, {"energy": {"gross_j": expected[-1]}})
     assert [accuracy for _, accuracy in curve] == [51, 52, 53]
     assert [joules for joules, _ in curve] == pytest.approx(expected)
