@@ -167,14 +167,11 @@ def test_runs_that_start_together_never_share_a_folder(tmp_path: Path, monkeypat
         ([None, 95, 60], [60, 60, 90]),
     ],
 )
-def test_joules_of_a_curve_never_decrease(tmp_path: Path, at_start: list[float | None], expected: list[float]) -> None:
-    run = folder(tmp_path)
-    run.write_metrics(
-        [
-            {"steps": 5 * epoch, "joules_at_start": joules, "validation_accuracy": 50.0 + epoch}
-            for epoch, joules in enumerate(at_start, start=1)
-        ]
-    )
-    curve = records.energy_curve(run, {"energy": {"gross_j": expected[-1]}})
+def test_joules_of_a_curve_never_decrease(at_start: list[float | None], expected: list[float]) -> None:
+    epochs = [
+        {"steps": 5 * epoch, "joules_at_start": joules, "validation_accuracy": 50.0 + epoch}
+        for epoch, joules in enumerate(at_start, start=1)
+    ]
+    curve = records.energy_curve(epochs, {"energy": {"gross_j": expected[-1]}})
     assert [accuracy for _, accuracy in curve] == [51, 52, 53]
     assert [joules for joules, _ in curve] == pytest.approx(expected)
