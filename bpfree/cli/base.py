@@ -68,9 +68,15 @@ def refuse_nan(context: click.Context) -> None:
             raise click.BadParameter("nan is not a number.", context, parameter)
 
 
-def explained(error: OSError) -> BpfreeError:
-    """An error of the system that nothing has expected, such as a full disk behind standard output."""
-    with suppress(OSError, ValueError):  # or Python would fail again when it writes the rest at its end
+def told(error: Exception) -> BpfreeError | None:
+    """What to say of an error in one line; None for a defect, and for what click deals with."""
+    if isinstance(error, BpfreeError):
+        return error
+    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+        return TrainingError("this machine has not that much memory; use a smaller network, batch or data set")
+    if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # who reads no more needs no word
+        return None
+    with suppress(OSError, ValueError):  # a full disk behind standard output fails again when Python writes the rest
         sys.stdout.flush()
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,14 +109,11 @@ class Command(click.Command):
         try:
             with usage_in_one_line():
                 return super().invoke(context)
-        except (BpfreeError, OSError) as error:
-            if debug or getattr(error, "errno", None) == errno.EPIPE:  # who reads no more needs no word
+        except Exception as error:
+            said = None if debug else told(error)
+            if said is None:
                 raise
-            fail(error if isinstance(error, BpfreeError) else explained(error))
-        except (MemoryError, RuntimeError) as error:
-            if debug or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
-                raise
-            fail(TrainingError("this machine has not that much memory; use a smaller network, batch or data set"))
+            fail(said)
         except KeyboardInterrupt:
             if is_leader():
                 click.echo("bpfree: stopped", err=True)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from bpfree.cli.base import explained
+from bpfree.cli.base import told
 from bpfree.errors import EXIT_STOPPED, BpfreeError, UsageError
 from bpfree.parallel import LostRankError, Ranks
 
@@ -84,16 +84,12 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
     """Turn an error into the exit code of this rank, having said what it is on one rank alone."""
     try:
         yield
-    except (BpfreeError, OSError) as error:
-        said = error if isinstance(error, BpfreeError) else explained(error)
+    except Exception as error:
+        said = ranks.lost(error) if isinstance(error, RuntimeError) and ranks.is_loss(error) else told(error)
+        if said is None:
+            raise
         _say(said, ranks)
         sys.exit(said.exit_code)
-    except RuntimeError as error:
-        if not ranks.is_loss(error):
-            raise
-        lost = ranks.lost(error)
-        _say(lost, ranks)
-        sys.exit(lost.exit_code)
     finally:
         sys.stdout.flush()
 

@@ -56,7 +56,10 @@ class Part:
         if len(inputs) != len(targets):
             raise DataError(f"{len(inputs)} inputs but {len(targets)} targets")
         if inputs.is_floating_point() and not torch.isfinite(inputs).all():
-            raise DataError("inputs hold NaN or infinite values")
+            first = int((~torch.isfinite(inputs).flatten(1).all(1)).nonzero()[0])
+            raise DataError(
+                f"inputs hold NaN or infinite values, first in sample {first}; replace them or drop the samples"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from bpfree.errors import CheckpointError, UsageError
+from bpfree.errors import CheckpointError, UsageError, WriteError
 
 STARTUP_TRIALS: Final = 10
 """Trials drawn at random before TPE has something to learn from, and before the pruner judges."""
@@ -117,6 +117,21 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"cannot open the storage {kind} ({reason}); give a database URL such as sqlite:///tune.db, or a path"
+        ) from error
+
+
+@contextmanager
+def told_of_storage() -> Iterator[None]:
+    """Turn what Optuna and its database raise when the storage fails into one line."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the database says more than those who call it
+            reason = reason.__cause__
+        words = str(reason).strip().splitlines()[0]
+        raise WriteError(
+            f"the storage of the study fails ({words}); free some space if it is full, and give the same command again"
         ) from error
 
 

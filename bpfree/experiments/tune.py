@@ -424,18 +424,31 @@ def tune(
     except OSError as error:
         raise cannot_write(folder, error) from error
     where = storage or f"sqlite:///{folder.absolute() / 'study.db'}"
-    study = _open(config, folder, where)
-    observer = observer or Observer()
+    from bpfree.experiments.study import told_of_storage
+
+    with told_of_storage():
+        record = _search(config, folder, where, dataset, devices, observer or Observer())
+    if record["best"] is None:
+        (reason, count), *_ = Counter(trial["reason"] for trial in record["trials"]).most_common()
+        raise TrainingError(f"none of {len(record['trials'])} trials succeeded; {count} of them: {reason}")
+    return {**record, "folder": str(folder)}
+
+
+def _search(
+    config: TuneConfig, folder: Path, storage: str, dataset: AnyDataset, devices: Sequence[str], observer: Observer
+) -> dict[str, Any]:
+    """Do the trials that are left, with a worker for each of `devices`, and write the record, whatever happens."""
+    study = _open(config, folder, storage)
     space, _ = declare(config.base, config.shared, config.given)
     observer.started(config, folder, space, len(study.ended()))
     stop = StopRequest()
     try:
         with stop:
-            if workers == 1:
+            if len(devices) == 1:
                 Worker(_on(config, devices[0]), study, folder, dataset, observer).work(stop)
             else:
-                begin = partial(_work_apart, folder=folder, storage=where, dataset=dataset, observer=observer)
-                _wait_for([partial(begin, _on(config, device), threads=workers) for device in devices], stop)
+                begin = partial(_work_apart, folder=folder, storage=storage, dataset=dataset, observer=observer)
+                _wait_for([partial(begin, _on(config, device), threads=len(devices)) for device in devices], stop)
         if left := study.running():
             raise TrainingError(f"workers died and left {len(left)} trials; the same command goes on")
     except InterruptedRunError as error:
@@ -443,11 +456,8 @@ def tune(
         where = str(error).split("; ")[0]  # a trial is no run to be resumed by itself
         raise InterruptedRunError(f"{where}; {done}, the same command goes on") from None
     finally:
-        record = _write_record(config, study, folder, space, workers, devices)
-    if record["best"] is None:
-        (reason, count), *_ = Counter(trial["reason"] for trial in record["trials"]).most_common()
-        raise TrainingError(f"none of {len(record['trials'])} trials succeeded; {count} of them: {reason}")
-    return {**record, "folder": str(folder)}
+        record = _write_record(config, study, folder, space, len(devices), devices)
+    return record
 
 
 def _require_optuna() -> None:
@@ -559,8 +569,10 @@ def _work_apart(
     threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
     if not torch.cuda.is_available() or config.base.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // threads))
+    from bpfree.experiments.study import told_of_storage
+
     try:
-        with StopRequest() as stop:
+        with told_of_storage(), StopRequest() as stop:
             Worker(config, _open(config, folder, storage), folder, dataset, observer).work(stop)
     except InterruptedRunError:
         return

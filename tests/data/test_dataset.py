@@ -61,7 +61,11 @@ def philox(key: int, blocks: int) -> list[int]:
         (torch.zeros(3, 4), torch.zeros(3), "torch.float32"),
         (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int32), "torch.int32"),
         (torch.zeros(3, 4), torch.zeros(3, 10, dtype=torch.int64), "(3, 10)"),
-        (torch.tensor([[0.0], [float("nan")]]), torch.zeros(2, dtype=torch.int64), "NaN"),
+        (
+            torch.tensor([[0.0], [float("nan")]]),
+            torch.zeros(2, dtype=torch.int64),
+            "NaN or infinite values, first in sample 1",
+        ),
         (torch.tensor([[0.0], [float("inf")]]), torch.zeros(2, dtype=torch.int64), "infinite"),
     ],
 )

@@ -26,7 +26,7 @@ from bpfree import data
 from bpfree.algorithms import ALGORITHMS, Learner, algorithm
 from bpfree.cli import cli
 from bpfree.data import Dataset, Part
-from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError
+from bpfree.errors import BpfreeError, DataError, TrainingError, UsageError, WriteError
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, presets, read_preset, resolve
@@ -464,6 +464,31 @@ def test_trials_are_no_rows_of_a_table(tmp_path: Path) -> None:
     curve = records.energy_curve(folder.read_metrics(), folder.read_summary(records.UNTESTED))
     assert len(curve) == record["best"]["passes"]
     assert curve[-1][0] == record["best"]["gross_j"]
+
+
+def test_a_storage_that_is_full_is_one_line_and_the_study_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlite3
+
+    from sqlalchemy.exc import OperationalError
+
+    def full(*arguments: object, **options: object) -> None:
+        try:
+            try:
+                raise sqlite3.OperationalError("database or disk is full")
+            except sqlite3.OperationalError as error:
+                raise OperationalError("COMMIT", {}, error) from error
+        except OperationalError as error:
+            raise optuna.exceptions.StorageInternalError("invalid data in the commit") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.storages.RDBStorage, "set_trial_intermediate_value", full)
+        patch.setattr(optuna.storages.RDBStorage, "set_trial_user_attr", full)
+        with pytest.raises(WriteError, match=r"fails \(database or disk is full\); free some space .* again$"):
+            tune(study(trials=2), tmp_path, dataset=own_data())
+    record = tune(study(trials=2), tmp_path, dataset=own_data())
+    assert [trial["number"] for trial in record["trials"]] == [0, 1]
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------
