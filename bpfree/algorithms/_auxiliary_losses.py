@@ -243,8 +243,8 @@ def _convolutional_head(shape: Shape, outputs: int, convolutions: int, linear: i
     layers: list[nn.Module] = []
     if len(shape) == 3:
         width, side = shape[0], min(shape[1:])
-        for _ in range(convolutions):
-            halve = side > LEAST_SIDE
+        for index in range(convolutions):
+            halve = index == 0 and side > LEAST_SIDE
             wider = max(width, min(2 * width, MOST_CHANNELS)) if halve else width
             layers += _conv_norm_relu(width, wider, 3, 2 if halve else 1)
             width, side = wider, -(-side // 2) if halve else side

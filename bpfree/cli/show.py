@@ -128,7 +128,8 @@ def table(
 
     if columns is not None:
         raise UsageError("--columns is for the plain list; tables T1 to T9 have theirs")
-    chosen = list(TITLES) if "all" in names else [name.upper() for name in names]
+    every = any(name.lower() == "all" for name in names)
+    chosen = list(TITLES) if every else [name.upper() for name in names]
     for name in chosen:  # before runs are read, which may refuse too
         if name not in TITLES:
             raise unknown_name("table", name, TITLES)
@@ -143,7 +144,7 @@ def table(
         targets=targets,
         intensity=None if carbon is None else carbon_intensity(carbon),
     )
-    if "all" in names:
+    if every:
         made = [one for one in made if one.rows]
     if form == "json":
         click.echo(json.dumps([one.as_dict() for one in made], indent=1, ensure_ascii=False))

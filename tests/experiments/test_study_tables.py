@@ -423,6 +423,7 @@ def test_the_command_prints_what_is_asked_for(study: Path) -> None:
     printed = bpfree("table", str(study), "-t", "t1", "-t", "T3", "--format", "json").stdout
     assert [table["table"] for table in json.loads(printed)] == ["T1", "T3"]
     everything = bpfree("table", str(study), "-t", "all", "--format", "markdown").stdout
+    assert bpfree("table", str(study), "-t", "ALL", "--format", "markdown").stdout == everything
     assert [name for name in TITLES if f"{name}: " in everything] == ["T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9"]
     assert bpfree("table", str(study), "--format", "csv").stdout.startswith("dataset,network,algorithm")
     assert bpfree("table", str(study), "--format", "latex").stdout.startswith("\\begin{tabular}")
