@@ -29,7 +29,7 @@ def test_result_and_progress(tmp_path: Path) -> None:
     assert len(row.split()) == len(header.replace("validation accuracy, %", "a").replace(", ", ",").split())
     assert spent.startswith("2 trials (2 finished, 0 pruned, 0 failed), ")
     assert "J (simulated)" in spent
-    assert "lr: 1e-05 to 2 by logarithm" in done.stderr
+    assert "lr: 1e-05 to 2.0 by logarithm" in done.stderr
     assert "[2/2] trial 1 finished: " in done.stderr
     words = command.split()
     assert words[:3] == ["bpfree", "run", "--preset"]
