@@ -24,7 +24,7 @@ PROBABILITY_FLOOR: Final = 1e-6
 
 
 class Predictors(nn.Module):
-    """L linear maps from features to class scores, as one batched product.
+    """L linear maps from features to class scores, with one weight tensor for all.
 
     Narrower predictors see zeros beyond their features, and their weights there stay zero.
 
