@@ -4,8 +4,8 @@
     python benchmarks/step.py --window 10 --json step.json
     python benchmarks/step.py --presets forward_forward-mnist counter_current-cifar10 backprop-cifar10-ccl --kernels 12
 
-With --presets the steps are those of presets, of their first stage, with the kernels that take longest if --kernels
-asks for them.
+With --presets the steps are those of presets, of their first stage, with their peak memory (16 staged batches included)
+and the kernels that take longest if --kernels asks for them.
 
 Inputs are random and already staged on the device, as the fit loop stages them. "least bytes" counts what an
 ideal step must move through device memory at least once: parameters, gradients and Adam's two moments.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.profiler import ProfilerActivity, profile
 
 from bpfree import build_network
@@ -31,6 +32,7 @@ from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, choose_source
 from bpfree.experiments.config import resolve
 from bpfree.experiments.records import environment
+from bpfree.experiments.run import peak_memory, preferred_layout
 from bpfree.experiments.stepper import Stepper, numerics
 from bpfree.experiments.tables import markdown_table, text_table
 from bpfree.experiments.train import EVALUATION_BATCH, Trainer, TrainingConfig
@@ -42,12 +44,18 @@ MOST_STAGED = 2**17  # images
 FLOAT = 4  # bytes
 
 
-def random_images(count: int, device: torch.device, shape: tuple[int, ...] = IMAGE, classes: int = CLASSES) -> Batches:
+def random_images(
+    count: int,
+    device: torch.device,
+    shape: tuple[int, ...] = IMAGE,
+    classes: int = CLASSES,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Batches:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=generator)
     targets = torch.randint(classes, (count,), generator=generator)
     channels = shape[0] if len(shape) == 3 else 1
-    return Batches(images, targets, device=device, mean=(0.5,) * channels, std=(0.25,) * channels)
+    return Batches(images, targets, device=device, mean=(0.5,) * channels, std=(0.25,) * channels, layout=layout)
 
 
 def build(rule: str, network: str, device: torch.device) -> Learner:
@@ -174,6 +182,10 @@ def measure_preset(name: str, window: float, kernels: int, device: torch.device)
     torch.manual_seed(0)
     network = build_network(config.network, info.input_shape)
     learner = algorithm(config.algorithm).build(network, info.classes, info.input_shape, **config.parameters)
+    layout = preferred_layout(network, device)
+    convert_conv2d_weight_memory_format(learner, layout)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with numerics(training.precision):
         stepper = staged_stepper(
             learner.to(device),
@@ -183,8 +195,10 @@ def measure_preset(name: str, window: float, kernels: int, device: torch.device)
             training.precision,
             shape=info.input_shape,
             classes=info.classes,
+            layout=layout,
         )
         row = measured(stepper, window, device)
+        memory = peak_memory(device)
         longest = longest_kernels(stepper, kernels) if kernels and device.type == "cuda" else []
     return {
         "preset": name,
@@ -193,6 +207,7 @@ def measure_preset(name: str, window: float, kernels: int, device: torch.device)
         "batch": training.batch_size,
         "precision": training.precision,
         **row,
+        "memory": memory,
         "kernels": longest,
     }
 
@@ -238,6 +253,7 @@ def show_presets(rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
             "step, ms": f"{row['ms']:.4f}",
             "J/step": "not measured" if row["j"] is None else f"{row['j']:.4f}",
             "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
+            **({"peak memory, MiB": f"{row['memory']['peak_mib']:.0f}"} if "memory" in row else {}),
             "flags": ", ".join(row["flags"]),
             "hardware": described["hardware"],
             "date": described["date"][:10],
