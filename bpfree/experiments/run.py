@@ -13,7 +13,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
-from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree import data
 from bpfree.algorithms import Learner, algorithm
@@ -35,6 +34,7 @@ from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.stepper import numerics, step_precision
 from bpfree.experiments.train import TRAIN, VALIDATION, InterruptedRunError, Progress, Trainer, evaluate, evaluate_draws
 from bpfree.networks import build_network, set_dropout
+from bpfree.networks.flops import FlopCounter
 from bpfree.networks.gnn import GraphBlock
 from bpfree.parallel import Alone, Ranks, Spread, Team, check_spread, spread_over
 
@@ -613,7 +613,7 @@ def forward_flops(learner: Learner, batches: AnyBatches, precision: str) -> int:
     with (
         evaluation_mode(learner),
         step_precision(precision, batches.device),
-        FlopCounterMode(display=False) as counter,
+        FlopCounter() as counter,
     ):
         learner.scores(inputs)
     return int(counter.get_total_flops())

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.algorithms._captures import captured
 from bpfree.algorithms._lanes import side_stream
@@ -17,6 +16,7 @@ from bpfree.algorithms.learner import Learner, Stage
 from bpfree.data.batches import Draw
 from bpfree.data.graph_batches import AnyBatches
 from bpfree.errors import unknown_name
+from bpfree.networks.flops import FlopCounter
 from bpfree.parallel.team import Alone, Team
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
@@ -177,7 +177,7 @@ class Stepper:
         saved = [tensor.detach().cpu().clone() for tensor in state]
         generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if device.type == "cuda" else []
         self.stage_batches(draw, 0, min(self.capacity, self.steps_per_epoch), self._factors)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             metrics = self._step(0)
         self.flops_per_step = counter.get_total_flops()
         if self._team.size > 1:  # a rank has counted what it does

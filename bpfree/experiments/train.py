@@ -13,7 +13,6 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.algorithms.learner import Batch, DrawsNoise, Learner, LooksAtData, Metrics, Stage, evaluation_mode
 from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
@@ -21,6 +20,7 @@ from bpfree.energy.result import add_known
 from bpfree.errors import EXIT_STOPPED, BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
 from bpfree.experiments.stepper import Stepper, numerics, step_precision
+from bpfree.networks.flops import FlopCounter
 from bpfree.parallel.team import Alone, Team
 
 EVALUATION_BATCH: Final = 2000
@@ -302,7 +302,7 @@ class Trainer:
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
                 self._load_libraries()
-                with self.meter.phase(TRAIN), FlopCounterMode(display=False) as counter:
+                with self.meter.phase(TRAIN), FlopCounter() as counter:
                     self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
                 self.progress.flops += counter.get_total_flops()
             while self.progress.stage < len(stages):
@@ -321,7 +321,7 @@ class Trainer:
         with (
             self.meter.paused(),
             step_precision(self.config.precision, self.train.device),
-            FlopCounterMode(display=False),  # its first use imports a compiler
+            FlopCounter(),  # its first use imports a compiler
         ):
             if self.team.whole:
                 self.learner.scores(inputs)
@@ -342,7 +342,7 @@ class Trainer:
         with (
             step_precision(self.config.precision, batches.device),
             evaluation_mode(self.learner),
-            FlopCounterMode(display=False) as counter,
+            FlopCounter() as counter,
         ):
             return batches.map(prefix, EVALUATION_BATCH), counter.get_total_flops()
 
@@ -432,7 +432,7 @@ class Trainer:
                 for inputs, targets in self.train.epoch(draw, config.batch_size, progress.step):
                     with (
                         step_precision(config.precision, targets.device),
-                        FlopCounterMode(display=False) as counter,
+                        FlopCounter() as counter,
                     ):
                         stage.step((stage.prepared(inputs), targets))
                     progress.flops += counter.get_total_flops()
@@ -464,7 +464,7 @@ class Trainer:
         inputs, targets = next(iter(self.train.in_order(self.config.batch_size)))
         with (
             step_precision(self.config.precision, self.train.device),
-            FlopCounterMode(display=False),
+            FlopCounter(),
             suppress(TrainingError),  # one batch alone may have no solution
         ):
             batch = (stage.prepared(inputs), targets)

@@ -17,10 +17,10 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
+from bpfree.networks.flops import FlopCounter
 from bpfree.networks.resnet import ResidualUnit
 
 # Units in each stage -> K -> the unit that ends each block, as (stage from 1, unit from 0); () ends one at every unit.
@@ -177,7 +177,7 @@ def unit_operations(units: Iterable[nn.Module], input_shape: Shape | None) -> li
     operations = []
     with torch.no_grad():
         for unit in copies:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounter() as counter:
                 signal = unit(signal)
             operations.append(float(counter.get_total_flops()))
     return operations
