@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms._cross_entropy import encode_targets, softmax_cross_entropy
 from bpfree.algorithms._ff_goodness import Activity, Goodness, Normalizer, PeerNormalization, length_of
 from bpfree.algorithms._ff_negatives import LabelledViews, Views
 from bpfree.algorithms._optim import set_gradients
-from bpfree.algorithms.mono_forward import encode_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +135,8 @@ def learn_readout(logits: Tensor, parts: Iterable[tuple[nn.Linear, Tensor]], tar
         parts: those that learn, with what they see.
         targets: (B,).
     """
-    target_errors = encode_targets(targets, logits.shape[1], logits.dtype)
-    log_probabilities = F.log_softmax(logits, 1)
-    errors = torch.add(target_errors, log_probabilities.exp(), alpha=1 / len(targets))
+    loss, errors = softmax_cross_entropy(logits, encode_targets(targets, logits.shape[1], logits.dtype))
     with torch.autocast(logits.device.type, enabled=False):
         for head, signal in parts:
             set_gradients(head.parameters(), [errors.T @ signal])
-    return (log_probabilities * target_errors).sum()
+    return loss
