@@ -257,7 +257,8 @@ class Learner(nn.Module, ABC):
 
     Attributes:
         paper: where the rule comes from.
-        locality: how far a gradient travels: through the "network", a "block" or a "layer".
+        locality: how far a gradient, or an error in its place, travels: through the "network", a "block" or a "layer";
+            of a class with its defaults, of a learner with the options that it was made with.
         capture_safe: whether `step` can be captured in a CUDA graph.
         channels: ways besides gradients in which later blocks have a say in what earlier ones learn, with the options
             that this learner was made with; the audit shows that there are no others.
@@ -270,7 +271,7 @@ class Learner(nn.Module, ABC):
     """
 
     paper: ClassVar[Paper]
-    locality: ClassVar[Locality]
+    locality: Locality
     capture_safe: ClassVar[bool] = True
     tasks: ClassVar[tuple[Task, ...]] = ("classify",)
     undivided: ClassVar[str] = ""

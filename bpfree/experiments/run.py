@@ -586,6 +586,7 @@ def _summary(
         "dataset": config.dataset,
         "network": config.network,
         "variant": learner.variant,
+        "locality": learner.locality,
         "preset": config.preset,
         "seed": config.seed,
         "validation_accuracy": kept["best_validation_accuracy"],

@@ -123,7 +123,7 @@ def test_json_result_has_what_is_promised(straight: tuple[Path, dict[str, Any]])
     )
     assert set(promised.split()) <= set(summary)
     assert {"gross_j", "net_j", "method", "flags"} <= set(summary["energy"])
-    assert summary["algorithm"] == "mf"
+    assert (summary["algorithm"], summary["locality"]) == ("mf", "block")
     assert summary["energy"]["method"] == "simulated"
     assert 90 < summary["test_accuracy"] <= 100
     assert {**json.loads((path / records.SUMMARY).read_text()), "run_dir": str(path)} == summary
