@@ -198,7 +198,8 @@ def _some(names: Iterable[str]) -> str:
 def _classes_of(root: Path) -> list[str]:
     """The names of the training part's classes, sorted."""
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}")
+        begins = "" if root.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"there is no folder {root}{begins}")
     if not (root / "train").is_dir():
         raise DataError(f"{root} has no folder 'train'; lay it out as train/<class>/*.jpg and val/<class>/*.jpg")
     names = _folders(root / "train")

@@ -122,7 +122,10 @@ def test_sets_that_do_not_fit_are_refused_before_they_are_read(folder: Path) -> 
         load_image_folder(folder, 8, max_bytes=5 * 3 * 64 - 1)
 
 
-def test_a_missing_folder_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"there is no folder nowhere in {tmp_path}$"):
+        data.load("folder:nowhere")
     with pytest.raises(DataError, match=r"there is no folder .*nowhere$"):
         load_image_folder(tmp_path / "nowhere", 8)
     with pytest.raises(DataError, match=r"pets/val has no folder 'train'; lay it out as train/<class>/\*\.jpg"):
