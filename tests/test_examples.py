@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
+import torch
 
 from examples import embed, energy, large_graph
 
@@ -42,4 +44,12 @@ def test_docstring_examples(module: str) -> None:
     loaded = importlib.import_module(f"bpfree.algorithms.{module}")
     result = doctest.testmod(loaded)
     assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_examples_of_pages() -> None:
+    torch.manual_seed(0)
+    page = Path(__file__).parents[1] / "docs" / "algorithms" / "forward_forward.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 5
     assert result.failed == 0

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms._cafo_ridge import exact_products
+from bpfree.algorithms._cross_entropy import softmax_cross_entropy
 
 AGGREGATES: Final = ("sum_prob", "sum_logit", "mean", "last")
 ALIGNED: Final = 4
@@ -108,9 +109,7 @@ class CrossEntropy(GradientLoss):
     """Cross-entropy of the softmax."""
 
     def losses_and_errors(self, scores: Tensor, target_errors: Tensor) -> tuple[Tensor, Tensor]:
-        log_probabilities = scores.log_softmax(-1)
-        losses = (log_probabilities * target_errors).sum((1, 2))
-        return losses, torch.add(target_errors, log_probabilities.exp(), alpha=1 / scores.shape[1])
+        return softmax_cross_entropy(scores, target_errors)
 
 
 class SparsemaxLoss(GradientLoss):

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from bpfree.algorithms._cafo_predictors import GradientLoss, Predictors
 from bpfree.algorithms._cafo_ridge import RidgeStatistics
+from bpfree.algorithms._cross_entropy import encode_targets
 from bpfree.algorithms._optim import set_gradients
 from bpfree.algorithms.direct_feedback import draw_feedback, set_feedback_gradients
 from bpfree.algorithms.learner import Batch, Metrics, Stage, check_inputs
-from bpfree.algorithms.mono_forward import encode_targets
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
 from bpfree.networks.graph import Graph

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bpfree.algorithms._cross_entropy import softmax_cross_entropy
 
 REFERENCE_WIDTH: Final = 256  # of the layers for which the paper's code states the scale of "dot"
 ZERO: Final = 1e-8  # a row shorter than this has no direction
@@ -121,9 +122,8 @@ class ClassObjective(Objective):
 
     def rate_output(self, output: Tensor, asked: Asked) -> Rating:
         with torch.autocast(output.device.type, enabled=False):
-            log_probabilities = F.log_softmax(output.to(asked.targets.dtype), 1)
-            loss = -(log_probabilities * asked.targets).sum() / len(output)
-            return Rating(loss, (log_probabilities.exp() - asked.targets) / len(output), None)
+            target_errors = asked.targets * (-1 / len(output))
+            return Rating(*softmax_cross_entropy(output.to(asked.targets.dtype), target_errors), None)
 
     @abstractmethod
     def similarity(

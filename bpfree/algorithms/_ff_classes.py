@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.errors import UsageError, unknown_name
+from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
 
-GOODNESS: Final = ("mean", "squares", "auxiliary")
-NORMALIZERS: Final = ("groups", "channels", "none")
-LOSSES: Final = ("cross-entropy", "pvn", "cwg")
 EPSILON: Final = 1e-5
 PVN_THRESHOLD: Final = 2.0
 CWG_SHARE: Final = 0.28  # of the cross-entropy
@@ -84,19 +82,14 @@ class AuxiliaryGoodness(ClassGoodness):
         return answers.flatten(2).mean(2) if answers.ndim > 2 else answers
 
 
-def class_goodness(name: str, shape: Shape, classes: int) -> ClassGoodness:
-    """The goodness called `name` of a layer whose output has `shape`.
+GoodnessFactory = Callable[[Shape, int], ClassGoodness]
+"""From the shape of a layer's output, of one sample, and K to its goodness."""
 
-    Raises:
-        UsageError: unknown name, or a shape that does not fit.
-    """
-    if name not in GOODNESS:
-        raise unknown_name("goodness", name, GOODNESS)
-    return (
-        AuxiliaryGoodness(shape, classes)
-        if name == "auxiliary"
-        else GroupGoodness(shape, classes, squared=name == "squares")
-    )
+GOODNESS: Final[dict[str, GoodnessFactory]] = {
+    "mean": partial(GroupGoodness, squared=False),
+    "squares": partial(GroupGoodness, squared=True),
+    "auxiliary": AuxiliaryGoodness,
+}
 
 
 def groups(hidden: Tensor, classes: int) -> tuple[Tensor, ...]:
@@ -122,31 +115,14 @@ def keep(hidden: Tensor, classes: int) -> Tensor:
     return hidden
 
 
-def passed_on(name: str) -> Callable[[Tensor, int], Tensor]:
-    """The function of activities and K that is called `name`.
+ClassNormalizer = Callable[[Tensor, int], Tensor]
+"""From activities and K to what a layer passes on."""
 
-    Raises:
-        UsageError: unknown name.
-    """
-    if name not in NORMALIZERS:
-        raise unknown_name("normalizer", name, NORMALIZERS)
-    return (normalize_groups, normalize_channels, keep)[NORMALIZERS.index(name)]
-
-
-def competition(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss, a function of (B, K) goodness and (B,) targets, that is called `name`.
-
-    "cross-entropy" takes goodness as logits; "pvn" pulls that of the class above a threshold of 2 and the mean of the
-    others below it; "cwg" is 0.28 of the former and 0.72 of the latter.
-
-    Raises:
-        UsageError: unknown name.
-    """
-    losses: tuple[Callable[[Tensor, Tensor], Tensor], ...]
-    losses = (F.cross_entropy, positive_versus_negative, weighted_loss)
-    if name not in LOSSES:
-        raise unknown_name("loss", name, LOSSES)
-    return losses[LOSSES.index(name)]
+NORMALIZERS: Final[dict[str, ClassNormalizer]] = {
+    "groups": normalize_groups,
+    "channels": normalize_channels,
+    "none": keep,
+}
 
 
 def positive_versus_negative(goodness: Tensor, targets: Tensor) -> Tensor:
@@ -160,3 +136,13 @@ def weighted_loss(goodness: Tensor, targets: Tensor) -> Tensor:
     """0.28 cross-entropy + 0.72 PvN."""
     entropy = F.cross_entropy(goodness, targets)
     return CWG_SHARE * entropy + (1 - CWG_SHARE) * positive_versus_negative(goodness, targets)
+
+
+Competition = Callable[[Tensor, Tensor], Tensor]
+"""The loss, from (B, K) goodness and (B,) targets to a 0-d tensor."""
+
+LOSSES: Final[dict[str, Competition]] = {
+    "cross-entropy": F.cross_entropy,  # goodness as logits
+    "pvn": positive_versus_negative,
+    "cwg": weighted_loss,
+}

@@ -5,71 +5,118 @@ Shapes: `M` rows (samples, with or without a label written into them), `N` units
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.errors import UsageError, unknown_name
+from bpfree.errors import UsageError
 
-GOODNESS: Final = ("sum", "mean", "minus_sum", "minus_mean")
-NORMALIZERS: Final = ("rms", "unit")
 EPSILON: Final = 1e-30  # keeps a silent layer's normalised activity at zero; a number in single precision too
 PEER_DECAY: Final = 0.9
 PEER_START: Final = 0.5
 
 
-@dataclass(frozen=True)
-class Goodness:
-    """g = c sum_j h_j^2, with c = 1 ("sum"), 1/N ("mean"), or minus that ("minus_sum", "minus_mean").
+class Goodness(ABC):
+    """g(h), with the derivative that a layer's update in closed form needs.
 
-    Raises:
-        UsageError: another name.
+    Attributes:
+        zero_at_silence: whether dg/dh_j is 0 wherever h_j is, so that ReLU's derivative needs no mask.
     """
 
-    name: str = "sum"
+    zero_at_silence: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.name not in GOODNESS:
-            raise unknown_name("goodness", self.name, GOODNESS)
+    @abstractmethod
+    def value(self, hidden: Tensor) -> Tensor:
+        """h, (M, N) -> g, (M,), in at least 32 bits."""
+
+    @abstractmethod
+    def errors(self, hidden: Tensor, slope: Tensor) -> Tensor:
+        """dL/dh = dL/dg dg/dh, (M, N), from h and dL/dg, (M,).
+
+        What it is for units that are silent, h = 0, does not count unless `zero_at_silence` promises zeros.
+        """
+
+    @abstractmethod
+    def at_unit_activity(self, width: int) -> float:
+        """g of a layer of `width` units whose activities have a mean square of 1: the usual threshold."""
+
+
+@dataclass(frozen=True)
+class SquaredGoodness(Goodness):
+    """g = c sum_j h_j^2, with c = 1, or 1/N for the mean; times -1 if positive data are to be quiet.
+
+    Attributes:
+        average: take the mean over units.
+        sign: 1 or -1.
+    """
+
+    zero_at_silence = True
+
+    average: bool = False
+    sign: float = 1.0
 
     def scale(self, width: int) -> float:
-        """c of a layer of `width` units: also its goodness when the mean square of its activities is 1, over N."""
-        size = 1 / width if self.name.endswith("mean") else 1.0
-        return -size if self.name.startswith("minus") else size
+        """c of a layer of `width` units."""
+        return self.sign / width if self.average else self.sign
 
-    def of(self, activity: Activity) -> Tensor:
-        """(M,) goodness, in at least 32 bits."""
-        return length_of(activity.hidden).square() * self.scale(activity.hidden.shape[1])
+    def value(self, hidden: Tensor) -> Tensor:
+        return length_of(hidden).square() * self.scale(hidden.shape[1])
+
+    def errors(self, hidden: Tensor, slope: Tensor) -> Tensor:
+        return hidden * (2 * self.scale(hidden.shape[1]) * slope)[:, None].to(hidden.dtype)
+
+    def at_unit_activity(self, width: int) -> float:
+        return self.scale(width) * width
 
 
-@dataclass(frozen=True)
-class Normalizer:
-    """z = h / sqrt(mean_j h_j^2 + eps), so that |z|^2 = N ("rms"), or that over sqrt(N), so that |z| = 1 ("unit").
+GOODNESS: Final[dict[str, Goodness]] = {
+    "sum": SquaredGoodness(),
+    "mean": SquaredGoodness(average=True),
+    "minus_sum": SquaredGoodness(sign=-1.0),
+    "minus_mean": SquaredGoodness(average=True, sign=-1.0),
+}
 
-    No mean is subtracted. All that passes is the direction of h, not its length, from which the next layer could read
-    off the goodness.
 
-    Raises:
-        UsageError: another name.
-    """
+class Normalizer(ABC):
+    """What of a layer's activity the next one sees: nothing from which it could read off the goodness."""
 
-    name: str = "rms"
-
-    def __post_init__(self) -> None:
-        if self.name not in NORMALIZERS:
-            raise unknown_name("normalizer", self.name, NORMALIZERS)
-
+    @abstractmethod
     def of(self, rows: Tensor) -> Tensor:
         """h, (M, N) -> z, (M, N)."""
-        normalized = F.rms_norm(rows, rows.shape[1:], eps=EPSILON)
-        return normalized if self.name == "rms" else normalized * rows.shape[1] ** -0.5
+
+    @abstractmethod
+    def divisor(self, length: Tensor, width: int) -> Tensor | None:
+        """(M,) lengths |h| > 0 -> (M, 1) with z = h / divisor; None if z is not h over a function of its length.
+
+        With it the first layer's product with an image is computed once for all labels.
+        """
+
+
+class RootMeanSquare(Normalizer):
+    """z = h / sqrt(mean_j h_j^2 + eps), so that |z|^2 = N. No mean is subtracted."""
+
+    def of(self, rows: Tensor) -> Tensor:
+        return F.rms_norm(rows, rows.shape[1:], eps=EPSILON)
 
     def divisor(self, length: Tensor, width: int) -> Tensor:
-        """(M,) lengths |h| > 0 -> (M, 1), z = h / divisor."""
-        return (length * (width**-0.5 if self.name == "rms" else 1.0))[:, None]
+        return (length * width**-0.5)[:, None]
+
+
+class UnitLength(Normalizer):
+    """z = h / sqrt(sum_j h_j^2 + N eps), so that |z| = 1. No mean is subtracted."""
+
+    def of(self, rows: Tensor) -> Tensor:
+        return F.rms_norm(rows, rows.shape[1:], eps=EPSILON) * rows.shape[1] ** -0.5
+
+    def divisor(self, length: Tensor, width: int) -> Tensor:
+        return length[:, None]
+
+
+NORMALIZERS: Final[dict[str, Normalizer]] = {"rms": RootMeanSquare(), "unit": UnitLength()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,10 @@ A loss takes (L, 2B) goodness, B positive columns and then the B negative ones o
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Final
 
 import torch
@@ -15,18 +18,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms._ff_goodness import Goodness
-from bpfree.errors import UsageError, unknown_name
+from bpfree.algorithms._options import chosen, option_name
+from bpfree.errors import UsageError
 
-LOSSES: Final = ("original", "symba", "collaboration", "collaboration-preceding")
 SYMBA_ALPHA: Final = 4.0
 
 
 class ContrastiveLoss(nn.Module):
-    """A loss of positive against negative rows; also what turns goodness into class scores."""
+    """A loss of positive against negative rows.
+
+    Attributes:
+        hears: whose goodness is part of a layer's loss besides its own: "none", "preceding" layers', or all "others".
+    """
+
+    hears: str = "none"
 
     @abstractmethod
     def forward(self, goodness: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """(L, 2B) goodness -> (L,) losses, (L, 2B) derivatives; those of consecutive layers, from layer `first` on."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What gamma_l is made of.
+
+    Attributes:
+        total: (L, M) goodness -> (L, M) goodness with gamma.
+        thresholds: thresholds of each layer's own goodness -> those of what `total` gives.
+    """
+
+    total: Callable[[Tensor], Tensor]
+    thresholds: Callable[[list[float]], list[float]]
+
+
+HEARD: Final[dict[str, Heard]] = {
+    "none": Heard(lambda goodness: goodness, lambda own: own),
+    "others": Heard(
+        lambda goodness: goodness.sum(0, keepdim=True).expand_as(goodness), lambda own: [sum(own)] * len(own)
+    ),
+    "preceding": Heard(lambda goodness: goodness.cumsum(0), lambda own: list(accumulate(own))),
+}
 
 
 class ThresholdLoss(ContrastiveLoss):
@@ -38,24 +69,20 @@ class ThresholdLoss(ContrastiveLoss):
     Args:
         thresholds: theta_l, one per layer.
         temperature: T.
-        gamma: "none", "others" or "preceding".
+        hears: what gamma is made of, "none", "others" or "preceding".
     """
 
     theta: Tensor
 
-    def __init__(self, thresholds: Sequence[float], temperature: float, gamma: str) -> None:
+    def __init__(self, thresholds: Sequence[float], temperature: float, hears: str = "none") -> None:
         super().__init__()
         if not temperature > 0:
             raise UsageError(f"temperature must be positive, got {temperature}")
-        self.temperature, self.gamma = temperature, gamma
+        self.temperature, self.hears = temperature, hears
         self.register_buffer("theta", torch.tensor(thresholds)[:, None], persistent=False)
 
     def forward(self, goodness: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        total = goodness
-        if self.gamma == "others":
-            total = goodness.sum(0, keepdim=True).expand_as(goodness)
-        elif self.gamma == "preceding":
-            total = goodness.cumsum(0)
+        total = HEARD[self.hears].total(goodness)
         margin = (total - self.theta[first : first + len(goodness)]) / self.temperature
         positive, negative = margin.chunk(2, 1)
         margin = torch.cat([positive, -negative], 1)
@@ -85,41 +112,70 @@ class SymbaLoss(ContrastiveLoss):
         return F.softplus(-margin).mean(1), torch.cat([-slope, slope], 1)
 
 
-def contrastive_loss(
-    name: str,
-    goodness: Goodness,
-    widths: Sequence[int],
-    theta: float | None,
-    temperature: float | None,
-    alpha: float | None,
-) -> ContrastiveLoss:
-    """The loss called `name`.
+@dataclass(frozen=True)
+class LossOptions:
+    """What a user may choose about a loss by its name; None is its default.
 
-    Args:
-        name: "original", "symba", "collaboration" (gamma from all other layers) or "collaboration-preceding".
-        goodness: what it is a loss of.
-        widths: N_l of every layer.
+    Attributes:
         theta: threshold of every layer; None: the goodness of all layers that count, at a mean square activity of 1.
         temperature: T; None: 1.
         alpha: of SymBa; None: 4.
+    """
+
+    theta: float | None = None
+    temperature: float | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss that has a name.
+
+    Attributes:
+        build: from what it is a loss of, the widths of the layers, and the options.
+        unused: options that it does not have.
+    """
+
+    build: Callable[[Goodness, Sequence[int], LossOptions], ContrastiveLoss]
+    unused: tuple[str, ...]
+
+
+def _threshold_loss(hears: str, goodness: Goodness, widths: Sequence[int], options: LossOptions) -> ContrastiveLoss:
+    usual = HEARD[hears].thresholds([goodness.at_unit_activity(width) for width in widths])
+    thresholds = usual if options.theta is None else [options.theta] * len(widths)
+    return ThresholdLoss(thresholds, 1.0 if options.temperature is None else options.temperature, hears)
+
+
+def _symba_loss(goodness: Goodness, widths: Sequence[int], options: LossOptions) -> ContrastiveLoss:
+    return SymbaLoss(SYMBA_ALPHA if options.alpha is None else options.alpha)
+
+
+LOSSES: Final[dict[str, NamedLoss | ContrastiveLoss]] = {
+    "original": NamedLoss(partial(_threshold_loss, "none"), ("alpha",)),
+    "symba": NamedLoss(_symba_loss, ("theta", "temperature")),
+    "collaboration": NamedLoss(partial(_threshold_loss, "others"), ("alpha",)),
+    "collaboration-preceding": NamedLoss(partial(_threshold_loss, "preceding"), ("alpha",)),
+}
+
+
+def contrastive_loss(
+    given: str | ContrastiveLoss, goodness: Goodness, widths: Sequence[int], options: LossOptions
+) -> ContrastiveLoss:
+    """The loss of that name, or the caller's own.
+
+    Args:
+        given: "original", "symba", "collaboration" (gamma from all other layers), "collaboration-preceding", or an
+            object.
+        goodness: what it is a loss of.
+        widths: N_l of every layer.
+        options: of a loss with a name.
 
     Raises:
         UsageError: another name, a value that is not positive, or one that the loss does not have.
     """
-    if name not in LOSSES:
-        raise unknown_name("loss", name, LOSSES)
-    unused = {"theta": theta, "temperature": temperature} if name == "symba" else {"alpha": alpha}
-    for option, value in unused.items():
-        if value is not None:
-            raise UsageError(f"the loss {name} has no {option}")
-    if name == "symba":
-        return SymbaLoss(SYMBA_ALPHA if alpha is None else alpha)
-    own = [goodness.scale(width) * width for width in widths]
-    gamma = {"original": "none", "collaboration": "others"}.get(name, "preceding")
-    usual = {
-        "none": own,
-        "others": [sum(own)] * len(own),
-        "preceding": [sum(own[: index + 1]) for index in range(len(own))],
-    }[gamma]
-    thresholds = usual if theta is None else [theta] * len(own)
-    return ThresholdLoss(thresholds, 1.0 if temperature is None else temperature, gamma)
+    named = chosen("loss", given, LOSSES, ContrastiveLoss)
+    unused = named.unused if isinstance(named, NamedLoss) else tuple(vars(options))
+    for option in unused:
+        if getattr(options, option) is not None:
+            raise UsageError(f"the loss {option_name(given)} has no {option}")
+    return named.build(goodness, widths, options) if isinstance(named, NamedLoss) else named

@@ -8,8 +8,8 @@ Shapes: `B` batch, `C` classes, `D` values of an input, `W` = D columns of a row
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Final
+from abc import ABC, abstractmethod
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 from bpfree.networks.streams import Stream
 
-NEGATIVES: Final = ("hard", "random", "hybrid")
 LABELS: Final = ("overlay", "concat")
 BLURS: Final = 10  # "repeatedly" in the paper
 THRESHOLD: Final = 0.5
@@ -31,10 +30,12 @@ class Views(nn.Module):
     Attributes:
         appended: columns that a row has besides an input's values.
         labelled: whether rows carry a label, so that goodness can rate classes.
+        asks_readout: whether negative rows depend on what the softmax read-out says.
     """
 
     appended: int = 0
-    labelled: bool
+    labelled: bool = False
+    asks_readout: bool = False
 
     @abstractmethod
     def plain(self, inputs: Tensor) -> Tensor:
@@ -56,6 +57,57 @@ class Views(nn.Module):
         """
 
 
+class WrongLabels(ABC):
+    """Which wrong class a negative row shows.
+
+    Attributes:
+        asks_readout: whether it depends on what the softmax read-out says.
+    """
+
+    asks_readout: ClassVar[bool] = False
+
+    @abstractmethod
+    def draw(self, size: int, classes: int, stream: Stream) -> Tensor:
+        """All that is random in the choice for a batch of `size`; the next call draws anew."""
+
+    @abstractmethod
+    def choose(self, targets: Tensor, labels: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
+        """(B,) classes, each other than its target.
+
+        Args:
+            targets: (B,), the classes.
+            labels: (C,), 0 to C - 1.
+            logits: (B, C), what the softmax read-out makes of the input with the neutral label; None unless it is asked
+                or known anyway.
+            noise: what `draw` has drawn.
+        """
+
+
+class LikelyLabels(WrongLabels):
+    """ "hard": as softmax(logits) without the target, the largest of logits plus Gumbel noise."""
+
+    asks_readout = True
+
+    def draw(self, size: int, classes: int, stream: Stream) -> Tensor:
+        """(B, C) float64 of Gumbel's distribution."""
+        return -(-stream.uniform((size, classes), torch.float64).log()).log()
+
+    def choose(self, targets: Tensor, labels: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
+        assert logits is not None
+        return (logits + noise).masked_fill_(targets[:, None] == labels, -torch.inf).argmax(1)
+
+
+class UniformLabels(WrongLabels):
+    """ "random": all wrong classes alike."""
+
+    def draw(self, size: int, classes: int, stream: Stream) -> Tensor:
+        """(B,) uniform integers below C - 1."""
+        return (stream.uniform((size,), torch.float64) * (classes - 1)).long()
+
+    def choose(self, targets: Tensor, labels: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
+        return noise + (noise >= targets)
+
+
 class LabelledViews(Views):
     """The true class in the positive row, a wrong one in the negative row, 1/C of each in the plain row.
 
@@ -64,7 +116,7 @@ class LabelledViews(Views):
         classes: C.
         label: "overlay" or "concat".
         strength: s, the value that marks a class.
-        hard: draw wrong classes as the read-out takes them for likely, instead of all alike.
+        wrong: which wrong classes are shown.
         stream: where they are drawn from.
 
     Raises:
@@ -74,7 +126,9 @@ class LabelledViews(Views):
     labelled = True
     candidates: Tensor
 
-    def __init__(self, features: int, classes: int, label: str, strength: float, hard: bool, stream: Stream) -> None:
+    def __init__(
+        self, features: int, classes: int, label: str, strength: float, wrong: WrongLabels, stream: Stream
+    ) -> None:
         super().__init__()
         if label not in LABELS:
             raise unknown_name("label", label, LABELS)
@@ -82,7 +136,8 @@ class LabelledViews(Views):
             raise UsageError(f"label_strength must be positive, got {strength}")
         if label == "overlay" and features < classes:
             raise UsageError(f"{classes} labels do not fit over {features} values; use label=concat")
-        self.classes, self.strength, self.hard, self.stream = classes, strength, hard, stream
+        self.classes, self.strength, self.wrong, self.stream = classes, strength, wrong, stream
+        self.asks_readout = wrong.asks_readout
         self.appended = classes if label == "concat" else 0
         self.register_buffer("candidates", torch.arange(classes), persistent=False)
 
@@ -99,27 +154,20 @@ class LabelledViews(Views):
         rows[:, : self.classes] = self.strength / self.classes
         return rows
 
+    def every(self, inputs: Tensor) -> Tensor:
+        """(B, D) -> (B C, W) rows, each input with each of the labels."""
+        rows = self.blank(inputs)[:, None].repeat(1, self.classes, 1)
+        rows[:, self.candidates, self.candidates] = self.strength
+        return rows.flatten(0, 1)
+
     def draw(self, size: int) -> Tensor:
-        """(B, C) float64 of Gumbel's distribution for hard negatives, (B,) uniform integers below C - 1 for others."""
-        if self.hard:
-            return -(-self.stream.uniform((size, self.classes), torch.float64).log()).log()
-        return (self.stream.uniform((size,), torch.float64) * (self.classes - 1)).long()
+        return self.wrong.draw(size, self.classes, self.stream)
 
     def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
         rows = self.blank(inputs).repeat(2, 1)
-        shown = torch.cat([targets, self.wrong(targets, logits, noise)])
+        shown = torch.cat([targets, self.wrong.choose(targets, self.candidates, logits, noise)])
         rows[:, : self.classes] = (shown[:, None] == self.candidates) * self.strength
         return rows
-
-    def wrong(self, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
-        """(B,) classes, each other than its target.
-
-        Hard ones follow softmax(logits) without the target: the largest of logits plus Gumbel noise.
-        """
-        if self.hard:
-            assert logits is not None
-            return (logits + noise).masked_fill_(targets[:, None] == self.candidates, -torch.inf).argmax(1)
-        return noise + (noise >= targets)
 
 
 class HybridViews(Views):
@@ -136,7 +184,6 @@ class HybridViews(Views):
         UsageError: inputs are not images.
     """
 
-    labelled = False
     blur_rows: Tensor
     blur_columns: Tensor
 
@@ -164,6 +211,13 @@ class HybridViews(Views):
         images = inputs.unflatten(1, self.shape)
         hybrids = torch.where(noise, images, images.roll(1, 0))
         return torch.cat([inputs, hybrids.flatten(1)])
+
+
+NEGATIVES: Final[dict[str, WrongLabels | type[HybridViews]]] = {
+    "hard": LikelyLabels(),
+    "random": UniformLabels(),
+    "hybrid": HybridViews,
+}
 
 
 def blur_matrix(size: int) -> Tensor:

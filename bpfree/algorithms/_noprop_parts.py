@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms.learner import Batch
+from bpfree.algorithms.learner import Batch, refuse_idle
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 from bpfree.networks.noprop import Denoiser, denoisers
@@ -24,6 +24,8 @@ EmbeddingKind = Literal["onehot", "learned", "prototype"]
 ReadoutKind = Literal["linear", "radial"]
 EMBEDDINGS: Final = ("onehot", "learned", "prototype")
 READOUTS: Final = ("linear", "radial")
+EMBEDDING_DIM: Final = 20  # of the paper's learned embeddings
+RADIAL_SIGMA: Final = 0.5
 MEDOID_DISTANCES: Final = 2**23  # at a time; torch.quantile takes no more than 2^24
 DRAW: Final = 0x2545F4914F6CDD1D  # odd: keeps the noise of draws apart
 
@@ -37,18 +39,13 @@ class Embeddings(nn.Module):
     Args:
         kind: "onehot", "learned" or "prototype".
         classes: C.
-        dim: d.
-
-    Raises:
-        UsageError: unknown kind.
+        dim: d, see `embedding_width`.
     """
 
     weight: Tensor
 
     def __init__(self, kind: EmbeddingKind, classes: int, dim: int) -> None:
         super().__init__()
-        if kind not in EMBEDDINGS:
-            raise unknown_name("embeddings", kind, EMBEDDINGS)
         self.kind, self.dim = kind, dim
         if kind == "onehot":
             self.register_buffer("weight", torch.eye(classes))
@@ -220,11 +217,31 @@ class BlockNoise(nn.Module):
         self.streams = nn.ModuleList(streams)
 
 
-def embedding_width(kind: EmbeddingKind, classes: int, dim: int, input_shape: Shape) -> int:
-    """d: C of one-hot embeddings, `dim` of learned ones, an input's size of prototypes."""
-    if dim < 1:
+def embedding_width(kind: EmbeddingKind, classes: int, dim: int | None, input_shape: Shape) -> int:
+    """d: C of one-hot embeddings, `dim` of learned ones (None: 20), an input's size of prototypes.
+
+    Raises:
+        UsageError: unknown kind, less than 1, or a width of embeddings that have one of their own.
+    """
+    if kind not in EMBEDDINGS:
+        raise unknown_name("embeddings", kind, EMBEDDINGS)
+    if kind != "learned":
+        refuse_idle({"embedding_dim": dim}, ("embedding_dim",), f"embeddings={kind}")
+        return classes if kind == "onehot" else math.prod(input_shape)
+    if dim is not None and dim < 1:
         raise UsageError(f"embedding_dim must be at least 1, got {dim}")
-    return {"onehot": classes, "prototype": math.prod(input_shape)}.get(kind, dim)
+    return EMBEDDING_DIM if dim is None else dim
+
+
+def radial_width(kind: ReadoutKind, sigma: float | None) -> float:
+    """sigma of the radial p_out; None: 0.5.
+
+    Raises:
+        UsageError: the read-out is linear and has none.
+    """
+    if kind == "linear":
+        refuse_idle({"radial_sigma": sigma}, ("radial_sigma",), "p_out=linear")
+    return RADIAL_SIGMA if sigma is None else sigma
 
 
 def blocks_of(

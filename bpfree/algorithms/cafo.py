@@ -41,6 +41,7 @@ from bpfree.algorithms.direct_feedback import OUTPUT_ERROR
 from bpfree.algorithms.learner import (
     Batch,
     Learner,
+    Locality,
     Metrics,
     Paper,
     Stage,
@@ -109,7 +110,7 @@ class CaFo(Learner):
         arxiv="2303.09728",
         follows="random or feedback-aligned blocks; MSE in closed form, cross-entropy and sparsemax by descent",
     )
-    locality = "block"
+    locality: Locality = "block"
     undivided = "all its predictors are one batched product over frozen blocks, whose outputs are computed once"
 
     def __init__(
@@ -172,7 +173,7 @@ class CaFo(Learner):
         shapes = block_output_shapes(self.network, self.input_shape)
         self.alignment: Alignment | None = None
         if block_training == "dfa":
-            self.channels = (OUTPUT_ERROR,)
+            self.locality, self.channels = "network", (OUTPUT_ERROR,)
             block_lr = lr if block_lr is None else block_lr
             block_optimizer = partial(
                 make_optimizer, optimizer=optimizer, lr=block_lr, weight_decay=block_weight_decay or 0.0

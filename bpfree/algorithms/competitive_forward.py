@@ -34,14 +34,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._ff_classes import class_goodness, competition, passed_on
+from bpfree.algorithms._ff_classes import (
+    GOODNESS,
+    LOSSES,
+    NORMALIZERS,
+    ClassGoodness,
+    ClassNormalizer,
+    Competition,
+    GoodnessFactory,
+)
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
+from bpfree.algorithms._options import chosen_function
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.heads import Head
 from bpfree.networks.residual import ShortcutBlock
+
+__all__ = ["ClassGoodness", "CompetitiveForward"]
 
 INFERENCES: Final = ("sum", "last", "readout")
 
@@ -78,9 +89,11 @@ class CompetitiveForward(Learner):
         lr: learning rate.
         optimizer: "adamw", "adam", "sgd", "momentum", or a function from parameters to an optimiser.
         weight_decay: decay of all weights.
-        goodness: "mean" or "squares" of the channels of each class, or "auxiliary".
-        loss: "cross-entropy", "pvn" or "cwg".
-        normalizer: what a layer passes on: "groups" of channels, "channels" at every position, or "none".
+        goodness: "mean" or "squares" of the channels of each class, "auxiliary", or a function from the shape of a
+            layer's output and K to a `ClassGoodness`.
+        loss: "cross-entropy", "pvn", "cwg", or a function of (B, K) goodness and (B,) targets.
+        normalizer: what a layer passes on: "groups" of channels, "channels" at every position, "none", or a function of
+            activities and K.
         normalize_input: take mean 0 and variance 1 over each sample's values first.
         inference: "sum" of the layers' goodness, the "last" layer's, or a linear "readout" of the last layer.
         first_layer: how many layers "sum" leaves out at the beginning.
@@ -110,9 +123,9 @@ class CompetitiveForward(Learner):
         lr: float = 1e-2,
         optimizer: str | OptimizerFactory = "adamw",
         weight_decay: float = 0.0,
-        goodness: str = "mean",
-        loss: str = "cross-entropy",
-        normalizer: str = "groups",
+        goodness: str | GoodnessFactory = "mean",
+        loss: str | Competition = "cross-entropy",
+        normalizer: str | ClassNormalizer = "groups",
         normalize_input: bool = True,
         inference: str = "sum",
         first_layer: int = 0,
@@ -124,15 +137,16 @@ class CompetitiveForward(Learner):
             raise unknown_name("inference", inference, INFERENCES)
         if classes < 2:
             raise UsageError(f"a competition needs at least 2 classes, got {classes}")
-        self.kind, self.inference, self.normalize_input = goodness, inference, normalize_input
-        self.loss, self.norm = loss, normalizer
-        self._compete, self._normalize = competition(loss), passed_on(normalizer)
+        self.inference, self.normalize_input = inference, normalize_input
+        self.kind, make_goodness = chosen_function("goodness", goodness, GOODNESS)
+        self.loss, self._compete = chosen_function("loss", loss, LOSSES)
+        self.norm, self._normalize = chosen_function("normalizer", normalizer, NORMALIZERS)
         shapes = self._layer_shapes()
         if not 0 <= first_layer < len(shapes):
             raise UsageError(f"first_layer must lie in [0, {len(shapes)}), got {first_layer}")
         if first_layer and inference != "sum":
             raise UsageError(f"inference={inference} reads the last layer only; leave out first_layer")
-        self.goodness = nn.ModuleList(class_goodness(goodness, shape, classes) for shape in shapes)
+        self.goodness = nn.ModuleList(make_goodness(shape, classes) for shape in shapes)
         self.readout = Head(shapes[-1], classes, pool=head_pool, bias=True) if inference == "readout" else None
         if self.readout is None and head_pool != "flatten":
             raise UsageError("head_pool is of the read-out; it needs inference=readout")

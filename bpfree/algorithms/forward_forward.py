@@ -34,7 +34,7 @@ mean square activity of 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -42,20 +42,55 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpfree.algorithms._ff_goodness import Activity, Goodness, Normalizer, PeerNormalization
-from bpfree.algorithms._ff_layers import Chain, Layer, labelled_activity, learn_readout, read
-from bpfree.algorithms._ff_losses import contrastive_loss
-from bpfree.algorithms._ff_negatives import NEGATIVES, HybridViews, LabelledViews, Views
+from bpfree.algorithms._ff_chain import Chain
+from bpfree.algorithms._ff_goodness import (
+    GOODNESS,
+    NORMALIZERS,
+    Activity,
+    Goodness,
+    Normalizer,
+    PeerNormalization,
+    SquaredGoodness,
+)
+from bpfree.algorithms._ff_inference import INFERENCES, Inference, LabelGoodness, SoftmaxReadout, answer
+from bpfree.algorithms._ff_layers import Layer, Parts, labelled_activity, learn_readout, read
+from bpfree.algorithms._ff_losses import ContrastiveLoss, LossOptions, contrastive_loss
+from bpfree.algorithms._ff_negatives import NEGATIVES, LabelledViews, Views, WrongLabels
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
-from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms._options import chosen, option_name
+from bpfree.algorithms.learner import (
+    Batch,
+    Channel,
+    Learner,
+    Metrics,
+    Paper,
+    Stage,
+    Support,
+    Trial,
+    accuracy,
+    refuse_idle,
+)
 from bpfree.algorithms.local_units import LocalUnits
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, linear_relu
 from bpfree.networks.streams import Stream
 
+__all__ = [
+    "ContrastiveLoss",
+    "ForwardForward",
+    "Goodness",
+    "Inference",
+    "LabelGoodness",
+    "LabelledViews",
+    "Normalizer",
+    "SoftmaxReadout",
+    "SquaredGoodness",
+    "Views",
+    "WrongLabels",
+]
+
 SCHEDULES: Final = ("joint", "greedy")
-INFERENCES: Final = ("goodness", "softmax")
 INITS: Final = ("network", "normal")
 DEEP: Final = 3  # layers from which on the first one is left out of inference
 
@@ -74,18 +109,18 @@ class ForwardForward(Learner):
         weight_decay: decay of the layers' weights; biases do not decay.
         head_lr: learning rate of the softmax read-out.
         head_weight_decay: decay of the softmax read-out.
-        loss: "original", "symba", "collaboration" or "collaboration-preceding".
-        goodness: "sum" or "mean" of squares, "minus_sum" or "minus_mean" of them.
+        loss: "original", "symba", "collaboration", "collaboration-preceding", or a `ContrastiveLoss`.
+        goodness: "sum" or "mean" of squares, "minus_sum" or "minus_mean" of them, or a `Goodness`.
         theta: threshold of every layer; None: the goodness of units whose mean square activity is 1.
         temperature: T; None: 1. Mean goodness is N times softer than the sum at the same T.
         alpha: of SymBa; None: 4.
-        normalizer: "rms" (|z|^2 = N) or "unit" (|z| = 1).
-        negatives: "hard", "random", or "hybrid", which learns without labels.
+        normalizer: "rms" (|z|^2 = N), "unit" (|z| = 1), or a `Normalizer`.
+        negatives: "hard", "random", or a choice of `WrongLabels`; "hybrid" or `Views`, which learn without labels.
         label: "overlay" writes the label over the input's first C values, "concat" puts it before them.
         label_strength: value of the label's column.
         peer_normalization: lambda; 0 leaves it out.
         schedule: "joint" trains all layers on every batch, "greedy" layer after layer, each until it converges.
-        inference: "goodness" of each label in turn, or the "softmax" read-out.
+        inference: "goodness" of each label in turn, the "softmax" read-out, or an `Inference`.
         skip_first: leave the first layer out of both; None: with three layers or more, unless a greedy schedule has
             only the read-out to rate it by.
         init: "network" leaves the weights as they are, "normal" draws them with variance 1 / fan-in, as in the paper.
@@ -122,18 +157,18 @@ class ForwardForward(Learner):
         weight_decay: float = 1e-3,
         head_lr: float = 1e-2,
         head_weight_decay: float = 3e-3,
-        loss: str = "original",
-        goodness: str = "sum",
+        loss: str | ContrastiveLoss = "original",
+        goodness: str | Goodness = "sum",
         theta: float | None = None,
         temperature: float | None = None,
         alpha: float | None = None,
-        normalizer: str = "rms",
-        negatives: str = "hard",
+        normalizer: str | Normalizer = "rms",
+        negatives: str | WrongLabels | Views = "hard",
         label: str = "overlay",
         label_strength: float = 1.0,
         peer_normalization: float = 0.03,
         schedule: str = "joint",
-        inference: str = "goodness",
+        inference: str | Inference = "goodness",
         skip_first: bool | None = None,
         init: str = "network",
         noise_seed: int | None = None,
@@ -144,52 +179,44 @@ class ForwardForward(Learner):
         if not support.ok:
             raise UsageError(support.reason)
         for kind, value, known in (
-            ("negatives", negatives, NEGATIVES),
             ("schedule", schedule, SCHEDULES),
-            ("inference", inference, INFERENCES),
             ("init", init, INITS),
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
         if classes < 2:
             raise UsageError(f"negative labels need at least 2 classes, got {classes}")
-        if negatives == "hybrid" and (inference, label, label_strength) != ("softmax", "overlay", 1.0):
-            raise UsageError("hybrid negatives carry no label: they need inference=softmax and no label options")
-        if loss == "collaboration" and schedule == "greedy":
-            raise UsageError("layers cannot hear later ones in the greedy schedule; use loss=collaboration-preceding")
-        self.loss, self.negatives, self.schedule, self.inference = loss, negatives, schedule, inference
-        # layers that learn one after another hear of those before them only
-        hears_readout = negatives == "hard" and schedule == "joint"
-        self.channels = (
-            *([HARD_NEGATIVES] if hears_readout else []),
-            *([COLLABORATION] if loss == "collaboration" else []),
-        )
-        stream = Stream(noise_seed)
-        self.views: Views = (
-            HybridViews(self.input_shape, stream)
-            if negatives == "hybrid"
-            else LabelledViews(
-                torch.Size(self.input_shape).numel(), classes, label, label_strength, negatives == "hard", stream
-            )
-        )
+        self.inference = chosen("inference", inference, INFERENCES, Inference)
+        self.schedule = schedule
+        self.views = self._make_views(negatives, label, label_strength, noise_seed)
         linears = self._linears(init)
         widths = [linear.out_features for linear in linears]
-        by_readout = schedule == "greedy" and inference == "softmax"  # has to say something of layer 0
+        by_readout = schedule == "greedy" and self.inference.of_readout  # has to say something of layer 0
         skip = len(linears) >= DEEP and not by_readout if skip_first is None else skip_first
         if skip and len(linears) == 1:
             raise UsageError("skip_first needs a second layer: there is nothing left to read")
         if skip and by_readout:
             raise UsageError("a greedy schedule with inference=softmax rates its first layer: leave out skip_first")
         self.first = int(skip)
-        self.goodness, self.normalizer = Goodness(goodness), Normalizer(normalizer)
-        self.contrast = contrastive_loss(loss, self.goodness, widths, theta, temperature, alpha)
+        self.goodness = chosen("goodness", goodness, GOODNESS, Goodness)
+        self.normalizer = chosen("normalizer", normalizer, NORMALIZERS, Normalizer)
+        self.contrast = contrastive_loss(loss, self.goodness, widths, LossOptions(theta, temperature, alpha))
+        if self.contrast.hears == "others" and schedule == "greedy":
+            raise UsageError("layers cannot hear later ones in the greedy schedule; use loss=collaboration-preceding")
+        # layers that learn one after another hear of those before them only
+        self.channels = (
+            *([HARD_NEGATIVES] if self.views.asks_readout and schedule == "joint" else []),
+            *([COLLABORATION] if self.contrast.hears == "others" else []),
+        )
+        greedy = ["greedy"] if schedule == "greedy" else []
+        self._words = [*map(option_name, (loss, negatives, inference)), *greedy]
         self.peers = nn.ModuleList(PeerNormalization(width, peer_normalization) for width in widths)
         self.heads = nn.ModuleList(nn.Linear(width, classes, bias=False) for width in widths[self.first :])
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
         heads: list[nn.Module | None] = [None] * self.first + list(self.heads)
         self._layers = tuple(
-            Layer(f"layer {index}", linear, self.goodness.scale(linear.out_features), peer, head)  # type: ignore[arg-type]
+            Layer(f"layer {index}", linear, self.goodness, peer, head)  # type: ignore[arg-type]
             for index, (linear, peer, head) in enumerate(zip(linears, self.peers, heads, strict=True))
         )
         joint = schedule == "joint"
@@ -200,6 +227,22 @@ class ForwardForward(Learner):
             )
             for chosen in self._stage_layers
         ]
+
+    def _make_views(self, negatives: str | WrongLabels | Views, label: str, strength: float, seed: int | None) -> Views:
+        """How a batch becomes rows, with the label's options where rows carry one."""
+        source = chosen("negatives", negatives, NEGATIVES, WrongLabels, Views)
+        features = torch.Size(self.input_shape).numel()
+        if isinstance(source, WrongLabels):
+            return LabelledViews(features, self.classes, label, strength, source, Stream(seed))
+        name = option_name(negatives)
+        if self.inference.of_labels and not isinstance(source, LabelledViews):
+            raise UsageError(f"{name} negatives carry no label: they need inference=softmax and no label options")
+        if (label, strength) != ("overlay", 1.0):
+            raise UsageError(f"label options have no effect with {name} negatives; leave out label and label_strength")
+        if isinstance(source, Views):
+            refuse_idle({"noise_seed": seed}, ("noise_seed",), "negatives that draw for themselves")
+            return source
+        return source(self.input_shape, Stream(seed))
 
     def _linears(self, init: str) -> list[nn.Linear]:
         """The layers, the first one with the label's columns in front."""
@@ -249,14 +292,9 @@ class ForwardForward(Learner):
 
     # -- forward ----------------------------------------------------------------------------------------------
 
-    def _run(self, rows: Tensor, depth: int) -> Iterator[Activity]:
-        """The first `depth` layers on (M, W) rows, one after another."""
-        return self._run_from(self._layers[0].activate(self.normalizer.of(rows)), depth)
-
-    def _run_from(self, first: Activity, depth: int) -> Iterator[Activity]:
-        yield (activity := first)
-        for layer in self._layers[1:depth]:
-            yield (activity := layer.activate(self.normalizer.of(activity.hidden)))
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self._layers, self.views, self.goodness, self.normalizer, self.first, self.classes)
 
     def _logits(self, activities: list[Activity]) -> tuple[Tensor, list[Tensor]]:
         """(B, C) logits of the read-out over the layers that were run, and the z_l that each of its parts saw."""
@@ -287,10 +325,11 @@ class ForwardForward(Learner):
             UsageError: the learner was trained without labels.
         """
         if not isinstance(self.views, LabelledViews):
-            raise UsageError("hybrid negatives carry no label, so there is no goodness of a label")
+            raise UsageError("these negatives carry no label, so there is no goodness of a label")
         first = labelled_activity(self._layers[0], self.views, self.normalizer, inputs)
-        activities = self._run_from(first, len(self._layers) if depth is None else depth)
-        return torch.stack([self.goodness.of(activity) for activity in activities]).unflatten(1, (-1, self.classes))
+        activities = self._parts.run_from(first, len(self._layers) if depth is None else depth)
+        said = torch.stack([self.goodness.value(activity.hidden) for activity in activities])
+        return said.unflatten(1, (-1, self.classes))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *input_shape) -> (B, C): summed goodness of each label, or the softmax read-out's logits."""
@@ -298,16 +337,11 @@ class ForwardForward(Learner):
 
     def _scores(self, depth: int, inputs: Tensor) -> Tensor:
         """Scores by the first `depth` layers."""
-        if self.inference == "softmax":
-            return self.readout(inputs, depth)
-        first = min(self.first, depth - 1)
-        return self.label_goodness(inputs, depth)[first:].sum(0)
+        return answer(self.inference, self._parts, inputs, depth)
 
-    @torch.no_grad()
     def readout(self, inputs: Tensor, depth: int | None = None) -> Tensor:
         """(B, *input_shape) -> (B, C) logits of the softmax read-out over the first `depth` layers (None: all)."""
-        rows = self.views.plain(inputs.flatten(1))
-        return self._logits(list(self._run(rows, len(self._layers) if depth is None else depth)))[0]
+        return answer(SoftmaxReadout(), self._parts, inputs, len(self._layers) if depth is None else depth)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -335,33 +369,24 @@ class ForwardForward(Learner):
         """
         if self.schedule == "greedy":
             raise UsageError("schedule=greedy trains one layer at a time, so that other ranks would wait")
-        if self.negatives == "hard":
+        if self.views.asks_readout:
             raise UsageError(
                 "hard negatives are drawn from what the read-out says of all layers before any of them learns; "
                 "use negatives=random"
             )
-        if self.loss.startswith("collaboration"):
+        if self.contrast.hears != "none":
             raise UsageError("its loss adds up the goodness of several layers; use loss=original or loss=symba")
         return self._chain.units()
 
     @property
     def _separate(self) -> bool:
         """Whether layers learn from what comes before them alone."""
-        return self.schedule == "joint" and self.negatives != "hard" and not self.loss.startswith("collaboration")
+        return self.schedule == "joint" and not self.views.asks_readout and self.contrast.hears == "none"
 
     @property
     def _chain(self) -> Chain:
         """The layers as units, if they are separate."""
-        return Chain(
-            self._layers,
-            self.views,
-            self.goodness,
-            self.normalizer,
-            self.contrast,
-            self._optimizers[0],
-            first=self.first,
-            by_goodness=self.inference == "goodness",
-        )
+        return Chain(self._parts, self.contrast, self._optimizers[0], self.inference)
 
     @torch.no_grad()
     def _update(self, chosen: range, optimizers: tuple[Optimizer, ...], batch: Batch) -> Metrics:
@@ -374,14 +399,14 @@ class ForwardForward(Learner):
         early, middle, late = (Lanes(inputs.device, count) for count in counts)
         with early.lane(1):  # random numbers wait for nothing
             noise = self.views.draw(size)
-        plain = list(self._run(self.views.plain(inputs), depth)) if self.views.labelled else None
+        plain = list(self._parts.run(self.views.plain(inputs), depth)) if self.views.labelled else None
         logits, seen = self._logits(plain) if plain else (None, [])
         early.join()
         activities, measured = [], []
-        for index, activity in enumerate(self._run(self.views.contrast(inputs, targets, logits, noise), depth)):
+        for index, activity in enumerate(self._parts.run(self.views.contrast(inputs, targets, logits, noise), depth)):
             activities.append(activity)
             with middle.lane(index):  # the next layer does not wait for this one's goodness
-                measured.append(self.goodness.of(activity))
+                measured.append(self.goodness.value(activity.hidden))
         if logits is None:  # the read-out sees the positive rows
             logits, seen = self._logits([Activity(a.inputs[:size], a.hidden[:size]) for a in activities])
         middle.join()
@@ -412,15 +437,14 @@ class ForwardForward(Learner):
     @property
     def variant(self) -> str:
         """Loss, negatives and inference, and the schedule if it is greedy."""
-        greedy = ", greedy" if self.schedule == "greedy" else ""
-        return f"{self.loss}, {self.negatives}, {self.inference}{greedy}"
+        return ", ".join(self._words)
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:
         """Accuracy of both ways of inference and of each layer alone, and mean goodness of right and wrong labels."""
         inputs, targets = batch
         report = {"softmax inference accuracy": accuracy(self.readout(inputs), targets)}
-        if self.views.labelled:
+        if isinstance(self.views, LabelledViews):
             goodness = self.label_goodness(inputs)
             report["goodness inference accuracy"] = accuracy(goodness[self.first :].sum(0), targets)
             right = goodness.gather(2, targets[None, :, None].expand(len(goodness), -1, 1)).squeeze(2)
@@ -444,6 +468,6 @@ class ForwardForward(Learner):
         space: dict[str, Any] = {
             "peer_normalization": trial.suggest_categorical("peer_normalization", (0.0, 0.03)),
         }
-        if fixed.get("loss") != "symba":
+        if isinstance(loss := fixed.get("loss", "original"), str) and loss != "symba":
             space["temperature"] = trial.suggest_float("temperature", 0.3, 100.0, log=True)
         return space

@@ -12,11 +12,13 @@ another. A plain loop is all it takes to train one:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, final, runtime_checkable
+from numbers import Real
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, sample_shape
 from bpfree.networks.graph import Graph
 
+Made = TypeVar("Made", bound="Learner")
 Batch = tuple[Any, Tensor]  # inputs, a tensor or a `Graph`, and targets
 Metrics = dict[str, Tensor]
 Locality = Literal["network", "block", "layer"]
@@ -254,7 +257,8 @@ class Learner(nn.Module, ABC):
 
     Attributes:
         paper: where the rule comes from.
-        locality: how far a gradient travels: through the "network", a "block" or a "layer".
+        locality: how far a gradient, or an error in its place, travels: through the "network", a "block" or a "layer";
+            of a class with its defaults, of a learner with the options that it was made with.
         capture_safe: whether `step` can be captured in a CUDA graph.
         channels: ways besides gradients in which later blocks have a say in what earlier ones learn, with the options
             that this learner was made with; the audit shows that there are no others.
@@ -263,15 +267,22 @@ class Learner(nn.Module, ABC):
             `HasLocalUnits`).
 
     Raises:
-        UsageError: a task that the rule cannot learn, or a network that does not fit.
+        UsageError: a task that the rule cannot learn, a network that does not fit, or a number that is not finite.
     """
 
     paper: ClassVar[Paper]
-    locality: ClassVar[Locality]
+    locality: Locality
     capture_safe: ClassVar[bool] = True
     tasks: ClassVar[tuple[Task, ...]] = ("classify",)
     undivided: ClassVar[str] = ""
     channels: tuple[Channel, ...] = ()
+
+    def __new__(cls: type[Made], *args: Any, **options: Any) -> Made:
+        """Refuse what is not a number before any rule makes something of it, for every rule alike."""
+        for name, value in options.items():
+            if isinstance(value, Real) and not math.isfinite(value):
+                raise UsageError(f"{name} must be a finite number, got {value}")
+        return super().__new__(cls)
 
     def __init__(
         self, network: nn.Sequential | Iterable[nn.Module], classes: int, input_shape: Shape | None = None

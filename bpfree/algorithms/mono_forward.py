@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms._cross_entropy import encode_targets, softmax_cross_entropy
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
@@ -364,12 +365,6 @@ class Unit:
         return activations.detach(), loss.detach()
 
 
-def encode_targets(targets: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """-onehot(y) / B, (B, C): the part of D_i that does not depend on the network, once for all blocks."""
-    encoded = torch.zeros(len(targets), classes, dtype=dtype, device=targets.device)
-    return encoded.scatter_(1, targets[:, None], -1 / len(targets))
-
-
 def classifier_errors(projection: Tensor, activations: Tensor, target_errors: Tensor) -> tuple[Tensor, Tensor]:
     """loss_i and D_i of a linear classifier.
 
@@ -379,9 +374,7 @@ def classifier_errors(projection: Tensor, activations: Tensor, target_errors: Te
         target_errors: -onehot(y) / B, (B, C).
     """
     with torch.autocast(activations.device.type, enabled=False):
-        log_probabilities = F.log_softmax(activations.to(projection.dtype) @ projection.T, dim=1)
-    loss = (log_probabilities * target_errors).sum()
-    return loss, torch.add(target_errors, log_probabilities.exp(), alpha=1 / len(activations))
+        return softmax_cross_entropy(activations.to(projection.dtype) @ projection.T, target_errors)
 
 
 def linear_relu_gradients(projection: Tensor, inputs: Tensor, activations: Tensor, errors: Tensor) -> list[Tensor]:

@@ -57,6 +57,7 @@ from bpfree.algorithms._noprop_parts import (
     Shared,
     blocks_of,
     embedding_width,
+    radial_width,
 )
 from bpfree.algorithms._noprop_processes import (
     DENOISING,
@@ -101,7 +102,6 @@ ALPHA_BAR_MIN: Final = 1e-4
 ALPHA_BAR_MAX: Final = 1 - 1e-4
 GAMMA_MIN: Final = -7.0
 GAMMA_MAX: Final = 7.0
-RADIAL_SIGMA: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class NoProp(Learner):
         variant: "dt" (T blocks), "ct" or "fm" (one block for all times).
         embeddings: rows of W_E: "onehot" (fixed), "learned" (`embedding_dim` wide), "prototype" (as wide as an input;
             `prepare` makes them medoids of the training set).
-        embedding_dim: d of learned embeddings.
+        embedding_dim: d of learned embeddings; None: 20 as in the paper.
         p_out: "linear" (None) or "radial"; "fm" has none with one-hot embeddings.
         radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T of "dt"; steps of inference of "ct" and "fm". None: 10, 1000, 1000 as in the paper.
@@ -200,7 +200,7 @@ class NoProp(Learner):
         weight_decay: float = 1e-3,
         variant: VariantName = "dt",
         embeddings: EmbeddingKind = "onehot",
-        embedding_dim: int = 20,
+        embedding_dim: int | None = None,
         p_out: ReadoutKind | None = None,
         radial_sigma: float | None = None,
         steps: int | None = None,
@@ -275,10 +275,7 @@ class NoProp(Learner):
                 f"variant=fm and embeddings={embeddings}",
             )
         kind = "linear" if p_out is None else p_out
-        if kind == "linear":
-            refuse_idle({"radial_sigma": radial_sigma}, ("radial_sigma",), "p_out=linear")
-        sigma = RADIAL_SIGMA if radial_sigma is None else radial_sigma
-        self.readout = Readout(kind, self.embeddings, sigma) if reads else None
+        self.readout = Readout(kind, self.embeddings, radial_width(kind, radial_sigma)) if reads else None
         self.channels = (EMBEDDINGS_IN_COMMON,) if self.embeddings.learned and len(self.network) > 1 else ()
         self.noise = BlockNoise(self.network, noise_seed)
         self._block_optimizers = tuple(

@@ -30,6 +30,7 @@ from bpfree.algorithms._noprop_parts import (
     Shared,
     blocks_of,
     embedding_width,
+    radial_width,
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, trained
 from bpfree.algorithms.learner import (
@@ -61,9 +62,9 @@ class NoPropBackprop(Learner):
         optimizer: "adamw", "adam", "sgd", or a function from parameters to an optimiser.
         weight_decay: decay of the blocks and of p_out.
         embeddings: "onehot", "learned" or "prototype".
-        embedding_dim: d of learned embeddings.
+        embedding_dim: d of learned embeddings; None: 20 as in the paper.
         p_out: "linear" or "radial".
-        radial_sigma: sigma of the radial p_out.
+        radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T, the number of blocks.
         width: units of the label branches and of the trunks.
         noise_seed: fixes z_0 and dropout; None takes it from PyTorch's global generator.
@@ -71,7 +72,7 @@ class NoPropBackprop(Learner):
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
-        UsageError: a network or value that does not fit.
+        UsageError: a network or value that does not fit, or a value that the other choices leave without effect.
 
     Example:
         >>> learner = NoPropBackprop(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), classes=3, steps=2)
@@ -98,9 +99,9 @@ class NoPropBackprop(Learner):
         optimizer: str | OptimizerFactory = "adamw",
         weight_decay: float = 1e-3,
         embeddings: EmbeddingKind = "onehot",
-        embedding_dim: int = 20,
+        embedding_dim: int | None = None,
         p_out: ReadoutKind = "linear",
-        radial_sigma: float = 0.5,
+        radial_sigma: float | None = None,
         steps: int = 10,
         width: int = BRANCH_WIDTH,
         noise_seed: int | None = None,
@@ -118,7 +119,7 @@ class NoPropBackprop(Learner):
         )
         self.draw = draw
         self.embeddings = Embeddings(embeddings, classes, dim)
-        self.readout = Readout(p_out, self.embeddings, radial_sigma)
+        self.readout = Readout(p_out, self.embeddings, radial_width(p_out, radial_sigma))
         self.gates = nn.Parameter(torch.ones(steps))  # w_t
         self.noise = BlockNoise(self.network, noise_seed)
         decayed = trained(self.network, self.readout)

@@ -169,7 +169,11 @@ def subject_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Tell classes apart (or links of graphs), or reconstruct images.  [default: classify]",
         ),
         click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]"),
-        click.option("--dataset", "-d", help="Data set.  [default: digits, which is packaged]"),
+        click.option(
+            "--dataset",
+            "-d",
+            help="Data set, or folder:PATH[@SIZE] for image files of your own.  [default: digits, which is packaged]",
+        ),
     ):
         function = option(function)
     return function

@@ -29,7 +29,7 @@ from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
     metavar="ARM,ARM,..",
     help="Arms: RULE, RULE@PRESET, RULE@FILE.toml, each with :KEY=VALUE.. behind it.",
 )
-@click.option("--dataset", "-d", default="digits", help="Data set.")
+@click.option("--dataset", "-d", default="digits", help="Data set, or folder:PATH[@SIZE] for image files of your own.")
 @click.option("--network", "-n", help="Network of all arms.  [default: of each arm's preset, the baseline on all]")
 @click.option("--seeds", type=click.IntRange(min=1), default=10, help="Number of paired seeds.")
 @click.option("--first-seed", type=click.IntRange(min=0), default=0, help="The lowest seed.")

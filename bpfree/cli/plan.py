@@ -43,7 +43,12 @@ SHAPES = frozenset({"settings", "dataset", "precision", "device"})
 @click.option("--gpus", "-g", metavar="P,P,..", help="Numbers of GPUs to plan for, such as 8 or 1,2,4,8,64,1024.")
 @click.option("--algo", "-a", "algorithm_name", default="mf", help="Learning rule, by its short or long name.")
 @click.option("--network", "-n", default=DEFAULT_NETWORK, help="Network, such as mlp:16x8192 or resnet:110.")
-@click.option("--dataset", "-d", default="digits", help="Data set, for shapes and classes only; it is not loaded.")
+@click.option(
+    "--dataset",
+    "-d",
+    default="digits",
+    help="Data set or folder:PATH[@SIZE], for shapes and classes only; it is not loaded.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Samples per step of one replica.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the rule (repeatable).")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="tf32", help="Arithmetic of matrix products.")

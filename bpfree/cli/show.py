@@ -57,7 +57,6 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
             rows.append({**row, "parameters": entry.parameters()} if detailed else row)
         return rows
     if kind == "datasets":
-        entries = [data.info(name) for name in data.names()]
         return [
             {
                 "name": entry.name,
@@ -67,7 +66,7 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
                 "where": "packaged" if entry.packaged else "bpfree data fetch",
                 "licence": entry.licence,
             }
-            for entry in entries
+            for entry in data.DATASETS.values()
         ]
     if kind == "networks":
         return [dict(row) for row in describe_networks()]

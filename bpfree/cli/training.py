@@ -43,6 +43,12 @@ SETTINGS: Final[tuple[Decorator, ...]] = (
         help="Standardise inputs by the data set's mean and deviation, or leave images in [0, 1].  "
         "[default: standardize]",
     ),
+    click.option(
+        "--mean",
+        type=float,
+        help="Subtract this from all channels, of images in [0, 1].  [default: the set's mean]",
+    ),
+    click.option("--std", type=float, help="Goes with --mean: divide by this.  [default: the set's deviation]"),
     click.option("--validation", type=click.IntRange(min=1), help="Validation samples.  [default: the data set's own]"),
     click.option(
         "--diagnose/--no-diagnose",

@@ -30,7 +30,11 @@ def words(values: tuple[Any, ...]) -> str:
 
 @click.command("tune", cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
 @click.option("--algo", "-a", "algorithm_name", help="Learning rule, by its short or long name.")
-@click.option("--dataset", "-d", help="Data set.  [default: digits, which is packaged]")
+@click.option(
+    "--dataset",
+    "-d",
+    help="Data set, or folder:PATH[@SIZE] for image files of your own.  [default: digits, which is packaged]",
+)
 @click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]")
 @click.option(
     "--preset",

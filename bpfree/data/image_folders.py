@@ -2,15 +2,19 @@
 
 Images are decoded by Pillow, scaled so that their shorter side fits, cropped around the centre, and kept in memory as
 bytes: sets that fit there, not the 1.3 million images of ImageNet at 224 pixels (193 GB).
+
+By name such a folder is `folder:PATH` or `folder:PATH@SIZE`, wherever the name of a data set is asked for.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +28,86 @@ FORMATS: Final = ("JPEG", "PNG", "BMP", "WEBP")  # whatever the name says, no ot
 TEST_FOLDERS: Final = ("val", "validation", "test")
 SHORTER_SIDE: Final = 256 / 224  # to which images are scaled, times the crop's side: the usual evaluation on ImageNet
 MAX_BYTES: Final = 16 << 30
+PREFIX: Final = "folder:"
+SIZE: Final = 224  # pixels, of ImageNet's usual crop
+LISTED: Final = 3  # classes that a message names
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FolderInfo:
+    """What is known of a folder of image files by its name alone; it is looked at when asked for more.
+
+    Attributes:
+        name: `folder:PATH` or `folder:PATH@SIZE`, as the user wrote it.
+        path: the folder; relative to the working directory.
+        size: height and width of the images taken, pixels.
+    """
+
+    name: str
+    path: Path
+    size: int
+
+    @classmethod
+    def of(cls, name: str) -> FolderInfo:
+        """What a name says that begins with `folder:`.
+
+        Raises:
+            UsageError: it says no path, or a size of 0.
+        """
+        parts = re.fullmatch(r"(.*?)(?:@(\d+))?", name.removeprefix(PREFIX), re.DOTALL)
+        assert parts is not None, "any text is a path"
+        path, size = parts[1], SIZE if parts[2] is None else int(parts[2])
+        if not path or size < 1:
+            raise UsageError(f"cannot read {name!r}; write folder:PATH, or folder:PATH@SIZE with a size in pixels")
+        return cls(name, Path(path).expanduser(), size)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return 3, self.size, self.size
+
+    @property
+    def classes(self) -> int:
+        """Number of classes.
+
+        Raises:
+            DataError: the folder is missing, or has no folders of classes.
+        """
+        return len(_classes_of(self.path))
+
+    def load(self) -> Dataset:
+        """The data set under this name; errors are those of `load_image_folder`."""
+        return replace(load_image_folder(self.path, self.size), name=self.name)
+
+    def check(self) -> None:
+        """Look for the folders and files that `load` reads, without opening any of them.
+
+        Raises:
+            DataError: see `load_image_folder`.
+        """
+        _listed(self.path)
+
+    def verify(self) -> list[tuple[Path, bool]]:
+        """Every image with whether it can be decoded.
+
+        Raises:
+            UsageError: Pillow is not installed.
+            DataError: the folders are not as they should be.
+        """
+        _, train, test = _listed(self.path)
+        reader = _pillow()
+
+        def readable(file: Path) -> bool:
+            try:
+                _read_image(reader, file, size=1, shorter_side=1)
+            except DataError:
+                return False
+            return True
+
+        files = [file for file, _ in (*train, *test)]
+        return list(zip(files, _in_threads(readable, files), strict=True))
 
 
 def load_image_folder(
@@ -39,7 +123,7 @@ def load_image_folder(
 
     Args:
         path: holds `train`, and `val`, `validation` or `test` as test part, each with a folder per class. Classes are
-            those of the training part in the order of their names; the test part may lack some.
+            numbered in the order of their names. A folder of the test part may be empty.
         size: height and width of the images taken, pixels.
         shorter_side: what an image's shorter side is scaled to before the centre is cut out; 8/7 of `size` by default.
         augmentation: "none", "crop-flip" or "shift".
@@ -51,20 +135,19 @@ def load_image_folder(
 
     Raises:
         UsageError: Pillow is not installed, or a size that makes no sense.
-        DataError: a folder is missing or empty, a file is no image, or the set is too large; names the file.
+        DataError: a folder is missing or empty, the parts have not the same classes, a file is no image, or the set is
+            too large; names the file.
     """
     shorter_side = round(size * SHORTER_SIDE) if shorter_side is None else shorter_side
     if size < 1 or shorter_side < size:
         raise UsageError(f"shorter_side must be at least size, and that at least 1, got {shorter_side} and {size}")
     root = Path(path)
-    test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), root / TEST_FOLDERS[0])
-    class_names = _folders(root / "train")
-    listed = [_files(root / "train", class_names), _files(test_folder, class_names)]
+    class_names, *listed = _listed(root)
     needed = sum(len(files) for files in listed) * 3 * size * size
     if needed > max_bytes:
         raise DataError(
             f"{root}: its images take {needed / 2**30:.1f} GiB at {size}x{size}, more than the {max_bytes / 2**30:.1f} "
-            "allowed; use a smaller size or fewer images"
+            "allowed; use a smaller size (by name folder:PATH@SIZE) or fewer images"
         )
     train, test = (_read_part(files, size, shorter_side) for files in listed)
     mean, std = channel_statistics(train.inputs)
@@ -81,33 +164,67 @@ def load_image_folder(
     )
 
 
+def _listed(root: Path) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """The classes, and every image of the training and of the test part with its class."""
+    train_names = _classes_of(root)
+    test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    if test_folder is None:
+        raise DataError(f"{root} has no folder {TEST_FOLDERS[0]!r} (or {' or '.join(TEST_FOLDERS[1:])}) beside 'train'")
+    test_names = _folders(test_folder)
+    for having, lacking, missing in (
+        (root / "train", test_folder, set(train_names) - set(test_names)),
+        (test_folder, root / "train", set(test_names) - set(train_names)),
+    ):
+        if missing:
+            raise DataError(
+                f"{having} has classes that {lacking} has not: {_some(missing)}; both need the same folders"
+            )
+    train, test = _files(root / "train", train_names), _files(test_folder, train_names)
+    empty = set(train_names) - {train_names[label] for _, label in train}
+    if empty:
+        raise DataError(f"{root / 'train'} has no images ({', '.join(EXTENSIONS)}) in the folders of {_some(empty)}")
+    if not test:
+        raise DataError(f"{test_folder} has no images ({', '.join(EXTENSIONS)}) in its folders of classes")
+    return train_names, train, test
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    ordered = sorted(names)
+    rest = len(ordered) - LISTED
+    return ", ".join(map(repr, ordered[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _classes_of(root: Path) -> list[str]:
+    """The names of the training part's classes, sorted."""
+    if not root.is_dir():
+        begins = "" if root.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"there is no folder {root}{begins}")
+    if not (root / "train").is_dir():
+        raise DataError(f"{root} has no folder 'train'; lay it out as train/<class>/*.jpg and val/<class>/*.jpg")
+    names = _folders(root / "train")
+    if len(names) < 2:
+        raise DataError(f"{root / 'train'} must hold a folder for each of at least two classes, it holds {len(names)}")
+    return names
+
+
 def _folders(folder: Path) -> list[str]:
-    """The classes: names of folders, sorted, hidden ones left out."""
+    """Names of the folders in a folder, sorted, hidden ones left out."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}") from error
-    if len(names) < 2:
-        raise DataError(f"{folder} must hold a folder for each of at least two classes, it holds {len(names)}")
-    return names
 
 
 def _files(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
     """Every image of a part with its class."""
-    known = {name: index for index, name in enumerate(class_names)}
     listed = []
     try:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if not entry.is_dir() or entry.name.startswith("."):
-                continue
-            if entry.name not in known:
-                raise DataError(f"{folder} has a class {entry.name!r} that the training part has not")
-            files = sorted(Path(entry.path).iterdir())
-            listed += [(file, known[entry.name]) for file in files if file.suffix.lower() in EXTENSIONS]
+        for label, name in enumerate(class_names):
+            files = sorted((folder / name).iterdir())
+            listed += [(file, label) for file in files if file.suffix.lower() in EXTENSIONS]
     except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror}") from error
-    if not listed:
-        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}) in folders of classes")
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
     return listed
 
 
@@ -118,10 +235,13 @@ def _read_part(files: Sequence[tuple[Path, int]], size: int, shorter_side: int) 
     def read(index: int) -> None:
         images[index] = torch.from_numpy(_read_image(reader, files[index][0], size, shorter_side))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let other threads run
-        for _ in pool.map(read, range(len(files))):
-            pass
+    _in_threads(read, range(len(files)))
     return Part(images, torch.tensor([label for _, label in files]))
+
+
+def _in_threads(function: Callable[[Any], Result], items: Iterable[Any]) -> list[Result]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let other threads run
+        return list(pool.map(function, items))
 
 
 def _pillow() -> Any:

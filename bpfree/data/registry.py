@@ -1,7 +1,8 @@
 """Data sets by name: where they lie, loading, downloading and checking them.
 
 They lie under one data root (`data_root`), in any of several layouts: bpfree's own, torchvision's, the
-official distributions unpacked or as downloaded. `catalog.py` lists them.
+official distributions unpacked or as downloaded. `catalog.py` lists them. `folder:PATH` names a folder of image
+files that lies anywhere, see `image_folders.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from bpfree.data.catalog import DATASETS, PACKAGED, Content, DatasetInfo, Entry, File, GraphInfo, Layout
 from bpfree.data.dataset import Dataset, Part
 from bpfree.data.graph_readers import RawGraph
+from bpfree.data.image_folders import PREFIX, FolderInfo
 from bpfree.data.readers import Sets, open_gunzipped
 from bpfree.errors import BpfreeError, DataError, UsageError, unknown_name
 
@@ -33,16 +35,20 @@ def names() -> tuple[str, ...]:
     return tuple(DATASETS)
 
 
-def info(name: str) -> DatasetInfo | GraphInfo:
-    """What is known of the data set or graph `name`; `-`, `_` and capitals do not matter.
+def info(name: str) -> DatasetInfo | GraphInfo | FolderInfo:
+    """What is known of the data set or graph `name`, or of the image files in `folder:PATH`.
+
+    In names, `-`, `_` and capitals do not matter.
 
     Raises:
         UsageError: no data set of that name.
     """
+    if name.startswith(PREFIX):
+        return FolderInfo.of(name)
     for entry in DATASETS.values():
         if _key(name) in map(_key, (entry.name, *entry.aliases)):
             return entry
-    raise unknown_name("data set", name, DATASETS)
+    raise unknown_name("data set", name, (*DATASETS, f"{PREFIX}PATH"))
 
 
 def _key(name: str) -> str:
@@ -65,9 +71,11 @@ def path(name: str, root: str | Path | None = None) -> Path:
     Raises:
         UsageError: no data set of that name.
     """
-    entry: Entry[Any] = info(name)
-    base = _base(entry, root)
-    return (_present(entry, base) or entry.source).location(base)
+    entry = info(name)
+    if isinstance(entry, FolderInfo):
+        return entry.path
+    base, layout = _meant(entry, root)
+    return layout.location(base)
 
 
 def load(name: str, root: str | Path | None = None, *, download: bool = False) -> Dataset:
@@ -76,7 +84,7 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     Sizes are checked, checksums only if something is wrong with a file: `verify` checks them.
 
     Args:
-        name: one of `names()` or an alias.
+        name: one of `names()` or an alias, or `folder:PATH[@SIZE]`, which is read by `load_image_folder`.
         root: data root; see `data_root`.
         download: first fetch the data set if it is not there.
 
@@ -87,6 +95,8 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     entry = info(name)
     if isinstance(entry, GraphInfo):
         raise UsageError(f"{entry.name!r} is a graph: load it with bpfree.data.load_graph")
+    if isinstance(entry, FolderInfo):
+        return entry.load()
     base, layout = _locate(entry, root, download)
     files = list(zip(layout.files, layout.paths(base), strict=True))
     for file, file_path in files:
@@ -118,7 +128,7 @@ def load_raw_graph(name: str, root: str | Path | None = None, *, download: bool 
         DataError: it is not there, or a file is corrupt; says which file and what to do.
     """
     entry = info(name)
-    if isinstance(entry, DatasetInfo):
+    if not isinstance(entry, GraphInfo):
         raise UsageError(f"{entry.name!r} is no graph: load it with bpfree.data.load")
     base, layout = _locate(entry, root, download)
     for file, file_path in zip(layout.files, layout.paths(base), strict=True):
@@ -148,17 +158,20 @@ def fetch(name: str, root: str | Path | None = None, *, progress: bool = True) -
     appears under its name only when it is complete and its checksum is right.
 
     Args:
-        name: one of `names()` or an alias. Packaged sets need no download.
+        name: one of `names()` or an alias. Packaged sets need no download; `folder:PATH` is only looked for.
         root: data root; see `data_root`.
         progress: show a progress bar on standard error.
 
     Raises:
         UsageError: no data set of that name.
-        DataError: no host delivers a file, or a file that bpfree did not put there is corrupt.
+        DataError: no host delivers a file, or a file that bpfree did not put there is corrupt; a folder of image files
+            is not as it should be.
     """
-    entry: Entry[Any] = info(name)
-    base = _base(entry, root)
-    layout = _present(entry, base) or entry.source
+    entry = info(name)
+    if isinstance(entry, FolderInfo):
+        entry.check()
+        return entry.path
+    base, layout = _meant(entry, root)
     for file, file_path in zip(layout.files, layout.paths(base), strict=True):
         problem = _problem(file, file_path)
         if problem is None:
@@ -172,15 +185,17 @@ def fetch(name: str, root: str | Path | None = None, *, progress: bool = True) -
 def verify(name: str, root: str | Path | None = None) -> list[tuple[Path, State]]:
     """The files of the data set `name`, each with its state by full checksum.
 
-    These are the files that `load` reads, or if it would find none, those that `fetch` would put there.
+    These are the files that `load` reads, or if it would find none, those that `fetch` would put there. Image files in
+    `folder:PATH` have no checksums: those that cannot be decoded are corrupt.
 
     Raises:
         UsageError: no data set of that name.
-        DataError: the system does not let a file be read.
+        DataError: the system does not let a file be read, or a folder of image files is not as it should be.
     """
-    entry: Entry[Any] = info(name)
-    base = _base(entry, root)
-    layout = _present(entry, base) or entry.source
+    entry = info(name)
+    if isinstance(entry, FolderInfo):
+        return [(file, "ok" if readable else "corrupt") for file, readable in entry.verify()]
+    base, layout = _meant(entry, root)
     states: list[tuple[Path, State]] = []
     for file, file_path in zip(layout.files, layout.paths(base), strict=True):
         problem = _problem(file, file_path)
@@ -202,6 +217,12 @@ def _locate(entry: Entry[Content], root: str | Path | None, download: bool) -> t
     if layout is None:
         raise _missing(entry, base)
     return base, layout
+
+
+def _meant(entry: Entry[Any], root: str | Path | None) -> tuple[Path, Layout[Any]]:
+    """The folder that its paths are relative to, and the layout that is there, or that a download would fill."""
+    base = _base(entry, root)
+    return base, _present(entry, base) or entry.source
 
 
 def _present(entry: Entry[Content], base: Path) -> Layout[Content] | None:

@@ -34,7 +34,7 @@ def usual_config(rule: str, **options: Any) -> RunConfig:
     Raises:
         UsageError: see `resolve`.
     """
-    configs = [resolve(rule, name, **options) for name in data.names() if data.info(name).packaged]
+    configs = [resolve(rule, name, **options) for name, entry in data.DATASETS.items() if entry.packaged]
     return next(filter(_trainable, configs), configs[0])
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 import pickle
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -43,6 +41,7 @@ from bpfree.networks import build_network
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
 from bpfree.networks.heads import Head
 from bpfree.networks.partition import first_unit
+from bpfree.networks.timing import least_seconds
 
 READINGS: Final = 5
 """Readings of the clock, of which the shortest counts: what disturbs one only makes it longer."""
@@ -50,11 +49,9 @@ READINGS: Final = 5
 CPU_ROUNDS: Final = 3
 """Times that all blocks are measured on a CPU, where other programs disturb for longer than the readings take."""
 
-WARMUPS: Final = 3
 READING_SECONDS: Final = 0.01
 """What one reading covers at least, so that waiting for the device does not count."""
 
-MOST_STEPS: Final = 100
 """Steps that one reading covers at most."""
 
 COUNTED: Final = 4
@@ -467,26 +464,7 @@ def _saved_tensors(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 def _seconds(call: Callable[[], object], device: torch.device, readings: int) -> float:
     """Seconds of a call, undisturbed; without readings one second, for a caller who has other times to put there."""
-    if not readings:
-        return 1.0
-
-    def reading(calls: int) -> float:
-        _wait_for(device)
-        started = time.perf_counter()
-        for _ in range(calls):
-            call()
-        _wait_for(device)
-        return (time.perf_counter() - started) / calls
-
-    for _ in range(WARMUPS):
-        once = reading(1)
-    calls = max(1, min(MOST_STEPS, math.ceil(READING_SECONDS / once)))
-    return min(reading(calls) for _ in range(readings))
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return least_seconds(call, device, readings, lasting=READING_SECONDS) if readings else 1.0
 
 
 def write_profile(profile: Profile, path: Path) -> None:

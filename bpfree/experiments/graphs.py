@@ -89,7 +89,7 @@ def revealed_test(
 
 def _refuse(training: TrainingConfig) -> None:
     """Settings of samples in batches: a graph is one batch, with a validation part of its split."""
-    for name in ("batch_size", "augmentation", "standardize", "validation", "cache"):
+    for name in ("batch_size", "augmentation", "standardize", "mean", "std", "validation", "cache"):
         if getattr(training, name) != getattr(TrainingConfig, name):
             raise UsageError(f"a graph is trained whole, with the parts of its split; leave out {name}")
 

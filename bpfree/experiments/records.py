@@ -28,6 +28,7 @@ UNTESTED: Final = "untested.json"  # in its place if a run was not tested
 CHECKPOINT: Final = "checkpoint.pt"
 MODEL: Final = "model.pt"
 PICTURE: Final = "reconstructions.png"
+DATASET_LETTERS: Final = 60
 
 START_AGAIN: Final = "delete it, and --resume trains this run from its start"
 """What to do about a checkpoint that is no good."""
@@ -85,6 +86,8 @@ class RunFolder:
         """
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         network = re.sub(r"[^A-Za-z0-9]+", "-", network)
+        # of folder:PATH the end, which tells most; a name of a file has at most 255 bytes
+        dataset = re.sub(r"[^A-Za-z0-9_]+", "-", dataset)[-DATASET_LETTERS:].strip("-")
         path = root / f"{dataset}-{algorithm}-{network}-seed{seed}-{moment}-{secrets.token_hex(4)}"
         try:
             path.mkdir(parents=True)

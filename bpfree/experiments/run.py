@@ -539,7 +539,11 @@ def load_batches(
     refuse_graph_settings(config.training)
     train, validation, held = dataset.split(config.training.validation)
     shared: dict[str, Any] = {"device": device, "layout": layout, "reconstruct": config.task == "autoencode"}
-    if config.training.standardize:
+    training = config.training
+    if training.mean is not None and training.std is not None:
+        channels = dataset.input_shape[0]
+        shared.update(mean=(training.mean,) * channels, std=(training.std,) * channels)
+    elif training.standardize:
         shared.update(mean=dataset.mean, std=dataset.std)
     augmentation = config.training.augmentation or dataset.augmentation
     return (
@@ -586,6 +590,7 @@ def _summary(
         "dataset": config.dataset,
         "network": config.network,
         "variant": learner.variant,
+        "locality": learner.locality,
         "preset": config.preset,
         "seed": config.seed,
         "validation_accuracy": kept["best_validation_accuracy"],

@@ -49,6 +49,8 @@ class TrainingConfig:
         precision: "fp32", "tf32" or "bf16".
         augmentation: "none", "crop-flip" or "shift"; None takes the data set's own.
         standardize: subtract the data set's mean and divide by its standard deviation; otherwise images are in [0, 1].
+        mean: subtract this from all channels in place of the data set's mean; of images in [0, 1].
+        std: divide all channels by this in place of the data set's deviation; goes with `mean`.
         validation: number of validation samples; None takes the data set's own.
         cache: compute what frozen blocks make of the inputs once per stage and keep it on the device, unless inputs are
             augmented; otherwise those blocks run in every step and validation. A stage in closed form, which sees every
@@ -78,6 +80,8 @@ class TrainingConfig:
     precision: str = "tf32"
     augmentation: str | None = None
     standardize: bool = True
+    mean: float | None = None
+    std: float | None = None
     validation: int | None = None
     cache: bool = True
     graph: bool = True
@@ -98,6 +102,10 @@ class TrainingConfig:
             raise UsageError(f"passes must be at least 1, got {self.passes}")
         if not all(value >= 0 for value in (self.min_delta, self.warmup_epochs, self.checkpoint_every)):
             raise UsageError("min_delta, warmup_epochs and checkpoint_every must be 0 or more")
+        if (self.mean is None) != (self.std is None) or (self.mean is not None and not self.standardize):
+            raise UsageError("mean and std standardise inputs together: give both, and leave out no-standardize")
+        if self.mean is not None and not (math.isfinite(self.mean) and 0 < (self.std or 0.0) < math.inf):
+            raise UsageError(f"mean must be finite and std positive, got {self.mean} and {self.std}")
         if self.monitor not in MONITORS:
             raise unknown_name("monitor", self.monitor, MONITORS)
         if self.split is not None and self.split not in SPLITS:

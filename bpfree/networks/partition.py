@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Final
@@ -22,6 +21,7 @@ from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
 from bpfree.networks.flops import FlopCounter
 from bpfree.networks.resnet import ResidualUnit
+from bpfree.networks.timing import least_seconds
 
 # Units in each stage -> K -> the unit that ends each block, as (stage from 1, unit from 0); () ends one at every unit.
 PAPER_CUTS: Final[dict[tuple[int, ...], dict[int, tuple[tuple[int, int], ...]]]] = {
@@ -53,7 +53,6 @@ PAPER_CUTS: Final[dict[tuple[int, ...], dict[int, tuple[tuple[int, int], ...]]]]
         4: ((2, 6), (3, 13), (3, 25), (4, 2)),
     },
 }
-WARMUPS: Final = 2
 
 
 class Units(nn.Sequential):
@@ -184,35 +183,28 @@ def unit_operations(units: Iterable[nn.Module], input_shape: Shape | None) -> li
 
 
 def step_seconds(units: Iterable[nn.Module], batch: Tensor, repeats: int = 10) -> list[float]:
-    """Median seconds of a forward and backward pass through each unit alone, on the device of `batch`.
+    """Seconds of a forward and backward pass through each unit alone, undisturbed, on the device of `batch`.
 
     Args:
         units: in forward order; they are copied, so that neither weights nor statistics change.
         batch: (B, *input_shape).
-        repeats: how many passes are timed, after two that are not.
+        repeats: how many passes are timed, of which the shortest counts.
     """
     seconds = []
     signal = batch.detach()
     for original in units:
         unit = copy.deepcopy(original).to(batch.device).train()
         parameters = [parameter for parameter in unit.parameters() if parameter.requires_grad]
-        timed = []
-        for _ in range(WARMUPS + repeats):
-            _wait_for(batch.device)
-            started = time.perf_counter()
+
+        def step(unit: nn.Module = unit, signal: Tensor = signal, parameters: list[nn.Parameter] = parameters) -> None:
             outputs = unit(signal)
             if parameters:  # a frozen unit only runs forwards
                 torch.autograd.grad(outputs.sum(), parameters)
-            _wait_for(batch.device)
-            timed.append(time.perf_counter() - started)
-        seconds.append(sorted(timed[WARMUPS:])[repeats // 2])
-        signal = outputs.detach()
+
+        seconds.append(least_seconds(step, batch.device, repeats))
+        with torch.no_grad():
+            signal = unit(signal)
     return seconds
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _stem_units(units: Sequence[nn.Module] | nn.ModuleList) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms import Audit, Channel, CounterCurrent, ForwardForward, Learner, LocalLearning, audit
+from bpfree.algorithms import Audit, CaFo, Channel, CounterCurrent, ForwardForward, Learner, LocalLearning, audit
 from bpfree.algorithms.learner import Batch, Metrics, Paper, Stage, Support
 from bpfree.errors import TrainingError, UsageError
 from bpfree.networks.blocks import Shape, block_output_shapes
@@ -252,6 +252,16 @@ def test_options_of_rules_open_and_close_channels(make: Making, channels: set[st
     found = audit(make(), batches(12, width=12, size=32))
     assert {channel.name for channel in found.channels} == channels
     assert (found.reach, found.late_reach) == reach
+    assert found.agrees
+
+
+@pytest.mark.parametrize(("block_training", "locality"), [("random", "block"), ("dfa", "network")])
+def test_the_locality_of_cafo_depends_on_how_its_blocks_learn(block_training: str, locality: str) -> None:
+    """What is declared, and what noise on later blocks finds: blocks that learn hear the whole network's error."""
+    learner = CaFo(linear_relu(), CLASSES, loss="ce", block_training=block_training)
+    found = audit(learner, batches(12, width=12, size=32))
+    assert learner.locality == found.locality == locality
+    assert found.measured == ("network" if locality == "network" else "nothing learns")
     assert found.agrees
 
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from bpfree.algorithms import _cafo_ridge as ridge_module
 from bpfree.algorithms._cafo_predictors import CrossEntropy, Predictors, SparsemaxLoss, sparsemax
 from bpfree.algorithms._cafo_ridge import RidgeStatistics
 from bpfree.algorithms._cafo_training import RIDGES
-from bpfree.algorithms.mono_forward import encode_targets
+from bpfree.algorithms._cross_entropy import encode_targets
 from bpfree.data import Batches
 from bpfree.errors import TrainingError, UsageError
 from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.experiments.config import presets, resolve
-from bpfree.experiments.run import run
+from bpfree.experiments.run import load_batches, run
 from bpfree.experiments.stepper import numerics
 from bpfree.networks import block_output_shapes, build_network, cnn, mlp
 from tests.reference import cafo as reference
@@ -832,6 +833,26 @@ def test_cross_entropy_of_predictors_has_the_errors_of_the_shared_encoding() -> 
         P = reference.softmax(part)
         assert loss.item() == pytest.approx(-np.log(P[np.arange(6), y]).mean(), rel=1e-12)
         np.testing.assert_allclose(error, (P - reference.one_hot(y.numpy(), 3)) / 6, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        *((f"cifar10{loss}", 0.5, 0.5) for loss in ("", "-ce", "-sl")),
+        *((f"mnist{loss}", 0.1307, 0.3081) for loss in ("-ce", "-sl")),
+    ],
+)
+def test_official_presets_standardise_as_the_code_does(name: str, mean: float, std: float) -> None:
+    """Constants of the authors' repository, the same for every channel."""
+    config = resolve(preset=f"cafo-{name}-official")
+    name = config.dataset
+    images = torch.randint(256, (20, *data.info(name).input_shape), dtype=torch.uint8)
+    part, info = data.Part(images, torch.arange(20) % 10), data.info(name)
+    known = data.Dataset(name, part, part, 10, info.mean, info.std, info.class_names, validation=5)
+    config = replace(config, training=replace(config.training, validation=5))
+    _, _, test = load_batches(config, known, torch.device("cpu"), torch.contiguous_format)
+    (served, _), *_ = test.in_order(20)
+    torch.testing.assert_close(served, (images / 255 - mean) / std)
 
 
 @pytest.mark.data

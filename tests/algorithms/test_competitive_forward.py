@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from bpfree.algorithms import CompetitiveForward, algorithm
 from bpfree.algorithms._ff_classes import (
+    LOSSES,
     AuxiliaryGoodness,
+    ClassGoodness,
     GroupGoodness,
-    competition,
     normalize_channels,
     normalize_groups,
 )
@@ -105,7 +106,7 @@ def test_goodness_of_feature_maps_equals_numpy(channels: int) -> None:
 
 def test_cross_entropy_of_goodness_pulls_by_softmax_minus_target() -> None:
     G, y = torch.randn(6, CLASSES, dtype=F64, requires_grad=True), torch.randint(CLASSES, (6,))
-    (gradient,) = torch.autograd.grad(competition("cross-entropy")(G, y), G)
+    (gradient,) = torch.autograd.grad(LOSSES["cross-entropy"](G, y), G)
     torch.testing.assert_close(gradient, (G.softmax(1) - F.one_hot(y, CLASSES)).detach() / 6)
 
 
@@ -117,8 +118,8 @@ def test_pvn_and_cwg_follow_their_formulas() -> None:
         pvn += (np.log1p(np.exp(2 - row[label])) + np.log1p(np.exp(others - 2))) / 6
     entropy = -np.log(reference.softmax(G)[np.arange(6), y]).mean()
     inputs = torch.from_numpy(G), torch.from_numpy(y)
-    assert competition("pvn")(*inputs).item() == pytest.approx(pvn, rel=1e-12)
-    assert competition("cwg")(*inputs).item() == pytest.approx(0.28 * entropy + 0.72 * pvn, rel=1e-12)
+    assert LOSSES["pvn"](*inputs).item() == pytest.approx(pvn, rel=1e-12)
+    assert LOSSES["cwg"](*inputs).item() == pytest.approx(0.28 * entropy + 0.72 * pvn, rel=1e-12)
 
 
 # what is passed on
@@ -313,3 +314,46 @@ def test_layers_too_narrow_for_the_classes_are_refused() -> None:
     assert learner((12, 3), goodness="auxiliary").scores(batch()[0]).shape == (9, CLASSES)
     with pytest.raises(UsageError, match="at least 2 classes"):
         CompetitiveForward(cnn(SHAPE, (4,)), 1, input_shape=SHAPE)
+
+
+class FirstChannels(ClassGoodness):
+    """The activity of the unit of each class's number; the others are of no class."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[:, : self.classes]
+
+
+def hinge(goodness: Tensor, targets: Tensor) -> Tensor:
+    return F.multi_margin_loss(goodness, targets)
+
+
+def halved(hidden: Tensor, classes: int) -> Tensor:
+    return hidden / 2
+
+
+def test_own_goodness_loss_and_normaliser() -> None:
+    """Against autograd on each layer's own loss."""
+    model = learner(goodness=FirstChannels, loss=hinge, normalizer=halved)
+    assert model.variant == "FirstChannels, hinge, halved, sum"
+    x, y = torch.randn(9, 5, dtype=F64), torch.randint(CLASSES, (9,))
+    expected, signal, scores = [], x, torch.zeros(9, CLASSES, dtype=F64)
+    for block in copy.deepcopy(model).network:
+        h = block(signal)
+        weight = next(block.parameters())
+        (gradient,) = torch.autograd.grad(F.multi_margin_loss(h[:, :CLASSES], y), weight)
+        expected.append(weight.detach() - LR * gradient)
+        scores += h[:, :CLASSES].detach()
+        signal = h.detach() / 2
+    torch.testing.assert_close(model.scores(x), scores)
+    model.step((x, y))
+    for block, weight in zip(model.network, expected, strict=True):
+        torch.testing.assert_close(next(block.parameters()).detach(), weight)
+
+
+def test_options_that_are_neither_name_nor_function_are_refused() -> None:
+    with pytest.raises(UsageError, match="loss must be one of cross-entropy, pvn, cwg, or a function; got float"):
+        learner(loss=0.5)

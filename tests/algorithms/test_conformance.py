@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -412,6 +414,17 @@ def test_numbers_that_make_no_sense_are_refused_in_one_line(rule: str, value: st
     for name in entry(rule).parameters():
         with contextlib.suppress(UsageError):
             build(rule, backbones(rule)[0], **parse_settings((f"{name}={value}",), rule))
+
+
+@pytest.mark.parametrize("rule", ALIASES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")], ids=repr)
+def test_numbers_that_are_not_finite_are_refused(rule: str, value: float) -> None:
+    learner = entry(rule).learner
+    numbers = [name for name, annotation in entry(rule).annotations().items() if "float" in str(annotation)]
+    assert {"lr", "weight_decay"} <= set(numbers)
+    for name in numbers:
+        with pytest.raises(UsageError, match=f"{name} must be a finite number, got {value}"):
+            learner(BACKBONES["mlp"](), CLASSES, input_shape=SHAPE, **{name: value})
 
 
 class AnyChoice:

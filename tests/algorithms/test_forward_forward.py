@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,27 @@ from torch import Tensor, nn
 
 from benchmarks.goodness import draw, goodness_courses
 from bpfree.algorithms import ForwardForward
-from bpfree.algorithms._ff_goodness import PEER_START, Goodness, Normalizer, PeerNormalization
-from bpfree.algorithms._ff_losses import SymbaLoss, ThresholdLoss, contrastive_loss
-from bpfree.algorithms._ff_negatives import HybridViews, LabelledViews, blur_matrix
-from bpfree.algorithms.forward_forward import Layer
+from bpfree.algorithms._ff_goodness import GOODNESS, NORMALIZERS, PEER_START, Activity, PeerNormalization, UnitLength
+from bpfree.algorithms._ff_layers import Layer, Parts
+from bpfree.algorithms._ff_losses import LossOptions, SymbaLoss, ThresholdLoss, contrastive_loss
+from bpfree.algorithms._ff_negatives import HybridViews, LabelledViews, LikelyLabels, UniformLabels, blur_matrix
+from bpfree.algorithms.forward_forward import (
+    HARD_NEGATIVES,
+    Goodness,
+    Inference,
+    LabelGoodness,
+    Normalizer,
+    SoftmaxReadout,
+    SquaredGoodness,
+    Views,
+    WrongLabels,
+)
 from bpfree.errors import CheckpointError, UsageError
 from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.experiments.records import RunFolder
 from bpfree.networks import cnn, mlp
 from bpfree.networks.streams import Stream
-from tests.algorithms.test_conformance import data
+from tests.algorithms.test_conformance import AnyChoice, data
 from tests.reference import forward_forward as reference
 
 F64 = torch.float64
@@ -54,7 +66,7 @@ def arrays(model: ForwardForward) -> tuple[list[np.ndarray], list[np.ndarray], l
 
 
 def views(classes: int, *, hard: bool = False, label: str = "overlay", features: int = 120) -> LabelledViews:
-    return LabelledViews(features, classes, label, 1.0, hard, Stream(0)).double()
+    return LabelledViews(features, classes, label, 1.0, LikelyLabels() if hard else UniformLabels(), Stream(0)).double()
 
 
 # numerics
@@ -74,9 +86,9 @@ def closed_form(loss: nn.Module, goodness: Goodness, z: np.ndarray, W: np.ndarra
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(W))
         linear.bias.copy_(torch.from_numpy(b))
-        layer = Layer("layer", linear, goodness.scale(len(b)), PeerNormalization(len(b), 0.0), None)
+        layer = Layer("layer", linear, goodness, PeerNormalization(len(b), 0.0), None)
         activity = layer.activate(torch.from_numpy(z))
-        losses, slopes = loss(goodness.of(activity)[None])
+        losses, slopes = loss(goodness.value(activity.hidden)[None])
         layer.learn(activity, slopes[0])
     assert linear.weight.grad is not None
     assert linear.bias.grad is not None
@@ -87,8 +99,8 @@ def closed_form(loss: nn.Module, goodness: Goodness, z: np.ndarray, W: np.ndarra
 @pytest.mark.parametrize("temperature", [1.0, 7.0])
 def test_threshold_gradient_equals_numpy(mean: bool, temperature: float) -> None:
     z, W, b, h = rows()
-    goodness = Goodness("mean" if mean else "sum")
-    loss = contrastive_loss("original", goodness, [6], None, temperature, None).double()
+    goodness = GOODNESS["mean" if mean else "sum"]
+    loss = contrastive_loss("original", goodness, [6], LossOptions(temperature=temperature)).double()
     expected = reference.threshold_layer(z, h, mean=mean, theta=1 if mean else 6, temperature=temperature)
     got = closed_form(loss, goodness, z, W, b)
     for a, e in zip(got, expected, strict=True):
@@ -118,7 +130,7 @@ def test_threshold_gradient_equals_finite_differences() -> None:
 @pytest.mark.parametrize("mean", [False, True])
 def test_symba_gradient_equals_numpy(mean: bool) -> None:
     z, W, b, h = rows()
-    got = closed_form(SymbaLoss(4.0), Goodness("mean" if mean else "sum"), z, W, b)
+    got = closed_form(SymbaLoss(4.0), GOODNESS["mean" if mean else "sum"], z, W, b)
     for a, e in zip(got, reference.symba_layer(z, h, mean=mean, alpha=4.0), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-15)
 
@@ -126,7 +138,7 @@ def test_symba_gradient_equals_numpy(mean: bool) -> None:
 def test_symba_is_zero_for_equal_rows_and_antisymmetric_at_no_difference() -> None:
     z, W, b, _ = rows()
     twice = np.concatenate([z, z])
-    _, dW, db = closed_form(SymbaLoss(4.0), Goodness("mean"), twice, W, b)
+    _, dW, db = closed_form(SymbaLoss(4.0), GOODNESS["mean"], twice, W, b)
     np.testing.assert_allclose(dW, 0, atol=1e-14)
     np.testing.assert_allclose(db, 0, atol=1e-14)
     _, slopes = SymbaLoss(4.0)(torch.full((1, 6), 3.0, dtype=F64))
@@ -137,7 +149,7 @@ def test_symba_is_zero_for_equal_rows_and_antisymmetric_at_no_difference() -> No
 @pytest.mark.parametrize("name", ["original", "symba", "collaboration", "collaboration-preceding"])
 def test_slopes_are_the_derivatives_of_each_layers_own_loss(name: str) -> None:
     """By autograd, with the other layers' goodness a constant."""
-    loss = contrastive_loss(name, Goodness(), [3, 4, 5], None, None, None).double()
+    loss = contrastive_loss(name, GOODNESS["sum"], [3, 4, 5], LossOptions()).double()
     goodness = 3 * torch.rand(3, 8, dtype=F64)
     losses, slopes = loss(goodness)
     for layer in range(3):
@@ -155,7 +167,7 @@ def test_at_the_threshold_half_of_the_gradient_is_left() -> None:
 
 @pytest.mark.parametrize("name", ["original", "symba"])
 def test_extreme_goodness_stays_finite(name: str) -> None:
-    loss = contrastive_loss(name, Goodness(), [1], None, None, None)
+    loss = contrastive_loss(name, GOODNESS["sum"], [1], LossOptions())
     losses, slopes = loss(torch.tensor([[1e4, 0.0, 0.0, 1e4]]))
     assert losses.isfinite().all()
     assert slopes.isfinite().all()
@@ -163,18 +175,18 @@ def test_extreme_goodness_stays_finite(name: str) -> None:
 
 def test_mean_goodness_is_the_sum_at_another_temperature() -> None:
     z, W, b, _ = rows()
-    summed = closed_form(ThresholdLoss([9.0], 2.0, "none").double(), Goodness("sum"), z, W, b)
-    mean = closed_form(ThresholdLoss([9.0 / 6], 2.0 / 6, "none").double(), Goodness("mean"), z, W, b)
+    summed = closed_form(ThresholdLoss([9.0], 2.0, "none").double(), GOODNESS["sum"], z, W, b)
+    mean = closed_form(ThresholdLoss([9.0 / 6], 2.0 / 6, "none").double(), GOODNESS["mean"], z, W, b)
     for a, e in zip(mean, summed, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12)
 
 
 def test_minus_goodness_turns_positive_and_negative_round() -> None:
     z, W, b, _ = rows()
-    loss = contrastive_loss("original", Goodness("minus_sum"), [6], None, None, None).double()
-    plain = contrastive_loss("original", Goodness("sum"), [6], None, None, None).double()
-    minus = closed_form(loss, Goodness("minus_sum"), z, W, b)
-    turned = closed_form(plain, Goodness("sum"), np.concatenate([z[5:], z[:5]]), W, b)
+    loss = contrastive_loss("original", GOODNESS["minus_sum"], [6], LossOptions()).double()
+    plain = contrastive_loss("original", GOODNESS["sum"], [6], LossOptions()).double()
+    minus = closed_form(loss, GOODNESS["minus_sum"], z, W, b)
+    turned = closed_form(plain, GOODNESS["sum"], np.concatenate([z[5:], z[:5]]), W, b)
     for a, e in zip(minus, turned, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12)
 
@@ -195,7 +207,7 @@ def test_collaboration_weighs_the_gradient_and_adds_nothing_else() -> None:
 
 def test_collaborating_thresholds_grow_with_what_they_count() -> None:
     def thresholds(name: str) -> list[float]:
-        loss = contrastive_loss(name, Goodness(), [3, 4, 5], None, None, None)
+        loss = contrastive_loss(name, GOODNESS["sum"], [3, 4, 5], LossOptions())
         assert isinstance(loss, ThresholdLoss)
         return loss.theta.flatten().tolist()
 
@@ -299,11 +311,11 @@ def test_peer_normalization_leaves_negative_rows_alone_and_wakes_the_silent() ->
 def test_normalized_rows_have_one_length_whatever_their_scale() -> None:
     h = torch.rand(4, 10, dtype=F64)
     for name, squared in (("rms", 10), ("unit", 1)):
-        z = Normalizer(name).of(h)
+        z = NORMALIZERS[name].of(h)
         torch.testing.assert_close(z.square().sum(1), torch.full((4,), float(squared), dtype=F64), rtol=1e-7, atol=0)
-        torch.testing.assert_close(z, Normalizer(name).of(3 * h), rtol=1e-7, atol=0)
+        torch.testing.assert_close(z, NORMALIZERS[name].of(3 * h), rtol=1e-7, atol=0)
     silent = torch.zeros(2, 10)
-    assert not Normalizer().of(silent).any()
+    assert not NORMALIZERS["rms"].of(silent).any()
 
 
 def test_scaling_a_layer_scales_its_goodness_only() -> None:
@@ -323,7 +335,7 @@ def test_a_single_positive_sample_keeps_its_direction() -> None:
     z, W, _, _ = rows(count=1)
     h = np.maximum(z @ W.T, 0)
     both = np.concatenate([z, np.zeros_like(z)])  # a silent negative row
-    _, dW, _ = closed_form(ThresholdLoss([6.0], 1.0, "none").double(), Goodness(), both, W, np.zeros(6))
+    _, dW, _ = closed_form(ThresholdLoss([6.0], 1.0, "none").double(), GOODNESS["sum"], both, W, np.zeros(6))
     moved = np.maximum(z @ (W - 0.1 * dW).T, 0)
     np.testing.assert_allclose(moved / np.linalg.norm(moved), h / np.linalg.norm(h), rtol=1e-13)
     assert np.linalg.norm(moved) > 1.001 * np.linalg.norm(h)
@@ -498,7 +510,7 @@ def test_a_negative_label_is_never_the_true_one(classes: int, hard: bool) -> Non
     sampler = views(classes, hard=hard)
     targets = torch.randint(classes, (draws,))
     logits = 5 * torch.randn(classes, dtype=F64).expand(draws, classes)
-    wrong = sampler.wrong(targets, logits, sampler.draw(draws))
+    wrong = sampler.wrong.choose(targets, sampler.candidates, logits, sampler.draw(draws))
     assert not (wrong == targets).any()
     assert wrong.min() >= 0
     assert wrong.max() < classes
@@ -506,7 +518,7 @@ def test_a_negative_label_is_never_the_true_one(classes: int, hard: bool) -> Non
 
 def test_random_negatives_are_uniform() -> None:
     sampler = views(5)
-    drawn = sampler.wrong(torch.full((40_000,), 2), None, sampler.draw(40_000))
+    drawn = sampler.wrong.choose(torch.full((40_000,), 2), sampler.candidates, None, sampler.draw(40_000))
     counts = torch.bincount(drawn, minlength=5).tolist()
     assert counts[2] == 0
     chi_square = sum((count - 10_000) ** 2 / 10_000 for count in (*counts[:2], *counts[3:]))
@@ -516,7 +528,8 @@ def test_random_negatives_are_uniform() -> None:
 def test_hard_negatives_follow_the_masked_softmax() -> None:
     logits = torch.tensor([1.0, 3.0, 0.0, 1.5], dtype=F64)
     sampler = views(4, hard=True)
-    drawn = sampler.wrong(torch.full((40_000,), 1), logits.expand(40_000, 4), sampler.draw(40_000))
+    targets, noise = torch.full((40_000,), 1), sampler.draw(40_000)
+    drawn = sampler.wrong.choose(targets, sampler.candidates, logits.expand(40_000, 4), noise)
     counts = torch.bincount(drawn, minlength=4)
     masked = logits.clone()
     masked[1] = -torch.inf
@@ -689,6 +702,182 @@ def test_linear_layers_without_bias() -> None:
     np.testing.assert_allclose(model.label_goodness(x).numpy(), expected, rtol=1e-12)
 
 
+# options that are the user's own
+
+
+class TotalActivity(Goodness):
+    """g = sum_j h_j: its derivative, 1, says nothing of units that are silent."""
+
+    def value(self, hidden: Tensor) -> Tensor:
+        return hidden.sum(1)
+
+    def errors(self, hidden: Tensor, slope: Tensor) -> Tensor:
+        return slope[:, None].expand_as(hidden)
+
+    def at_unit_activity(self, width: int) -> float:
+        return float(width)
+
+
+class NextLabel(WrongLabels):
+    """The class after the true one."""
+
+    def draw(self, size: int, classes: int, stream: Stream) -> Tensor:
+        return torch.empty(0)
+
+    def choose(self, targets: Tensor, labels: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
+        return (targets + 1) % len(labels)
+
+
+class ByEveryRow(Normalizer):
+    """What "rms" does, without saying that it is a division by a function of the length."""
+
+    def of(self, rows: Tensor) -> Tensor:
+        return NORMALIZERS["rms"].of(rows)
+
+    def divisor(self, length: Tensor, width: int) -> None:
+        return None
+
+
+class HalfOfOthers(Views):
+    """Negatives whose second half is that of another sample."""
+
+    def plain(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def draw(self, size: int) -> Tensor:
+        return torch.empty(0)
+
+    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
+        half = inputs.shape[1] // 2
+        return torch.cat([inputs, torch.cat([inputs[:, :half], inputs.roll(1, 0)[:, half:]], 1)])
+
+
+class LastLayer(Inference):
+    """The goodness of the last layer alone."""
+
+    of_labels = True
+
+    def enter(self, parts: Parts, inputs: Tensor) -> Activity:
+        return LabelGoodness().enter(parts, inputs)
+
+    def hear(self, parts: Parts, layer: Layer, activity: Activity, passed: Tensor) -> tuple[Tensor, ...]:
+        return (parts.goodness.value(activity.hidden),)
+
+    def scores(self, parts: Parts, heard: Sequence[Tensor], size: int) -> Tensor:
+        return heard[-1].unflatten(0, (size, -1))
+
+
+@pytest.mark.parametrize("negatives", ["hard", "random"])  # with and without the chain of separate layers
+def test_an_own_goodness_learns_down_its_gradient(negatives: str) -> None:
+    """Against autograd through the ReLU, on the rows that the learner made."""
+    model = learner(goodness=TotalActivity(), peer_normalization=0.0, negatives=negatives, temperature=2.0)
+    x, y = batch()
+    rows = np.concatenate([reference.labelled(x.numpy(), label.numpy(), 2) for label in (y, 1 - y)])
+    signal = torch.from_numpy(reference.rms_normalized(rows))
+    side = torch.tensor([1.0] * len(x) + [-1.0] * len(x), dtype=F64)
+    expected, silent = [], 0
+    for layer in model.network:
+        weight = layer[-2].weight.detach().clone().requires_grad_()  # type: ignore[index]
+        h = torch.relu(signal @ weight.T + layer[-2].bias.detach())  # type: ignore[index]
+        silent += int((h == 0).sum())
+        loss = torch.nn.functional.softplus(-side * (h.sum(1) - len(weight)) / 2.0).mean()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        expected.append(weight.detach() - LR * gradient)
+        signal = (h / h.square().mean(1, keepdim=True).sqrt()).detach()
+    assert silent > 0
+    model.step((x, y))
+    for layer, weight in zip(model.network, expected, strict=True):
+        torch.testing.assert_close(layer[-2].weight.detach(), weight, rtol=0, atol=1e-12)  # type: ignore[index]
+
+
+def test_an_own_goodness_rates_labels() -> None:
+    model = learner(goodness=TotalActivity(), skip_first=False)
+    x, _ = batch(4)
+    scores = torch.zeros(4, 2, dtype=F64)
+    for label in range(2):
+        signal = torch.from_numpy(reference.rms_normalized(reference.labelled(x.numpy(), np.full(4, label), 2)))
+        for layer in model.network:
+            h = torch.relu(layer[-2](signal))  # type: ignore[index]
+            scores[:, label] += h.sum(1).detach()
+            signal = h / h.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(model.scores(x), scores)
+
+
+@pytest.mark.parametrize("name", GOODNESS)
+def test_derivatives_of_goodness_are_those_of_autograd(name: str) -> None:
+    h = torch.randn(6, 5, dtype=F64).relu().requires_grad_()
+    slope = torch.randn(6, dtype=F64)
+    (expected,) = torch.autograd.grad(GOODNESS[name].value(h), h, slope)
+    torch.testing.assert_close(GOODNESS[name].errors(h.detach(), slope), expected)
+    rows = torch.randn(1, 7, dtype=F64)
+    unit = rows / rows.square().mean().sqrt()
+    assert GOODNESS[name].at_unit_activity(7) == pytest.approx(GOODNESS[name].value(unit).item())
+
+
+def test_objects_are_what_their_names_stand_for() -> None:
+    options = {"goodness": "mean", "normalizer": "unit", "negatives": "random", "inference": "softmax"}
+    objects = {
+        "goodness": SquaredGoodness(average=True),
+        "normalizer": UnitLength(),
+        "negatives": UniformLabels(),
+        "inference": SoftmaxReadout(),
+    }
+    named = learner(**options)
+    own = learner(**objects)
+    own.load_state_dict(named.state_dict())
+    x, y = batch()
+    for _ in range(3):
+        named.step((x, y))
+        own.step((x, y))
+    for a, b in zip(named.parameters(), own.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(named.scores(x), own.scores(x))
+    assert own.variant == "original, UniformLabels, SoftmaxReadout"
+
+
+def test_own_wrong_labels_are_shown_and_are_no_channel() -> None:
+    model = learner(classes=3, negatives=NextLabel())
+    x, y = batch(7, 3)
+    positive, negative = model.views.contrast(x, y, None, model.views.draw(7)).chunk(2)
+    assert torch.equal(positive[:, :3].argmax(1), y)
+    assert torch.equal(negative[:, :3].argmax(1), (y + 1) % 3)
+    assert model.channels == ()
+    assert learner().channels == (HARD_NEGATIVES,)
+    assert len(model.local_units().units) == 4
+
+
+def test_an_own_normaliser_need_not_divide_by_a_length() -> None:
+    plain, own = learner(classes=3), learner(classes=3, normalizer=ByEveryRow())
+    own.load_state_dict(plain.state_dict())
+    x, y = batch(6, 3)
+    torch.testing.assert_close(own.label_goodness(x), plain.label_goodness(x), rtol=1e-10, atol=1e-12)
+    own.step((x, y))
+    plain.step((x, y))
+    torch.testing.assert_close(own.scores(x), plain.scores(x), rtol=1e-10, atol=1e-12)
+
+
+def test_own_negatives_without_labels_learn() -> None:
+    model = learner(negatives=HalfOfOthers(), noise_seed=None, inference="softmax", peer_normalization=0.0)
+    x, y = batch(16)
+    first = model.step((x, y))["layer 0 loss"]
+    for _ in range(40):
+        last = model.step((x, y))["layer 0 loss"]
+    assert last < first
+    with pytest.raises(UsageError, match="carry no label"):
+        model.label_goodness(x)
+
+
+def test_own_inference_and_loss() -> None:
+    model = learner(inference=LastLayer(), loss=SymbaLoss(2.0), negatives="random")
+    symba = learner(loss="symba", alpha=2.0, negatives="random")
+    symba.load_state_dict(model.state_dict())
+    x, y = batch()
+    model.step((x, y))
+    symba.step((x, y))
+    assert torch.equal(model.scores(x), symba.label_goodness(x)[-1])
+    assert "temperature" not in ForwardForward.search_space(AnyChoice(0), {"loss": SymbaLoss(2.0)})
+
+
 # what is refused
 
 
@@ -712,7 +901,12 @@ def test_linear_layers_without_bias() -> None:
         ({"peer_normalization": -1.0}, "must not be negative"),
         ({"negatives": "hybrid"}, "need inference=softmax"),
         ({"negatives": "hybrid", "inference": "softmax"}, "made of images"),
-        ({"negatives": "hybrid", "inference": "softmax", "label": "concat"}, "no label options"),
+        ({"negatives": "hybrid", "inference": "softmax", "label": "concat"}, "leave out label"),
+        ({"goodness": 2}, "goodness must be one of sum, mean, minus_sum, minus_mean, or a Goodness; got int"),
+        ({"negatives": None}, "one of hard, random, hybrid, or a WrongLabels or a Views; got NoneType"),
+        ({"loss": SymbaLoss(4.0), "alpha": 2.0}, "the loss SymbaLoss has no alpha"),
+        ({"negatives": HalfOfOthers()}, "HalfOfOthers negatives carry no label: they need inference=softmax"),
+        ({"negatives": HalfOfOthers(), "inference": "softmax", "noise_seed": 1}, "noise_seed would have no effect"),
     ],
     ids=str,
 )

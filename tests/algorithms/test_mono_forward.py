@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bpfree.algorithms import Backprop, MonoForward
-from bpfree.algorithms.mono_forward import classifier_errors, encode_targets, linear_relu_gradients
+from bpfree.algorithms._cross_entropy import encode_targets
+from bpfree.algorithms.mono_forward import classifier_errors, linear_relu_gradients
 from bpfree.errors import UsageError
 from bpfree.networks import cnn, dropout_layers, mlp
 from tests.reference import mono_forward as reference

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms import NoProp
+from bpfree.algorithms import NoProp, algorithm
 from bpfree.algorithms._noprop_parts import EmbeddingKind, Embeddings, SampleNoise, medoid
 from bpfree.algorithms._noprop_processes import (
     ContinuousDiffusion,
@@ -31,6 +31,7 @@ from bpfree.algorithms.learner import evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.experiments.config import resolve
 from bpfree.experiments.train import InterruptedRunError
 from bpfree.networks import Denoiser, build_network, mlp
 from bpfree.networks.noprop import denoisers
@@ -211,7 +212,7 @@ def upcoming(model: NoProp, index: int, *, time: bool, shape: tuple[int, ...]) -
 @pytest.mark.parametrize("index", [0, 2, 3])
 def test_one_update_of_a_block_agrees_with_numpy(embeddings: str, index: int) -> None:
     dim = CLASSES if embeddings == "onehot" else 4
-    model = linear(embeddings=embeddings, embedding_dim=4, dim=dim, eta=0.3)
+    model = linear(embeddings=embeddings, embedding_dim=None if dim == CLASSES else dim, dim=dim, eta=0.3)
     x, y = batch()
     _, (before, last) = upcoming(model, index, time=False, shape=(len(x), dim))
     old = linear_arrays(model, index)
@@ -659,6 +660,21 @@ def test_a_flow_of_fixed_embeddings_has_no_readout() -> None:
 
 # 12. sizes and prototypes
 
+PAPERS_PRESETS = {
+    # blocks of the paper's sizes (columns of SIZES), passes over the data, and the paper's own steps
+    "noprop-mnist-learned": (("dt", (1, 28, 28), 10), 1, 100, 10),
+    "noprop-cifar10-learned": (("dt", (3, 32, 32), 10), 1, 150, 10),
+    "noprop-mnist-prototype": (("dt", (1, 28, 28), 10), 2, 100, 10),
+    "noprop-cifar10-prototype": (("dt", (3, 32, 32), 10), 2, 150, 10),
+    "noprop-mnist-fm-prototype": (("ct", (1, 28, 28), 10), 2, 100, 1000),
+    "noprop-cifar10-fm-prototype": (("ct", (3, 32, 32), 10), 2, 500, 1000),
+    "noprop_backprop-mnist-learned": (("dt", (1, 28, 28), 10), 1, 100, 10),
+    "noprop_backprop-cifar10-learned": (("dt", (3, 32, 32), 10), 1, 150, 10),
+    "noprop_backprop-mnist-prototype": (("dt", (1, 28, 28), 10), 2, 100, 10),
+    "noprop_backprop-cifar10-prototype": (("dt", (3, 32, 32), 10), 2, 150, 10),
+}
+
+
 # exact parameters per block that round to the paper's Table 5 (v2): one-hot, 20 dimensions, prototypes
 SIZES = {
     ("dt", (1, 28, 28), 10): (919_946, 922_506, 1_401_738),
@@ -668,6 +684,22 @@ SIZES = {
     ("ct", (3, 32, 32), 10): (1_163_210, 1_165_770, 2_073_098),
     ("ct", (3, 32, 32), 100): (1_197_860, 1_177_380, 2_084_708),
 }
+
+
+@pytest.mark.parametrize("name", PAPERS_PRESETS)
+def test_presets_with_wider_embeddings_are_the_papers(name: str) -> None:
+    (kind, shape, classes), column, epochs, steps = PAPERS_PRESETS[name]
+    config = resolve(preset=name)
+    model = algorithm(config.algorithm).build(build_network(config.network, shape), classes, shape, **config.parameters)
+    sizes = {sum(p.numel() for p in block.parameters()) for block in model.network}
+    assert sizes == {SIZES[kind, shape, classes][column]}
+    assert (len(model.network), config.parameters["steps"]) == (10 if kind == "dt" else 1, steps)
+    dim = 20 if column == 1 else int(np.prod(shape))
+    assert tuple(model.embeddings.weight.shape) == (classes, dim)
+    training = config.training
+    assert (training.epochs, training.patience, training.batch_size) == (epochs, epochs, 128)
+    assert (config.parameters["lr"], config.parameters["weight_decay"]) == (1e-3, 1e-3)
+    assert config.parameters["optimizer"] == ("adam" if kind == "ct" else "adamw")
 
 
 @pytest.mark.parametrize(("kind", "shape", "classes"), SIZES)
@@ -774,7 +806,10 @@ def test_prediction_never_reads_an_embedding_of_a_label(variant: str, monkeypatc
             {"variant": "fm", "p_out": "radial", "radial_sigma": 1.0},
             "p_out and radial_sigma",
         ),
-        ({"embeddings": "learned", "embedding_dim": 0}, "embedding_dim"),
+        ({"embeddings": "learned", "embedding_dim": 0}, "embedding_dim must be at least 1"),
+        ({"embedding_dim": 20}, "embedding_dim would have no effect with embeddings=onehot; leave out embedding_dim"),
+        ({"embeddings": "prototype", "embedding_dim": 20}, "embedding_dim would have no effect with embeddings=prot"),
+        ({"embeddings": "one-hot", "embedding_dim": 20}, "unknown embeddings 'one-hot'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,3 +36,15 @@ def test_one_step_of_linear_blocks(steps: int) -> None:
 def test_a_chain_needs_a_block() -> None:
     with pytest.raises(UsageError, match="steps must be at least 1"):
         NoPropBackprop([LinearDenoiser(CLASSES)], CLASSES, input_shape=(INPUTS,), steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_dim": 20}, "embedding_dim would have no effect with embeddings=onehot; leave out embedding_dim"),
+        ({"radial_sigma": 0.5}, "radial_sigma would have no effect with p_out=linear; leave out radial_sigma"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        NoPropBackprop([LinearDenoiser(CLASSES)], CLASSES, input_shape=(INPUTS,), steps=1, **options)

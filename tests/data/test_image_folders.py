@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from bpfree import data
+from bpfree.cli import cli
 from bpfree.data import load_image_folder
 from bpfree.errors import DataError, UsageError
 
@@ -26,9 +30,18 @@ def colour(height: int, width: int, *rgb: int) -> np.ndarray:
     return np.broadcast_to(np.array(rgb, np.uint8), (height, width, 3)).copy()
 
 
+def image_folder(root: Path, classes: tuple[str, ...], images: int) -> Path:
+    """A folder with so many images of each class, of a colour that tells the class, in both parts."""
+    for part in ("train", "val"):
+        for index, name in enumerate(classes):
+            for number in range(images):
+                save(root / part / name / f"{number}.png", colour(12, 12, 200 * index, 10 * number, 50))
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, images of different sizes and kinds; one class is not in the test part."""
+    """Two classes, images of different sizes and kinds; one class has no image in the test part."""
     root = tmp_path / "pets"
     save(root / "train" / "cat" / "b.png", colour(40, 30, 255, 0, 0))
     save(root / "train" / "cat" / "a.JPEG", colour(20, 50, 0, 255, 0))
@@ -37,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
     save(root / "val" / "dog" / "d.png", colour(12, 70, 10, 20, 30))
     (root / "train" / "dog" / "notes.txt").write_text("no image")
     (root / "train" / ".cache").mkdir()
+    (root / "val" / "cat").mkdir()
     return root
 
 
@@ -108,19 +122,111 @@ def test_sets_that_do_not_fit_are_refused_before_they_are_read(folder: Path) -> 
         load_image_folder(folder, 8, max_bytes=5 * 3 * 64 - 1)
 
 
-def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*nowhere"):
+def test_a_missing_folder_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"there is no folder nowhere in {tmp_path}$"):
+        data.load("folder:nowhere")
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere$"):
         load_image_folder(tmp_path / "nowhere", 8)
+    with pytest.raises(DataError, match=r"pets/val has no folder 'train'; lay it out as train/<class>/\*\.jpg"):
+        load_image_folder(folder / "val", 8)
+    (folder / "val").rename(folder / "other")
+    with pytest.raises(DataError, match=r"pets has no folder 'val' \(or validation or test\) beside 'train'"):
+        load_image_folder(folder, 8)
+    (folder / "other").rename(folder / "validation")
+    assert len(load_image_folder(folder, 8).test) == 1
+
+
+def test_folders_of_classes_are_needed(tmp_path: Path) -> None:
+    save(tmp_path / "flat" / "train" / "a.png", colour(9, 9, 0, 0, 0))
+    with pytest.raises(DataError, match=r"flat/train must hold a folder .* at least two classes, it holds 0"):
+        load_image_folder(tmp_path / "flat", 8)
+    save(tmp_path / "one" / "train" / "cat" / "a.png", colour(9, 9, 0, 0, 0))
+    with pytest.raises(DataError, match="at least two classes, it holds 1"):
+        load_image_folder(tmp_path / "one", 8)
+
+
+def test_parts_with_other_classes_are_refused(folder: Path) -> None:
     (folder / "val" / "bird").mkdir()
-    with pytest.raises(DataError, match="class 'bird'"):
+    with pytest.raises(DataError, match=r"pets/val has classes that .*pets/train has not: 'bird'; both need the same"):
         load_image_folder(folder, 8)
     (folder / "val" / "bird").rmdir()
-    (folder / "val" / "dog" / "d.png").unlink()
-    with pytest.raises(DataError, match="val holds no images"):
+    for name in ("ant", "bee", "cow", "yak"):
+        save(folder / "train" / name / "a.png", colour(9, 9, 0, 0, 0))
+    with pytest.raises(DataError, match=r"pets/train has .*pets/val has not: 'ant', 'bee', 'cow' and 1 more"):
         load_image_folder(folder, 8)
-    save(tmp_path / "one" / "train" / "cat" / "a.png", colour(9, 9, 0, 0, 0))
-    with pytest.raises(DataError, match="at least two classes"):
-        load_image_folder(tmp_path / "one", 8)
+
+
+def test_classes_without_images_are_refused(folder: Path) -> None:
+    for file in (folder / "train" / "cat").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"pets/train has no images \(.*\) in the folders of 'cat'"):
+        load_image_folder(folder, 8)
+    save(folder / "train" / "cat" / "a.png", colour(9, 9, 0, 0, 0))
+    (folder / "val" / "dog" / "d.png").unlink()
+    with pytest.raises(DataError, match="pets/val has no images"):
+        load_image_folder(folder, 8)
+
+
+def test_a_folder_by_its_name_is_the_same_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    by_name, by_path = data.load("folder:pets@8"), load_image_folder(folder, 8)
+    assert torch.equal(by_name.train.inputs, by_path.train.inputs)
+    assert torch.equal(by_name.test.targets, by_path.test.targets)
+    assert by_name.name == "folder:pets@8"  # which loads it again
+    info = data.info(by_name.name)
+    assert (info.classes, info.input_shape) == (2, (3, 8, 8))
+    assert data.path("folder:pets") == data.fetch("folder:pets") == Path("pets")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "size"),
+    [
+        ("folder:pets", "pets", 224),
+        ("folder:/a/b c@64", "/a/b c", 64),
+        ("folder:me@home", "me@home", 224),
+        ("folder:me@2@64", "me@2", 64),
+        ("folder:a:b", "a:b", 224),
+    ],
+)
+def test_a_name_says_where_and_how_large(name: str, path: str, size: int) -> None:
+    info = data.info(name)
+    assert isinstance(info, data.FolderInfo)
+    assert (info.path, info.size, info.name) == (Path(path), size, name)
+
+
+@pytest.mark.parametrize("name", ["folder:", "folder:@64", "folder:pets@0"])
+def test_names_that_say_no_folder(name: str) -> None:
+    with pytest.raises(UsageError, match=r"write folder:PATH, or folder:PATH@SIZE"):
+        data.info(name)
+
+
+def test_a_folder_that_is_too_large_says_how_to_take_less(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"its images take .* GiB at 40000x40000, more than the 16\.0 allowed; .*folder:PATH@SIZE"
+    ):
+        data.load(f"folder:{folder}@40000")
+
+
+def test_verify_names_images_that_cannot_be_decoded(folder: Path) -> None:
+    broken = folder / "train" / "cat" / "b.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    states = dict(data.verify(f"folder:{folder}"))
+    assert len(states) == 5
+    assert [file for file, state in states.items() if state != "ok"] == [broken]
+    assert states[broken] == "corrupt"
+
+
+def test_commands_take_folders(folder: Path) -> None:
+    runner = CliRunner()
+    name = f"folder:{folder}"
+    assert runner.invoke(cli, ["data", "path", name]).output.strip() == str(folder)
+    assert runner.invoke(cli, ["data", "fetch", name]).exit_code == 0
+    verified = runner.invoke(cli, ["data", "verify", name, "--format", "json"])
+    assert verified.exit_code == 0
+    assert {row["dataset"] for row in json.loads(verified.output)} == {name}
+    (folder / "val" / "dog" / "d.png").write_bytes(b"no image")
+    assert runner.invoke(cli, ["data", "verify", name]).exit_code == 1
 
 
 @pytest.mark.parametrize(("size", "shorter_side"), [(0, None), (8, 7)])

@@ -25,8 +25,10 @@ from bpfree.experiments.config import (
     resolve,
 )
 from bpfree.experiments.records import RunFolder
+from bpfree.experiments.run import run
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
+from tests.data.test_image_folders import image_folder
 
 
 @pytest.mark.parametrize("name", presets())
@@ -34,11 +36,60 @@ def test_presets_build_what_they_name(name: str) -> None:
     config = resolve(preset=name)
     info = data.info(config.dataset)
     rule = algorithm(config.algorithm)
-    assert name.split("-")[:2] == [rule.name, info.name]
     shape = (info.features,) if isinstance(info, data.GraphInfo) else info.input_shape
-    classes = 2 if config.training.split == "edges" else info.classes
-    rule.build(build_network(config.network, shape), classes, shape, **config.parameters)
+    on_disk = isinstance(info, data.FolderInfo)  # ImageNet, which is not here, and whose networks are large
+    assert name.split("-")[:2] == [rule.name, info.path.name if on_disk else info.name]
+    classes = 1000 if on_disk else 2 if config.training.split == "edges" else info.classes
+    with torch.device("meta" if on_disk else "cpu"):
+        rule.build(build_network(config.network, shape), classes, shape, **config.parameters)
     assert presets()[name].source
+
+
+@pytest.mark.parametrize(
+    ("depth", "k", "parameters", "units"),
+    [  # parameters of torchvision's tables, less those of the read-out; units per block with the stem, by the papers
+        (50, 2, 25_557_032, None),
+        (50, 4, 25_557_032, None),
+        (101, 2, 44_549_160, [5, 29]),
+        (101, 4, 44_549_160, [7, 10, 8, 9]),
+        (152, 2, 60_192_808, [10, 41]),
+        (152, 4, 60_192_808, [11, 15, 12, 13]),
+    ],
+)
+def test_imagenet_presets_cut_networks_as_published(
+    depth: int, k: int, parameters: int, units: list[int] | None
+) -> None:
+    config = resolve(preset=f"momentum_auxiliary_network-imagenet-resnet{depth}-k{k}")
+    with torch.device("meta"):
+        network = build_network(config.network, (3, 224, 224))
+        learner = algorithm("man").build(network, 1000, (3, 224, 224), **config.parameters)
+    found = [len(block) for block in learner.network]
+    assert len(found) == k
+    assert units is None or found == units
+    assert sum(p.numel() for p in learner.network.parameters()) == parameters - 2048 * 1000 - 1000
+    # 5 BCE + 0.75 CE in every auxiliary loss, and InfoPro's head for ImageNet, which ends in 2,048 features
+    assert [(loss.reconstruct, loss.classify) for loss in learner.losses] == [(5.0, 0.75)] * (k - 1)
+    assert [loss.head[-1].weight.shape[1] for loss in learner.losses] == [2048] * (k - 1)
+    training = config.training
+    assert (training.batch_size, training.epochs, training.lr_schedule) == (128, 90, "cosine-epochs")
+    assert (config.parameters["lr"], config.parameters["weight_decay"], training.warmup_epochs) == (0.05, 1e-4, 0)
+
+
+def test_an_imagenet_preset_runs_on_a_folder(tmp_path: Path) -> None:
+    """The whole way from image files to a record, small: one step of ResNet-50."""
+    folder = image_folder(tmp_path / "pets", classes=("cat", "dog"), images=4)
+    config = resolve(
+        preset="momentum_auxiliary_network-imagenet-resnet50-k2",
+        dataset=f"folder:{folder}@32",
+        training={"passes": 1, "batch_size": 4, "precision": "fp32", "validation": 2, "patience": 1},
+        device="cpu",
+        energy="none",
+    )
+    summary = run(config, tmp_path / "runs", keep_model=False)
+    assert (summary["dataset"], summary["variant"]) == (f"folder:{folder}@32", "2 blocks, infopro, EMA + twin")
+    assert Path(summary["run_dir"]).parent == tmp_path / "runs"
+    assert 0 <= summary["test_accuracy"] <= 100
+    assert RunConfig.of_run(RunFolder.open(Path(summary["run_dir"]))).dataset == config.dataset
 
 
 def test_no_two_presets_share_a_tuned_rate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 
+from bpfree import data
 from bpfree.data import Dataset
 from bpfree.energy import EnergyMeter
 from bpfree.errors import CheckpointError, TrainingError, UsageError
 from bpfree.experiments import records
-from bpfree.experiments.config import resolve
+from bpfree.experiments.config import command, resolve
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import Measuring, Reporter, load_batches, resume, run, told_of_memory
 from bpfree.experiments.tables import readable, result_rows
-from bpfree.experiments.train import InterruptedRunError
+from bpfree.experiments.train import InterruptedRunError, TrainingConfig
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -123,7 +125,7 @@ def test_json_result_has_what_is_promised(straight: tuple[Path, dict[str, Any]])
     )
     assert set(promised.split()) <= set(summary)
     assert {"gross_j", "net_j", "method", "flags"} <= set(summary["energy"])
-    assert summary["algorithm"] == "mf"
+    assert (summary["algorithm"], summary["locality"]) == ("mf", "block")
     assert summary["energy"]["method"] == "simulated"
     assert 90 < summary["test_accuracy"] <= 100
     assert {**json.loads((path / records.SUMMARY).read_text()), "run_dir": str(path)} == summary
@@ -226,6 +228,31 @@ def test_own_data_sets_and_tables(tmp_path: Path) -> None:
     variance = sum((value - mean) ** 2 for value in accuracies) / 2
     assert mf["test_accuracy_sd"] == pytest.approx(variance**0.5)
     assert len(mf["runs"]) == 3
+
+
+def test_inputs_are_standardised_by_the_numbers_given() -> None:
+    digits = data.load("digits")
+    config = resolve("mf", training={"mean": 0.25, "std": 0.5})
+    parts = load_batches(config, digits, torch.device("cpu"), torch.contiguous_format)
+    for part, source in zip(parts, digits.split(), strict=True):
+        (served, _), *_ = part.in_order(len(source))
+        torch.testing.assert_close(served, (source.inputs / 255 - 0.25) / 0.5)
+    assert "--mean 0.25 --std 0.5" in command(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": 0.5}, "give both"),
+        ({"std": 0.5}, "give both"),
+        ({"mean": 0.5, "std": 0.5, "standardize": False}, "leave out no-standardize"),
+        ({"mean": 0.5, "std": 0.0}, "std positive"),
+        ({"mean": math.nan, "std": 1.0}, "mean must be finite"),
+    ],
+)
+def test_numbers_that_do_not_standardise_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainingConfig(**settings)
 
 
 @pytest.mark.parametrize("standardize", [True, False])
