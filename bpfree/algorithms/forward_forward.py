@@ -122,7 +122,7 @@ class ForwardForward(Learner):
         schedule: "joint" trains all layers on every batch, "greedy" layer after layer, each until it converges.
         inference: "goodness" of each label in turn, the "softmax" read-out, or an `Inference`.
         skip_first: leave the first layer out of both; None: with three layers or more, unless a greedy schedule has
-            only the read-out to rate it by.
+            only the read-out to rate it by, or layers collaborate: what these learn is a sum over all of them.
         init: "network" leaves the weights as they are, "normal" draws them with variance 1 / fan-in, as in the paper.
         noise_seed: fixes the draw of negatives; None takes it from PyTorch's global generator.
         input_shape: shape of one input sample; needed when it is not a vector.
@@ -192,15 +192,16 @@ class ForwardForward(Learner):
         linears = self._linears(init)
         widths = [linear.out_features for linear in linears]
         by_readout = schedule == "greedy" and self.inference.of_readout  # has to say something of layer 0
-        skip = len(linears) >= DEEP and not by_readout if skip_first is None else skip_first
+        self.goodness = chosen("goodness", goodness, GOODNESS, Goodness)
+        self.normalizer = chosen("normalizer", normalizer, NORMALIZERS, Normalizer)
+        self.contrast = contrastive_loss(loss, self.goodness, widths, LossOptions(theta, temperature, alpha))
+        usual = len(linears) >= DEEP and not by_readout and self.contrast.hears == "none"
+        skip = usual if skip_first is None else skip_first
         if skip and len(linears) == 1:
             raise UsageError("skip_first needs a second layer: there is nothing left to read")
         if skip and by_readout:
             raise UsageError("a greedy schedule with inference=softmax rates its first layer: leave out skip_first")
         self.first = int(skip)
-        self.goodness = chosen("goodness", goodness, GOODNESS, Goodness)
-        self.normalizer = chosen("normalizer", normalizer, NORMALIZERS, Normalizer)
-        self.contrast = contrastive_loss(loss, self.goodness, widths, LossOptions(theta, temperature, alpha))
         if self.contrast.hears == "others" and schedule == "greedy":
             raise UsageError("layers cannot hear later ones in the greedy schedule; use loss=collaboration-preceding")
         # layers that learn one after another hear of those before them only

@@ -424,6 +424,15 @@ def test_the_first_layer_is_left_out_from_three_layers_on(depth: int, first: int
     assert len(model.heads) == depth - first
 
 
+@pytest.mark.parametrize("loss", ["collaboration", "collaboration-preceding"])
+def test_layers_that_learn_a_sum_answer_by_the_whole_sum(loss: str) -> None:
+    model = learner(loss=loss)
+    x, _ = batch()
+    assert model.first == 0
+    torch.testing.assert_close(model.scores(x), model.label_goodness(x).sum(0))
+    assert learner(loss=loss, skip_first=True).first == 1
+
+
 def test_nothing_is_left_of_one_layer_without_the_first() -> None:
     with pytest.raises(UsageError, match="nothing left to read"):
         learner((6,), skip_first=True)
