@@ -52,8 +52,6 @@ CPU_ROUNDS: Final = 3
 READING_SECONDS: Final = 0.01
 """What one reading covers at least, so that waiting for the device does not count."""
 
-"""Steps that one reading covers at most."""
-
 COUNTED: Final = 4
 """Samples of the smaller one of two batches whose bytes are counted; bytes grow along a line with the batch."""
 
