@@ -82,11 +82,11 @@ class Link:
 
     Args:
         ranks: the processes.
-        group: the two of them.
+        group: the number of that of the two of them.
         peer: the other one, by its number among all processes.
     """
 
-    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, peer: int) -> None:
+    def __init__(self, ranks: Ranks, group: int, peer: int) -> None:
         self._ranks, self._group, self._peer = ranks, group, peer
         self._layouts: dict[Any, list[Layout]] = {}
         self._buffers: dict[Any, list[Signal]] = {}
@@ -94,12 +94,12 @@ class Link:
         self._sent: deque[tuple[list[Any], Signal]] = deque()
 
     @classmethod
-    def to(cls, ranks: Ranks, groups: Sequence[dist.ProcessGroup | None], neighbour: int) -> Link:
+    def to(cls, ranks: Ranks, groups: Sequence[int | None], neighbour: int) -> Link:
         """To the rank before or behind this one.
 
         Args:
             ranks: the processes.
-            groups: by the lower of the two ranks that each joins.
+            groups: their numbers, by the lower of the two ranks that each joins.
             neighbour: the other rank.
         """
         group = groups[min(ranks.rank, neighbour)]
@@ -122,7 +122,8 @@ class Link:
         if kind not in self._layouts:
             self._layouts[kind] = [Layout.of(tensor) for tensor in signal]
             dist.send_object_list([self._layouts[kind]], self._peer)
-        works = [dist.isend(flat(tensor), self._peer, group=self._group) for tensor in signal]
+        group = self._ranks.group(self._group)
+        works = [dist.isend(flat(tensor), self._peer, group=group) for tensor in signal]
         self._sent.append((works, signal))
 
     def room(self, most: int = SLOTS - 1) -> None:
@@ -140,7 +141,8 @@ class Link:
             self.declare(kind, box[0])
         self._turn += 1
         signal = self._buffers[kind][self._turn % SLOTS]
-        return [dist.irecv(flat(tensor), self._peer, group=self._group) for tensor in signal], signal
+        group = self._ranks.group(self._group)
+        return [dist.irecv(flat(tensor), self._peer, group=group) for tensor in signal], signal
 
 
 def arrived(pending: tuple[list[Any], Signal]) -> Signal:
@@ -203,9 +205,9 @@ class LayerTeam(Team):
         self._borrowed = tuple(borrowed)
         self._lent = chain.units[self.members[0] - 1].borrows if self.rank else ()
         self._place(learner)
-        self._forward_links = [ranks.link(lower) for lower in range(self.size - 1)]
-        self._before = Link.to(ranks, self._forward_links, self.rank - 1) if self.rank else None
-        self._after = Link.to(ranks, self._forward_links, self.rank + 1) if self.rank + 1 < self.size else None
+        groups = [ranks.link(lower) for lower in range(self.size - 1)]
+        self._before = Link.to(ranks, groups, self.rank - 1) if self.rank else None
+        self._after = Link.to(ranks, groups, self.rank + 1) if self.rank + 1 < self.size else None
         self._back_before, self._back_after = self._back_links()
         self._pending: tuple[list[Any], Signal] | None = None
         self._to_come = 0

@@ -6,6 +6,7 @@ import copy
 import itertools
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,19 @@ def agree(ranks: Ranks) -> list[Any]:
         ranks.from_leader(f"from {ranks.rank}"),
         ranks.of_all(ranks.rank**2),
     ]
+
+
+def threads_left(ranks: Ranks, *, form: str, mesh: tuple[int, ...] = ()) -> tuple[int, int]:
+    """Threads of gloo in this process, while the ranks train together and when it has left."""
+    train(ranks, rule="mf", form=form, mesh=mesh, training={"epochs": 1})
+    before = _gloo_threads()
+    ranks.leave()
+    return before, _gloo_threads()
+
+
+def _gloo_threads() -> int:
+    names = [thread / "comm" for thread in Path("/proc/self/task").iterdir()]
+    return sum(name.read_text().strip() == "pt_gloo_runloop" for name in names)
 
 
 def draws(ranks: Ranks) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -395,3 +396,12 @@ def test_what_a_graph_hands_on_does_not_lie_in_the_memory_of_graphs(
 def test_small_messages(pool: Pool) -> None:
     found = pool.run(3, jobs.agree)
     assert found == [[(True, False), [4.5, 3.0, None], "from 0", [0, 1, 4]]] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for threads in /proc")
+@pytest.mark.parametrize(("form", "mesh"), [("layer", ()), ("data", ()), ("layer,data", (2, 2))])
+def test_a_rank_that_leaves_ends_the_threads_of_its_groups(form: str, mesh: tuple[int, ...], pool: Pool) -> None:
+    """One of them that is late aborts the process when Python has begun to end."""
+    found = pool.run(4, jobs.threads_left, form=form, mesh=mesh)
+    assert all(before > 0 for before, _ in found)
+    assert [left for _, left in found] == [0, 0, 0, 0]
