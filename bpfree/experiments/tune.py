@@ -14,7 +14,6 @@ import multiprocessing.connection
 import os
 import re
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +38,7 @@ from bpfree.experiments.config import Preset, RunConfig, differing, write_preset
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import AnyDataset, Reporter
 from bpfree.experiments.search import SharedSpace, declare, suggest
-from bpfree.experiments.signals import StopRequest
+from bpfree.experiments.signals import StopRequest, stop_without
 from bpfree.experiments.train import InterruptedRunError, Trainer
 from bpfree.networks import build_network, dropout_layers
 
@@ -566,7 +565,8 @@ def _work_apart(
     os.setsid()  # Ctrl-C reaches the parent, which passes it on: a second signal would stop a run before it is saved
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+    assert parent.pid is not None
+    stop_without(parent.pid)
     if not torch.cuda.is_available() or config.base.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // threads))
     from bpfree.experiments.study import told_of_storage
@@ -581,12 +581,6 @@ def _work_apart(
     except Exception as error:
         failures.put(f"{type(error).__name__}: {error}")
         raise
-
-
-def _follow(sentinel: int) -> None:
-    """Stop when the parent is gone, as if a signal had been passed on."""
-    multiprocessing.connection.wait([sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # -- the record ---------------------------------------------------------------------------------------------------

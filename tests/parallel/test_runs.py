@@ -16,8 +16,10 @@ from typing import Any, cast
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from bpfree.cli import cli
+from bpfree.cli.launch import _verdict
 from bpfree.data import load
 from bpfree.energy import EnergyResult
 from bpfree.energy.result import Regime
@@ -204,6 +206,40 @@ def test_a_stopped_run_says_so_once_and_exits_like_one_process(tmp_path: Path) -
     assert out == ""
     (said,) = [line for line in err.splitlines() if "error" in line.lower()]
     assert "(SIGTERM); the run is saved, go on with: bpfree run --resume" in said
+
+
+def test_ranks_save_and_stop_when_what_started_them_is_killed(tmp_path: Path) -> None:
+    settings = ("--epochs", "100000", "--patience", "100000", "--checkpoint-every", "0", "--batch-size", "16")
+    process = start(tmp_path / "runs", *settings, "--nproc", "2", "--parallel", "layer", "--rank-timeout", "30")
+    while not list((tmp_path / "runs").glob(f"*/{records.CHECKPOINT}")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # ranks that live on would hold its standard error open
+    (said,) = [line for line in err.splitlines() if "error" in line.lower()]
+    assert "(SIGTERM); the run is saved, go on with: bpfree run --resume" in said
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({0: (4, 0), 1: (-signal.SIGKILL, 0)}, "rank 1 was ended by SIGKILL"),
+        ({0: (4, 0), 1: (-signal.SIGKILL, 30)}, "rank 1 did not answer, and was killed when it did not end by itself"),
+        ({0: (-signal.SIGTERM, 1), 1: (-signal.SIGABRT, 0)}, "rank 1 was ended by SIGABRT"),
+        ({0: (4, 0), 1: (-signal.SIGTERM, 1)}, "a rank died, or did not answer in time"),
+    ],
+)
+def test_how_a_rank_ended_is_told_as_it_was(
+    codes: dict[int, tuple[int, int]], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank that hangs is killed by torchrun, 30 s after the others have failed for want of it."""
+    failures = {}
+    for rank, (code, after_s) in codes.items():
+        failures[rank] = ProcessFailure(local_rank=rank, pid=0, exitcode=code, error_file="")
+        failures[rank].timestamp = 1_000_000 + after_s
+    assert _verdict(failures) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"bpfree: error: {said}; all ranks have been stopped")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
