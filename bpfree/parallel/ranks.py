@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Final
@@ -27,7 +28,7 @@ TIMEOUT_S: Final = 300.0
 
 SAID: Final = "bpfree/said"
 SPOKEN: Final = "bpfree/spoken"
-SAY_WITHIN: Final = timedelta(seconds=10)
+SAY_WITHIN_S: Final = 5.0
 
 
 class LostRankError(BpfreeError):
@@ -223,14 +224,28 @@ class Ranks:
                 tensor.copy_(received)
 
     def may_speak(self) -> bool:
-        """Whether this rank is the one to report a failure: the first to ask is, the others wait until it has."""
+        """Whether this rank is the one to report a failure: rank 0, or if that does not, the first of the others.
+
+        They wait until it has reported. What all refuse is refused by rank 0, which has a folder to tidy before.
+        """
         try:
+            if self.among_all(self.rank) and self._spoken():
+                return False
             if self._store.add(SAID, 1) == 1:
                 return True
-            self._store.wait([SPOKEN], SAY_WITHIN)
+            self._spoken()
         except (RuntimeError, ValueError):  # the store is gone, and with it whoever could have spoken
             return False
         return False
+
+    def _spoken(self) -> bool:
+        """Whether a rank has reported the failure within a while."""
+        until = time.monotonic() + SAY_WITHIN_S
+        while not self._store.check([SPOKEN]):  # to wait for a key that never comes, PyTorch warns of
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
     def has_spoken(self) -> None:
         """Tell the others that the failure has been reported."""

@@ -188,6 +188,31 @@ def test_more_ranks_than_blocks_is_one_line_and_nothing_is_made(tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_refusal_of_the_first_step_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", "--batch-size", "100000", "--nproc", "2", "--parallel", "layer", "--quiet")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out == ""
+    (said,) = err.strip().splitlines()
+    assert "do not fill one batch of 100000" in said
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def speaks(ranks: Ranks, *, silent: int) -> bool:
+    """Whether this rank is to report a failure that rank `silent` has no part in."""
+    if ranks.rank == silent:
+        return False
+    asked = ranks.may_speak()
+    if asked:
+        ranks.has_spoken()
+    return asked
+
+
+def test_one_rank_reports_a_failure(pool: Pool) -> None:
+    assert pool.run(3, speaks, silent=1) == [True, False, False]
+    assert sum(pool.run(3, speaks, silent=0)) == 1
+
+
 def children(pid: int) -> list[int]:
     """Processes that this one has started."""
     found = Path(f"/proc/{pid}/task/{pid}/children")
