@@ -290,6 +290,7 @@ class ClosedForm(Group):
         """Fill in the weights; forget the statistics."""
         solved = []
         for statistics, predictor in zip(self._statistics, self.predictors.each, strict=True):
+            assert isinstance(predictor, Predictor)
             problem = statistics.problem(predictor.weight.device, centred=predictor.bias is not None)
             ridges = [ridge * problem.scale for ridge in RIDGES] if self._ridge is None else [self._ridge]
             solved.append((ridges, *problem.solve(ridges)))
@@ -303,6 +304,7 @@ class ClosedForm(Group):
             zip(self.members, chosen, solved, strict=True)
         ):
             predictor = self.predictors.each[index]
+            assert isinstance(predictor, Predictor)
             predictor.weight.copy_(weights[best])
             if predictor.bias is not None:
                 predictor.bias.copy_(biases[best])

@@ -95,7 +95,7 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
     "form_of_ranks",
     type=click.Choice(FORMS),
     help="What each process does: 'layer', consecutive blocks that hand activations on, with the weights of one "
-    "process; 'block', blocks that need nothing from each other (NoProp-DT); 'data', a part of every batch; "
+    "process; 'block', blocks that need nothing from each other (NoProp-DT, CaFo); 'data', a part of every batch; "
     "'layer,data', both.",
 )
 @click.option(

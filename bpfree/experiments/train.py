@@ -302,7 +302,11 @@ class Trainer:
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
                 self._load_libraries()
-                with self.meter.phase(TRAIN), FlopCounterMode(display=False) as counter:
+                with (
+                    self.meter.phase(TRAIN),
+                    self.team.assembled(self.learner),
+                    FlopCounterMode(display=False) as counter,
+                ):
                     self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
                 self.progress.flops += counter.get_total_flops()
             while self.progress.stage < len(stages):
@@ -327,7 +331,7 @@ class Trainer:
                 self.learner.scores(inputs)
             else:  # whose only stage answers for it
                 with evaluation_mode(self.learner), torch.no_grad():
-                    self._stages[0].scores(inputs)
+                    self._stages[0].scores_of_inputs(inputs)
 
     def _start_next_stage(self) -> None:
         self.progress.stage += 1
@@ -355,8 +359,9 @@ class Trainer:
             train, flops = self._prefixed(stage.step_prefix, self.train) if keep_prefix else (self.train, 0)
         with self.meter.phase(VALIDATION):
             validation, _ = self._prefixed(stage.prefix, self.validation) if config.cache else (self.validation, 0)
+        (made,) = self.team.add([flops])  # each process has counted what it did
         if progress.epoch == progress.step == 0:  # not again after a resume
-            progress.flops += flops
+            progress.flops += int(made or 0)
         stepper = Stepper(
             self.learner,
             stage,

@@ -88,6 +88,7 @@ class Ranks:
             self._everyone = self._keep(dist.new_group(backend="nccl", timeout=timeout)) if cuda else self._control
             self._members = list(range(self.size))
             self._parts = [self._members]
+            self.add([0.0])  # connected; one that leaves at once would else be looked for in vain by those that are not
         except (RuntimeError, ValueError) as error:
             raise self.lost(error) from error
 
