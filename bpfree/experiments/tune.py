@@ -387,6 +387,7 @@ def tune(
     data_root: Path | None = None,
     storage: str | None = None,
     workers: int = 1,
+    apart: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Do the trials of a study that are left to do, and write its record and its presets.
@@ -398,6 +399,7 @@ def tune(
         data_root: where data sets are; the user's default if left out.
         storage: database URL, or path of a journal file; a SQLite file in the study's folder if left out.
         workers: processes that share the study: one per GPU if there are several, otherwise all on one device.
+        apart: refuse more workers than there are devices, so that no two trials share one.
         observer: hears how it goes.
 
     Returns:
@@ -416,6 +418,12 @@ def tune(
     config = replace(config, base=replace(config.base, dataset=dataset.name))
     devices = worker_devices(config.base.device, workers)
     shared_device = len(set(devices)) < workers
+    if apart and shared_device:
+        count = len(set(devices))
+        raise UsageError(
+            f"--nproc 1 gives each trial a device of its own, and {workers} workers have {count} here; use --workers "
+            f"{count}, or leave out --nproc to let them share, without joules"
+        )
     config = _checked(config, dataset, shared_device=shared_device)
     folder = root / config.name
     try:
