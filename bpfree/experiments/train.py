@@ -548,10 +548,11 @@ class Trainer:
         """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
-        (together,) = self.team.add([self._epoch_joules])
-        self._epoch_joules = add_known(self._joules_before, together)
+        # nothing that waits for all processes before this: one that is done with its steps goes on to validate
         rating = self.team.share_rating(rate(scores, validation, self.config.precision, self.learner))
         metrics = self.team.share_metrics(metrics)
+        (together,) = self.team.add([self._epoch_joules])
+        self._epoch_joules = add_known(self._joules_before, together)
         numbers = torch.cat([rating, metrics.double().flatten()]).cpu()
         validation_loss, validation_accuracy = numbers[:2].tolist()
         steps = numbers[2:].view(metrics.shape)

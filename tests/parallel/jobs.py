@@ -173,6 +173,23 @@ def agree(ranks: Ranks) -> list[Any]:
     ]
 
 
+def order_of_an_epoch(ranks: Ranks) -> list[str]:
+    """What this rank does in its last epoch, in order: steps, answers, and what all ranks wait for."""
+    done: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_update", "_scores", "share_rating", "share_metrics", "add"):
+            method = getattr(LayerTeam, name)
+
+            def noted(team: LayerTeam, given: Any, name: str = name, method: Any = method) -> Any:
+                done.append(name)
+                return method(team, given)
+
+            patch.setattr(LayerTeam, name, noted)
+        train(ranks, rule="mf", training={"epochs": 2})
+    starts = [index for index, name in enumerate(done) if name == "_update" and done[index - 1] == "add"]
+    return done[starts[-1] :]
+
+
 def threads_left(ranks: Ranks, *, form: str, mesh: tuple[int, ...] = ()) -> tuple[int, int]:
     """Threads of gloo in this process, while the ranks train together and when it has left."""
     train(ranks, rule="mf", form=form, mesh=mesh, training={"epochs": 1})

@@ -117,6 +117,11 @@ def test_schedules_and_early_stopping_are_those_of_one_process(pool: Pool) -> No
     check(pool.run(2, jobs.train, **job), expected)
 
 
+def test_a_rank_validates_without_waiting_for_the_steps_of_others(pool: Pool) -> None:
+    for order in pool.run(2, jobs.order_of_an_epoch):
+        assert order == ["_update"] * 5 + ["_scores", "share_rating", "share_metrics", "add"]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_independent_blocks(ranks: int, pool: Pool) -> None:
     rule, network, options = NOPROP
