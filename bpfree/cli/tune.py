@@ -164,7 +164,7 @@ def tune_rule(
         raise UsageError("say what to tune: --algo NAME (see `bpfree list algorithms`)")
     if nproc is not None and nproc > 1:
         raise UsageError(
-            f"a trial is one process, not {nproc}: several learn side by side, with --workers {nproc} --nproc 1"
+            f"a trial is one process, not {nproc}; for several trials at once: --workers {nproc} --nproc 1"
         )
     refused = ("epochs", "patience", "min_delta") if protocol == "passes" else ("passes",)
     for option in refused:

@@ -270,8 +270,8 @@ class LayerTeam(Team):
 
     @contextmanager
     def assembled(self, learner: Learner) -> Iterator[None]:
-        for tensor in (*learner.parameters(), *learner.buffers()):
-            tensor.data = tensor.data.to(self._ranks.device)
+        for part in self._frozen.modules if self._frozen is not None else ():
+            part.to(self._ranks.device)
         try:
             yield
         finally:

@@ -42,7 +42,7 @@ class Team(ABC):
 
     @abstractmethod
     def assembled(self, learner: Learner) -> AbstractContextManager[None]:
-        """Within it, this process holds the whole learner on its device."""
+        """Within it, all of the learner's frozen parts are on this process's device, to look at the data with."""
 
     @abstractmethod
     def least(self, number: int) -> int:
