@@ -98,6 +98,8 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
         (("--algo", "bp", "--target", "60", "--energy", "none"), 2, "joules as an objective need to be measured"),
         (("--algo", "bp", "--target", "60", "--pareto"), 2, "one objective"),
         (("--algo", "bp", "--name", "a/b"), 2, "the name of a study is that of one folder"),
+        (("--algo", "bp", "--workers", "2", "--nproc", "2"), 2, "a trial is one process, not 2"),
+        (("--algo", "bp", "--workers", "2", "--nproc", "1", "--device", "cpu"), 2, "2 workers have 1 here"),
         (("--algo", "bp", "--storage", "nosuchdb://host/name"), 2, "cannot open the storage nosuchdb"),
     ],
 )

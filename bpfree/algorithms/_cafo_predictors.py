@@ -1,6 +1,6 @@
 """Linear predictors side by side, the losses they learn from, and how their answers become one.
 
-Shapes: `L` predictors, `B` batch, `C` classes, `D` features of the widest predictor.
+Shapes: `L` predictors, `B` batch, `C` classes, `D_j` features of predictor j.
 """
 
 from __future__ import annotations
@@ -20,14 +20,52 @@ from bpfree.algorithms._cross_entropy import softmax_cross_entropy
 AGGREGATES: Final = ("sum_prob", "sum_logit", "mean", "last")
 ALIGNED: Final = 4
 """Rows of so many float32, 16 bytes, are loaded whole by tensor cores; of ten columns they are loaded one by one."""
+COLUMNS: Final = 16
+"""Features of a predictor begin at a multiple of so many columns, so that products read them the same, and compute the
+same bits, whichever features are packed beside them."""
 PROBABILITY_FLOOR: Final = 1e-6
 """Least probability whose logarithm is a score: sparsemax gives exact zeros."""
 
 
-class Predictors(nn.Module):
-    """L linear maps from features to class scores, with one weight tensor for all.
+class Predictor(nn.Module):
+    """A linear map from D features to class scores.
 
-    Narrower predictors see zeros beyond their features, and their weights there stay zero.
+    Args:
+        width: number of features D.
+        classes: number of classes C.
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, width: int, classes: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, width))
+        self.bias = nn.Parameter(torch.zeros(classes)) if bias else None
+
+    @property
+    def _filling(self) -> int:
+        """Columns of zeros beside those of the classes, in products on a GPU."""
+        return -len(self.weight) % ALIGNED if self.weight.is_cuda else 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) features -> (B, C) scores."""
+        # weights in closed form may be large and of opposite sign, which does not forgive rounded products
+        exact = nullcontext() if self.weight.requires_grad else exact_products()
+        with torch.autocast(features.device.type, enabled=False), exact:
+            return self.scores(features)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, C)."""
+        scores = F.linear(features, F.pad(self.weight, (0, 0, 0, self._filling)))[:, : len(self.weight)]
+        return scores if self.bias is None else scores + self.bias
+
+    def gradients(self, features: Tensor, errors: Tensor) -> list[Tensor]:
+        """Gradients of weight and bias from (B, D) features and (B, C) errors of the scores."""
+        weight = (F.pad(errors, (0, self._filling)).T @ features)[: len(self.weight)]
+        return [weight] if self.bias is None else [weight, errors.sum(0)]
+
+
+class Predictors(nn.Module):
+    """L predictors, which share nothing: what one computes does not depend on which others are there.
 
     Args:
         widths: number of features of each predictor.
@@ -37,44 +75,29 @@ class Predictors(nn.Module):
 
     def __init__(self, widths: Sequence[int], classes: int, *, bias: bool) -> None:
         super().__init__()
-        self.widths = tuple(widths)
-        self.weight = nn.Parameter(torch.zeros(len(widths), classes, max(widths)))
-        self.bias = nn.Parameter(torch.zeros(len(widths), classes)) if bias else None
+        self.widths, self.classes = tuple(widths), classes
+        self.each = nn.ModuleList(Predictor(width, classes, bias=bias) for width in widths)
 
-    @property
-    def _filling(self) -> int:
-        """Columns of zeros beside those of the classes, in products on a GPU."""
-        return -self.weight.shape[1] % ALIGNED if self.weight.is_cuda else 0
+    def packed_width(self, members: range) -> int:
+        """Columns of the packed features of some of the predictors."""
+        return sum(self.widths[number] + -self.widths[number] % COLUMNS for number in members)
 
     def pack(self, features: Sequence[Tensor]) -> Tensor:
-        """(n, D_j) features of each predictor -> (n, L D), with zeros in between where widths differ."""
-        widest = max(self.widths)
-        return torch.cat([F.pad(part, (0, widest - part.shape[1])) for part in features], 1)
+        """(n, D_j) features of some predictors -> (n, packed width), each beginning at a multiple of `COLUMNS`."""
+        return torch.cat([F.pad(part, (0, -part.shape[1] % COLUMNS)) for part in features], 1)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """(B, L D) -> (L, B, D) in the precision of the weights, without a copy where that is theirs already."""
-        return packed.unflatten(1, (len(self.widths), -1)).transpose(0, 1).to(self.weight.dtype)
+    def unpack(self, packed: Tensor, members: range) -> list[Tensor]:
+        """What `pack` has made of these predictors' features -> (B, D_j) each, in the precision of the weights.
 
-    def forward(self, packed: Tensor) -> Tensor:
-        """(B, L D) features -> (L, B, C) scores."""
-        # weights in closed form may be large and of opposite sign, which does not forgive rounded products
-        exact = nullcontext() if self.weight.requires_grad else exact_products()
-        with torch.autocast(packed.device.type, enabled=False), exact:
-            return self.scores(self.unpack(packed))
+        Without a copy where that is theirs already.
+        """
+        parts = packed.split([self.packed_width(range(number, number + 1)) for number in members], 1)
+        dtype = next(self.parameters()).dtype
+        return [part[:, : self.widths[number]].to(dtype) for number, part in zip(members, parts, strict=True)]
 
-    def scores(self, features: Tensor) -> Tensor:
-        """(L, B, D) -> (L, B, C)."""
-        classes = self.weight.shape[1]
-        weight = F.pad(self.weight, (0, 0, 0, self._filling))
-        # one by one, because a batched product is not split over D, which leaves most of a GPU idle in small batches
-        scores = torch.stack([F.linear(part, rows) for part, rows in zip(features, weight, strict=True)])[..., :classes]
-        return scores if self.bias is None else scores + self.bias[:, None]
-
-    def gradients(self, features: Tensor, errors: Tensor) -> list[Tensor]:
-        """Gradients of weight and bias from (L, B, D) features and (L, B, C) errors of the scores."""
-        weight = F.pad(errors, (0, self._filling)).mT @ features
-        weight = weight[:, : self.weight.shape[1]].contiguous()
-        return [weight] if self.bias is None else [weight, errors.sum(1)]
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """(B, D_j) features of all predictors -> (L, B, C) scores."""
+        return torch.stack([predictor(part) for predictor, part in zip(self.each, features, strict=True)])
 
 
 class Loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -12,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpfree.algorithms._cafo_predictors import GradientLoss, Predictors
+from bpfree.algorithms._cafo_predictors import GradientLoss, Predictor, Predictors
 from bpfree.algorithms._cafo_ridge import RidgeStatistics
 from bpfree.algorithms._cross_entropy import encode_targets
+from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import set_gradients
 from bpfree.algorithms.direct_feedback import draw_feedback, set_feedback_gradients
 from bpfree.algorithms.learner import Batch, Metrics, Stage, check_inputs
+from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
 from bpfree.networks.graph import Graph
@@ -115,12 +118,15 @@ class Group(nn.Module, ABC):
 
     def scores(self, outputs: Sequence[Any]) -> Tensor:
         """Outputs of the group's blocks -> (l, B, C) scores."""
-        scores: Tensor = self.predictors(self.predictors.pack([sample_rows(output) for output in outputs]))
+        dtype = next(self.predictors.parameters()).dtype
+        scores: Tensor = self.predictors([sample_rows(output).to(dtype) for output in outputs])
         return scores
 
 
 class Descent(Group):
     """Predictors that learn in steps, on outputs of the blocks that may be computed once.
+
+    Each has its own arithmetic, so that it learns the same beside others and alone, and a lane of its own.
 
     Args:
         members: see `Group`.
@@ -134,35 +140,109 @@ class Descent(Group):
         self._loss, self._optimizer = loss, optimizer
 
     def stage(self, outputs: Outputs, answer: Answer, input_shape: Shape) -> Stage:
+        every = range(len(self.members))
+        units = self.units([()] * len(every), answer)
+
         def features(inputs: Any) -> Any:
             check_inputs(inputs, input_shape)
             found = outputs(inputs)
             if isinstance(inputs, Graph):  # of all nodes: which of them are asked about may change
                 return inputs.with_x(self.predictors.pack([output.x for output in found]))
-            return self.predictors.pack([output.flatten(1) for output in found])
+            return self.packed(found)
 
         return Stage(
             name=self.name,
             modules=(self.predictors,),
             optimizers=(self._optimizer,),
-            update=self._update,
-            scores=lambda features: answer(self.predictors(sample_rows(features))),
-            input_shape=(self.predictors.weight.shape[0] * self.predictors.weight.shape[2],),
-            classes=self.predictors.weight.shape[1],
+            update=units.update,
+            scores=units.scores,
+            input_shape=(self.predictors.packed_width(every),),
+            classes=self.predictors.classes,
             prefix=features,
         )
 
+    def packed(self, outputs: Sequence[Any]) -> Tensor:
+        """Outputs of consecutive blocks -> (B, packed width) features."""
+        return self.predictors.pack([output.flatten(1) for output in outputs])
+
+    def units(
+        self, blocks: Sequence[tuple[nn.Module, ...]], answer: Answer, members: range | None = None
+    ) -> LocalUnits:
+        """The predictors as a chain, which learns from packed features.
+
+        Args:
+            blocks: frozen modules that belong to each predictor.
+            answer: makes one answer of the predictors' scores.
+            members: which of the predictors the features are of; None for all.
+        """
+        number_of = range(len(self.members)) if members is None else members
+
+        def each(inputs: Any) -> dict[int, Tensor]:
+            return dict(zip(number_of, self.predictors.unpack(sample_rows(inputs), number_of), strict=True))
+
+        def begin(batch: Batch) -> Step:
+            inputs, targets = batch
+            dtype = next(self.predictors.parameters()).dtype
+            errors = encode_targets(targets, self.predictors.classes, dtype)
+            return Step(each(inputs), errors, Lanes(targets.device, len(self.members)), [])
+
+        return LocalUnits(
+            units=tuple(
+                LocalUnit(
+                    f"block {number}",
+                    (*frozen, self.predictors.each[index]),
+                    partial(self._learn, index),
+                    partial(self._pass, index),
+                )
+                for index, (number, frozen) in enumerate(zip(self.members, blocks, strict=True))
+            ),
+            begin=begin,
+            enter=lambda step: (),
+            end=self._end,
+            join=lambda step: step.lanes.join(),
+            ask=each,
+            offer=lambda features: (),
+            answer=lambda signal, features: answer(torch.stack(signal)),
+            independent=True,
+        )
+
     @torch.no_grad()
-    def _update(self, batch: Batch) -> Metrics:
-        inputs, targets = batch
-        weight = self.predictors.weight
-        with torch.autocast(weight.device.type, enabled=False):  # errors divided by B are too small for 16 bits
-            features = self.predictors.unpack(sample_rows(inputs))
-            target_errors = encode_targets(targets, weight.shape[1], weight.dtype)
-            losses, errors = self._loss.losses_and_errors(self.predictors.scores(features), target_errors)
-            set_gradients(self.predictors.parameters(), self.predictors.gradients(features, errors))
-        self._optimizer.step()
-        return {f"block {number} loss": loss for number, loss in zip(self.members, losses, strict=True)}
+    def _learn(self, index: int, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
+        predictor, features = self.predictors.each[index], step.features[index]
+        assert isinstance(predictor, Predictor)
+        with (
+            step.lanes.lane(index),
+            torch.autocast(features.device.type, enabled=False),  # errors divided by B are too small for 16 bits
+        ):
+            losses, errors = self._loss.losses_and_errors(predictor.scores(features)[None], step.target_errors)
+            gradients = predictor.gradients(features, errors[0])
+            set_gradients(predictor.parameters(), gradients)
+        step.kept.append((losses, errors, gradients))
+        return (), {f"block {self.members[index]} loss": losses[0]}
+
+    def _end(self, step: Step, members: range) -> Metrics:
+        self._optimizer.step()  # of the predictors that have gradients
+        return {}
+
+    def _pass(self, index: int, signal: Signal, features: dict[int, Tensor]) -> Signal:
+        return (*signal, self.predictors.each[index](features[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the predictors of a step share.
+
+    Attributes:
+        features: (B, D_j) by the number of the predictor.
+        target_errors: -onehot(y) / B, (B, C).
+        lanes: side streams of the updates.
+        kept: what the updates made, referenced until the lanes are joined.
+    """
+
+    features: dict[int, Tensor]
+    target_errors: Tensor
+    lanes: Lanes
+    kept: list[Any]
 
 
 class ClosedForm(Group):
@@ -178,8 +258,7 @@ class ClosedForm(Group):
     def __init__(self, members: range, predictors: Predictors, ridge: float | None, gram: str) -> None:
         super().__init__(members, predictors.requires_grad_(False))
         self._ridge = ridge
-        classes = predictors.weight.shape[1]
-        self._statistics = tuple(RidgeStatistics(width, classes, gram) for width in predictors.widths)
+        self._statistics = tuple(RidgeStatistics(width, predictors.classes, gram) for width in predictors.widths)
         self.statistics = nn.ModuleList(self._statistics)
 
     def stage(self, outputs: Outputs, answer: Answer, input_shape: Shape) -> Stage:
@@ -190,7 +269,7 @@ class ClosedForm(Group):
             update=partial(self._gather, outputs),
             scores=lambda inputs: answer(self.scores(outputs(inputs))),
             input_shape=input_shape,
-            classes=self.predictors.weight.shape[1],
+            classes=self.predictors.classes,
             finish=partial(self._solve, outputs),
         )
 
@@ -203,16 +282,16 @@ class ClosedForm(Group):
         return {"samples": y.new_full((), len(targets))}
 
     def _one_hot(self, targets: Tensor) -> Tensor:
-        weight = self.predictors.weight
-        return (targets[:, None] == torch.arange(weight.shape[1], device=targets.device)).to(weight.dtype)
+        dtype = next(self.predictors.parameters()).dtype
+        return (targets[:, None] == torch.arange(self.predictors.classes, device=targets.device)).to(dtype)
 
     @torch.no_grad()
     def _solve(self, outputs: Outputs, validation: Iterable[Batch]) -> Metrics:
         """Fill in the weights; forget the statistics."""
-        device, bias = self.predictors.weight.device, self.predictors.bias
         solved = []
-        for statistics in self._statistics:
-            problem = statistics.problem(device, centred=bias is not None)
+        for statistics, predictor in zip(self._statistics, self.predictors.each, strict=True):
+            assert isinstance(predictor, Predictor)
+            problem = statistics.problem(predictor.weight.device, centred=predictor.bias is not None)
             ridges = [ridge * problem.scale for ridge in RIDGES] if self._ridge is None else [self._ridge]
             solved.append((ridges, *problem.solve(ridges)))
             del problem  # a Gram matrix takes as much as everything else
@@ -220,14 +299,15 @@ class ClosedForm(Group):
         if self._ridge is None:
             errors = self._validation_errors(outputs, solved, validation)
             chosen = errors.argmin(1).tolist()
-        self.predictors.weight.zero_()
         report = {}
         for index, (number, best, (ridges, weights, biases)) in enumerate(
             zip(self.members, chosen, solved, strict=True)
         ):
-            self.predictors.weight[index, :, : weights.shape[2]] = weights[best]
-            if bias is not None:
-                bias[index] = biases[best]
+            predictor = self.predictors.each[index]
+            assert isinstance(predictor, Predictor)
+            predictor.weight.copy_(weights[best])
+            if predictor.bias is not None:
+                predictor.bias.copy_(biases[best])
             report[f"block {number} ridge"] = torch.tensor(ridges[best])
             if errors is not None:
                 report[f"block {number} validation squared error"] = errors[index, best]
@@ -239,7 +319,8 @@ class ClosedForm(Group):
         self, outputs: Outputs, solved: Sequence[tuple[list[float], Tensor, Tensor]], validation: Iterable[Batch]
     ) -> Tensor:
         """Mean squared error of every predictor with every ridge, (l, R) float64, in one pass for all of them."""
-        total, count = self.predictors.weight.new_zeros(len(solved), len(RIDGES), dtype=torch.float64), 0
+        first, count = next(self.predictors.parameters()), 0
+        total = first.new_zeros(len(solved), len(RIDGES), dtype=torch.float64)
         for inputs, targets in validation:
             y = self._one_hot(targets).double()
             for errors, output, (_, weights, biases) in zip(total, outputs(inputs), solved, strict=True):

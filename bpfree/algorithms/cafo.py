@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -51,6 +52,7 @@ from bpfree.algorithms.learner import (
     evaluation_mode,
     refuse_idle,
 )
+from bpfree.algorithms.local_units import FrozenParts, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
 
@@ -111,7 +113,6 @@ class CaFo(Learner):
         follows="random or feedback-aligned blocks; MSE in closed form, cross-entropy and sparsemax by descent",
     )
     locality: Locality = "block"
-    undivided = "all its predictors are one batched product over frozen blocks, whose outputs are computed once"
 
     def __init__(
         self,
@@ -194,6 +195,35 @@ class CaFo(Learner):
         self._groups = tuple(group(members) for members in together)
         self.predictors = nn.ModuleList(self._groups)
 
+    def local_units(self) -> LocalUnits:
+        """The predictors, each with its frozen block.
+
+        Raises:
+            UsageError: blocks learn too, predictors are solved for, or they learn one after another.
+        """
+        if self.alignment is not None:
+            raise UsageError("block_training=dfa takes an error from the last block to all; use block_training=random")
+        group = self._groups[0]
+        if not isinstance(group, Descent):
+            raise UsageError("the closed form adds up its statistics in one process; use loss=ce or loss=sl")
+        if self.schedule == "sequential":
+            raise UsageError(
+                "schedule=sequential trains one predictor at a time, so that other ranks would wait; "
+                "use schedule=concurrent"
+            )
+        blocks = tuple(self.network)
+
+        def outputs(inputs: Any, members: range, signal: Signal | None) -> tuple[Tensor, Signal]:
+            start, entering = (0, inputs) if signal is None else (members.start, signal[0])
+            found = self._outputs(entering, range(start, members.stop))
+            return group.packed(found[members.start - start :]), (found[-1],)
+
+        def units(members: range | None = None) -> LocalUnits:
+            return group.units([(block,) for block in blocks], self._answer, members)
+
+        frozen = FrozenParts(blocks, outputs, lambda members: (group.predictors.packed_width(members),), units)
+        return replace(units(), frozen=frozen)
+
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Settle the statistics of batch normalisation in random blocks, by one forward pass.
 
@@ -209,21 +239,21 @@ class CaFo(Learner):
         update_bn(batches, blocks)
 
     @torch.no_grad()
-    def _outputs(self, inputs: Any, count: int | None = None) -> list[Any]:
-        """h_1..h_count of the frozen blocks, all of them if `count` is None."""
-        outputs, signal = [], inputs
+    def _outputs(self, signal: Any, members: range) -> list[Any]:
+        """What some consecutive frozen blocks make of what enters the first of them."""
+        outputs = []
         with evaluation_mode(self.network):
-            for block in list(self.network)[:count]:
-                signal = block(signal)
+            for number in members:
+                signal = self.network[number](signal)
                 outputs.append(signal)
         return outputs
 
     def _member_outputs(self, members: range, inputs: Any) -> list[Any]:
-        return self._outputs(inputs, members.stop)[members.start :]
+        return self._outputs(inputs, range(members.stop))[members.start :]
 
     def _all_scores(self, inputs: Any) -> Tensor:
         """z_1..z_L, (L, B, C)."""
-        outputs = self._outputs(inputs)
+        outputs = self._outputs(inputs, range(len(self.network)))
         return torch.cat([group.scores([outputs[number] for number in group.members]) for group in self._groups])
 
     def _answer(self, scores: Tensor) -> Tensor:

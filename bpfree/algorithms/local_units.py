@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from bpfree.algorithms.learner import Batch, Metrics
+from bpfree.networks.blocks import Shape
 
 Signal = tuple[Any, ...]
 """What one unit hands to the next: detached tensors (graphs, where the network is one of graphs)."""
@@ -50,6 +51,27 @@ def _no_learning(unit: LocalUnit) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class FrozenParts:
+    """What units learn from, where parts that do not learn make it of network inputs.
+
+    It is computed once where inputs are not augmented, and a process needs it of its own units only.
+
+    Attributes:
+        modules: the part of each unit.
+        outputs: from network inputs, the numbers of some consecutive units, and what the part before theirs has made
+            (None: all parts before theirs are run), to what these units learn from, as one tensor, and what the last
+            one's part has made.
+        input_shape: shape of one sample of what some consecutive units learn from.
+        narrowed: the same chain for a process that has what these units learn from, and nothing of the others.
+    """
+
+    modules: tuple[nn.Module, ...]
+    outputs: Callable[[Any, range, Signal | None], tuple[Tensor, Signal]]
+    input_shape: Callable[[range], Shape]
+    narrowed: Callable[[range], LocalUnits]
+
+
+@dataclass(frozen=True, eq=False)
 class LocalUnits:
     """A rule as a chain of units.
 
@@ -66,6 +88,7 @@ class LocalUnits:
         answer: from the last unit's signal and the context to (B, C) scores.
         join: waits for work that `begin` and the units have put on side streams.
         independent: whether units learn without any signal from each other: then they hand on an empty one.
+        frozen: what makes batches and questions of network inputs; None where they are network inputs.
     """
 
     units: tuple[LocalUnit, ...]
@@ -77,6 +100,7 @@ class LocalUnits:
     answer: Callable[[Signal, Any], Tensor]
     join: Callable[[Any], None] = _nothing
     independent: bool = False
+    frozen: FrozenParts | None = None
 
     @property
     def all(self) -> range:

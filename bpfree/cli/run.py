@@ -26,7 +26,7 @@ from bpfree.cli.base import (
     refuse_others,
     subject_options,
 )
-from bpfree.cli.launch import one_voice, start_ranks
+from bpfree.cli.launch import one_voice, start_ranks, stop_with_launcher
 from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
 from bpfree.energy import KINDS
@@ -95,7 +95,7 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
     "form_of_ranks",
     type=click.Choice(FORMS),
     help="What each process does: 'layer', consecutive blocks that hand activations on, with the weights of one "
-    "process; 'block', blocks that need nothing from each other (NoProp-DT); 'data', a part of every batch; "
+    "process; 'block', blocks that need nothing from each other (NoProp-DT, CaFo); 'data', a part of every batch; "
     "'layer,data', both.",
 )
 @click.option(
@@ -174,8 +174,9 @@ def run(
     with ExitStack() as stack:
         together = None
         if spread is not None:
+            launcher = stop_with_launcher()
             ranks = Ranks(device, timeout_s=rank_timeout)
-            stack.enter_context(one_voice(ranks))
+            stack.enter_context(one_voice(ranks, launcher))
             together = runs.Together(ranks, spread)
         leader = together is None or together.ranks.rank == 0
         options: dict[str, Any] = {

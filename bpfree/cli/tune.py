@@ -87,6 +87,12 @@ def words(values: tuple[Any, ...]) -> str:
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes: one per GPU, or sharing a device.")
 @click.option(
+    "--nproc",
+    type=click.IntRange(min=1),
+    help="Processes of each trial, of which there is 1. Given, each trial has a GPU of its own: more workers than GPUs "
+    "are refused, which would share them and measure no joules.",
+)
+@click.option(
     "--storage",
     metavar="WHERE",
     help="Database URL such as postgresql://.., or path of a journal file.  [default: SQLite in the study's folder]",
@@ -126,6 +132,7 @@ def tune_rule(
     pruner: str | None,
     seed: int,
     workers: int,
+    nproc: int | None,
     storage: str | None,
     name: str | None,
     results: Path,
@@ -159,6 +166,10 @@ def tune_rule(
 
     if algorithm_name is None and preset in (None, "none"):
         raise UsageError("say what to tune: --algo NAME (see `bpfree list algorithms`)")
+    if nproc is not None and nproc > 1:
+        raise UsageError(
+            f"a trial is one process, not {nproc}; for several trials at once: --workers {nproc} --nproc 1"
+        )
     refused = ("epochs", "patience", "min_delta") if protocol == "passes" else ("passes",)
     for option in refused:
         if not is_default(option):
@@ -199,6 +210,7 @@ def tune_rule(
         dataset=loaded,
         storage=storage,
         workers=workers,
+        apart=nproc is not None,
         observer=TuningConsole(quiet=quiet),
     )
     click.echo(json.dumps(record, ensure_ascii=False) if form == "json" else _report(record))

@@ -32,6 +32,7 @@ from bpfree.algorithms import (
     MonoForward,
 )
 from bpfree.algorithms._optim import make_optimizer, set_gradients, trained
+from bpfree.algorithms.local_units import HasLocalUnits
 from bpfree.errors import DataError, UsageError
 from bpfree.experiments.plan import BACKPROP, BlockCost, Measurement, Profile, with_block_seconds
 from bpfree.experiments.records import RunFolder, hardware
@@ -319,8 +320,10 @@ def _refuse_unmeasurable(subject: Subject, learner: Learner) -> None:
                 return
     elif isinstance(learner, Backprop):
         reason = "gradients go through the whole network; the baseline that plans know is bp"
+    elif isinstance(learner, HasLocalUnits):
+        reason = "its blocks send each other nothing while they learn, so that there is no pipeline to plan"
     else:
-        reason = learner.undivided or "its blocks do not learn from the activations of earlier blocks alone"
+        reason = learner.undivided
     raise UsageError(f"{subject.rule.alias} has no block times to measure: {reason}; --times takes times of your own")
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,6 +227,16 @@ class RunFolder:
     def remove(self, name: str) -> None:
         """Delete a file if it is there."""
         (self.path / name).unlink(missing_ok=True)
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether an epoch was recorded, or a checkpoint saved."""
+        metrics = self.path / METRICS
+        return (self.path / CHECKPOINT).is_file() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+    def discard(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         path = self.path / name

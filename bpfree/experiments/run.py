@@ -24,7 +24,7 @@ from bpfree.energy import EnergyMeter, EnergyResult, choose_source
 from bpfree.energy.carbon import CarbonTracker, carbon_intensity
 from bpfree.energy.simulated import SimulatedSource
 from bpfree.energy.sources import PowerSource
-from bpfree.errors import CheckpointError, TrainingError, UsageError
+from bpfree.errors import CheckpointError, DataError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
@@ -192,7 +192,8 @@ def run(
     Raises:
         LostRankError: another process has died or does not answer.
         UsageError: something in `config` is unknown or does not fit.
-        DataError: the data set is missing or damaged.
+        DataError: the data set is missing or damaged, or too small. A run that is refused, for this or for its usage,
+            before it has anything to go on with leaves no folder.
         TrainingError: a loss is not finite, or memory ran out.
         InterruptedRunError: a signal asked to stop; the run can be resumed.
         CheckpointError: the folder cannot be written.
@@ -219,10 +220,13 @@ def run(
         folder.write_json(records.ENVIRONMENT, records.environment(device, ranks))
     if together is not None:
         folder = RunFolder(Path(together.ranks.from_leader(str(folder.path) if together.ranks.rank == 0 else "")))
-    state = None
-    return _train(
-        config, folder, dataset, learner, device, reporter or Reporter(), measuring, keep_model, test, state, together
-    )
+    state, reporter = None, reporter or Reporter()
+    try:
+        return _train(config, folder, dataset, learner, device, reporter, measuring, keep_model, test, state, together)
+    except (UsageError, DataError):  # refused: not by what was looked at beforehand, but by the first steps
+        if (together is None or together.ranks.rank == 0) and not folder.has_progress:
+            folder.discard()
+        raise
 
 
 def _learner_of(config: RunConfig, dataset: AnyDataset, together: Together | None) -> tuple[torch.device, Learner]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
-from typing import Any
+from typing import Any, Final
+
+LOOK_EVERY_S: Final = 0.5
+ENDS_WITHIN_S: Final = 30.0
+"""How long a process that was asked to stop may take, s, before it is killed; torchrun waits as long."""
 
 
 class StopRequest:
@@ -42,3 +48,23 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+def stop_without(parent: int) -> None:
+    """Ask this process to stop once the one that started it is gone, as if that had passed a signal on.
+
+    What has not stopped by `ENDS_WITHIN_S` is killed: nobody else is there to do it. Looking at the parent's number
+    works on every Unix, and also when the parent was killed in a way that it could not hear.
+
+    Args:
+        parent: process id of the parent.
+    """
+    threading.Thread(target=_watch, args=(parent,), name="bpfree-parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_EVERY_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ENDS_WITHIN_S)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -97,6 +97,7 @@ class Stepper:
         device = train.device
         self.steps_per_epoch = train.steps_per_epoch(batch_size)
         most = max(1, min(MAX_STAGED_STEPS, STAGING_BYTES // max(1, train.bytes_per_step(batch_size))))
+        most = self._team.least(most)  # processes agree between chunks, and their stage inputs may differ in size
         chunks = -(-self.steps_per_epoch // most)
         self.capacity = -(-self.steps_per_epoch // chunks)  # chunks of one length, the last one shorter
         self._staged = train.stage(self.capacity, batch_size)

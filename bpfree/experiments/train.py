@@ -310,7 +310,11 @@ class Trainer:
         with numerics(self.config.precision):
             if isinstance(self.learner, LooksAtData) and self.progress.steps == 0:
                 self._load_libraries()
-                with self.meter.phase(TRAIN), FlopCounter() as counter:
+                with (
+                    self.meter.phase(TRAIN),
+                    self.team.assembled(self.learner),
+                    FlopCounter() as counter,
+                ):
                     self.learner.prepare(self.train.in_order(EVALUATION_BATCH))
                 self.progress.flops += counter.get_total_flops()
             while self.progress.stage < len(stages):
@@ -335,7 +339,7 @@ class Trainer:
                 self.learner.scores(inputs)
             else:  # whose only stage answers for it
                 with evaluation_mode(self.learner), torch.no_grad():
-                    self._stages[0].scores(inputs)
+                    self._stages[0].scores_of_inputs(inputs)
 
     def _start_next_stage(self) -> None:
         self.progress.stage += 1
@@ -363,8 +367,9 @@ class Trainer:
             train, flops = self._prefixed(stage.step_prefix, self.train) if keep_prefix else (self.train, 0)
         with self.meter.phase(VALIDATION):
             validation, _ = self._prefixed(stage.prefix, self.validation) if config.cache else (self.validation, 0)
+        (made,) = self.team.add([flops])  # each process has counted what it did
         if progress.epoch == progress.step == 0:  # not again after a resume
-            progress.flops += flops
+            progress.flops += int(made or 0)
         stepper = Stepper(
             self.learner,
             stage,
@@ -551,10 +556,11 @@ class Trainer:
         """Validate; read the epoch's numbers from the device, once; refuse to go on if one is not finite."""
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
-        (together,) = self.team.add([self._epoch_joules])
-        self._epoch_joules = add_known(self._joules_before, together)
+        # nothing that waits for all processes before this: one that is done with its steps goes on to validate
         rating = self.team.share_rating(rate(scores, validation, self.config.precision, self.learner))
         metrics = self.team.share_metrics(metrics)
+        (together,) = self.team.add([self._epoch_joules])
+        self._epoch_joules = add_known(self._joules_before, together)
         numbers = torch.cat([rating, metrics.double().flatten()]).cpu()
         validation_loss, validation_accuracy = numbers[:2].tolist()
         steps = numbers[2:].view(metrics.shape)

@@ -14,7 +14,6 @@ import multiprocessing.connection
 import os
 import re
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +38,7 @@ from bpfree.experiments.config import Preset, RunConfig, differing, write_preset
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import AnyDataset, Reporter
 from bpfree.experiments.search import SharedSpace, declare, suggest
-from bpfree.experiments.signals import StopRequest
+from bpfree.experiments.signals import StopRequest, stop_without
 from bpfree.experiments.train import InterruptedRunError, Trainer
 from bpfree.networks import build_network, dropout_layers
 
@@ -388,6 +387,7 @@ def tune(
     data_root: Path | None = None,
     storage: str | None = None,
     workers: int = 1,
+    apart: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Do the trials of a study that are left to do, and write its record and its presets.
@@ -399,6 +399,7 @@ def tune(
         data_root: where data sets are; the user's default if left out.
         storage: database URL, or path of a journal file; a SQLite file in the study's folder if left out.
         workers: processes that share the study: one per GPU if there are several, otherwise all on one device.
+        apart: refuse more workers than there are devices, so that no two trials share one.
         observer: hears how it goes.
 
     Returns:
@@ -417,6 +418,12 @@ def tune(
     config = replace(config, base=replace(config.base, dataset=dataset.name))
     devices = worker_devices(config.base.device, workers)
     shared_device = len(set(devices)) < workers
+    if apart and shared_device:
+        count = len(set(devices))
+        raise UsageError(
+            f"--nproc 1 gives each trial a device of its own, and {workers} workers have {count} here; use --workers "
+            f"{count}, or leave out --nproc to let them share, without joules"
+        )
     config = _checked(config, dataset, shared_device=shared_device)
     folder = root / config.name
     try:
@@ -566,7 +573,8 @@ def _work_apart(
     os.setsid()  # Ctrl-C reaches the parent, which passes it on: a second signal would stop a run before it is saved
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+    assert parent.pid is not None
+    stop_without(parent.pid)
     if not torch.cuda.is_available() or config.base.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // threads))
     from bpfree.experiments.study import told_of_storage
@@ -581,12 +589,6 @@ def _work_apart(
     except Exception as error:
         failures.put(f"{type(error).__name__}: {error}")
         raise
-
-
-def _follow(sentinel: int) -> None:
-    """Stop when the parent is gone, as if a signal had been passed on."""
-    multiprocessing.connection.wait([sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # -- the record ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ What depends on the batch as a whole does not: batch normalisation and other sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -148,6 +149,12 @@ class DataTeam(Team):
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self._ranks.everyone)
         return torch.cat(gathered)[:rows]
+
+    def assembled(self, learner: Learner) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def least(self, number: int) -> int:
+        return min(self._ranks.of_all(number))
 
     def expect(self, steps: int) -> None:
         pass

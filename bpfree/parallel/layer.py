@@ -7,7 +7,9 @@ step computes, and sent without waiting, so that only the first step of an epoch
 Inputs and targets are not sent: every rank has the data, in the same order. Where a unit reads parameters of the next
 one (`LocalUnit.borrows`) that lives on rank r + 1, rank r + 1 sends them as they are when its step begins.
 
-A rule whose units learn independently sends nothing while it learns, and is validated the same way.
+A rule whose units learn independently sends nothing while it learns, and is validated the same way. If frozen parts
+make what they learn from, a rank runs those of its own units, whose outputs are handed on as signals are ("layer"), or
+all up to its last unit's ("block"). What can be kept is made once.
 
 On CUDA a rank's step is two graphs: the units' learning, and the end of the step; signals are sent between the two.
 """
@@ -15,9 +17,9 @@ On CUDA a rank's step is two graphs: the units' learning, and the end of the ste
 from __future__ import annotations
 
 import copy
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -30,9 +32,10 @@ from torch.optim import Optimizer
 from bpfree.algorithms._captures import captured
 from bpfree.algorithms._lanes import side_stream
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
-from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits, Signal
+from bpfree.algorithms.local_units import FrozenParts, HasLocalUnits, LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError
 from bpfree.networks.partition import balanced_ends
+from bpfree.networks.timing import least_seconds
 from bpfree.parallel.ranks import Ranks
 from bpfree.parallel.team import Team
 
@@ -82,11 +85,11 @@ class Link:
 
     Args:
         ranks: the processes.
-        group: the two of them.
+        group: the number of that of the two of them.
         peer: the other one, by its number among all processes.
     """
 
-    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, peer: int) -> None:
+    def __init__(self, ranks: Ranks, group: int, peer: int) -> None:
         self._ranks, self._group, self._peer = ranks, group, peer
         self._layouts: dict[Any, list[Layout]] = {}
         self._buffers: dict[Any, list[Signal]] = {}
@@ -94,12 +97,12 @@ class Link:
         self._sent: deque[tuple[list[Any], Signal]] = deque()
 
     @classmethod
-    def to(cls, ranks: Ranks, groups: Sequence[dist.ProcessGroup | None], neighbour: int) -> Link:
+    def to(cls, ranks: Ranks, groups: Sequence[int | None], neighbour: int) -> Link:
         """To the rank before or behind this one.
 
         Args:
             ranks: the processes.
-            groups: by the lower of the two ranks that each joins.
+            groups: their numbers, by the lower of the two ranks that each joins.
             neighbour: the other rank.
         """
         group = groups[min(ranks.rank, neighbour)]
@@ -122,7 +125,8 @@ class Link:
         if kind not in self._layouts:
             self._layouts[kind] = [Layout.of(tensor) for tensor in signal]
             dist.send_object_list([self._layouts[kind]], self._peer)
-        works = [dist.isend(flat(tensor), self._peer, group=self._group) for tensor in signal]
+        group = self._ranks.group(self._group)
+        works = [dist.isend(flat(tensor), self._peer, group=group) for tensor in signal]
         self._sent.append((works, signal))
 
     def room(self, most: int = SLOTS - 1) -> None:
@@ -140,7 +144,8 @@ class Link:
             self.declare(kind, box[0])
         self._turn += 1
         signal = self._buffers[kind][self._turn % SLOTS]
-        return [dist.irecv(flat(tensor), self._peer, group=self._group) for tensor in signal], signal
+        group = self._ranks.group(self._group)
+        return [dist.irecv(flat(tensor), self._peer, group=group) for tensor in signal], signal
 
 
 def arrived(pending: tuple[list[Any], Signal]) -> Signal:
@@ -201,11 +206,18 @@ class LayerTeam(Team):
         }
         borrowed = chain.units[self.members[-1]].borrows if self.rank + 1 < self.size else ()
         self._borrowed = tuple(borrowed)
+        frozen = chain.frozen
+        if frozen is not None:
+            self._chain = frozen.narrowed(self.members)
+        # in blocks apart, this rank runs the frozen parts before its own too
+        ahead = frozen.modules[: self.members.start] if frozen is not None and independent else ()
+        self._run = {id(tensor) for part in ahead for tensor in (*part.parameters(), *part.buffers())}
+        self._frozen = frozen
         self._lent = chain.units[self.members[0] - 1].borrows if self.rank else ()
         self._place(learner)
-        self._forward_links = [ranks.link(lower) for lower in range(self.size - 1)]
-        self._before = Link.to(ranks, self._forward_links, self.rank - 1) if self.rank else None
-        self._after = Link.to(ranks, self._forward_links, self.rank + 1) if self.rank + 1 < self.size else None
+        groups = [ranks.link(lower) for lower in range(self.size - 1)]
+        self._before = Link.to(ranks, groups, self.rank - 1) if self.rank else None
+        self._after = Link.to(ranks, groups, self.rank + 1) if self.rank + 1 < self.size else None
         self._back_before, self._back_after = self._back_links()
         self._pending: tuple[list[Any], Signal] | None = None
         self._to_come = 0
@@ -229,11 +241,11 @@ class LayerTeam(Team):
         return before, after
 
     def _place(self, learner: Learner) -> None:
-        """Move what this rank computes with to its device; the rest stays on the host, and out of its optimisers."""
-        borrowed = {id(parameter) for parameter in self._borrowed}
+        """Move what this rank computes with to its device; the rest to the host, and out of its optimisers."""
+        used = {id(parameter) for parameter in self._borrowed} | self._run
         for tensor in (*learner.parameters(), *learner.buffers()):
-            if self.owns(tensor) or id(tensor) in borrowed:
-                tensor.data = tensor.data.to(self._ranks.device)
+            here = self.owns(tensor) or id(tensor) in used
+            tensor.data = tensor.data.to(self._ranks.device if here else "cpu")
             if isinstance(tensor, nn.Parameter) and not self.owns(tensor):
                 tensor.requires_grad_(False)
                 tensor.grad = None
@@ -242,6 +254,7 @@ class LayerTeam(Team):
 
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         (stage,) = learner.stages()
+        frozen = self._frozen
         return (
             Stage(
                 name=stage.name,
@@ -249,10 +262,23 @@ class LayerTeam(Team):
                 optimizers=stage.optimizers,
                 update=self._update,
                 scores=self._scores,
-                input_shape=stage.input_shape,
+                input_shape=stage.input_shape if frozen is None else frozen.input_shape(self.members),
                 classes=stage.classes,
+                prefix=None if frozen is None else partial(self._prefix, frozen),
             ),
         )
+
+    @contextmanager
+    def assembled(self, learner: Learner) -> Iterator[None]:
+        for part in self._frozen.modules if self._frozen is not None else ():
+            part.to(self._ranks.device)
+        try:
+            yield
+        finally:
+            self._place(learner)
+
+    def least(self, number: int) -> int:
+        return min(self._ranks.of_all(number))
 
     def expect(self, steps: int) -> None:
         self._to_come = steps
@@ -354,6 +380,17 @@ class LayerTeam(Team):
         shared = part.end()
         self._to_come -= 1
         return self._named({**metrics, **shared} if self.leader else metrics)
+
+    def _prefix(self, frozen: FrozenParts, inputs: Any) -> Tensor:
+        """What the units of this rank learn from."""
+        handed_on = self._form == "layer"
+        kind = "frozen", len(inputs)
+        received = arrived(self._before.receive(kind)) if handed_on and self._before is not None else None
+        made, signal = frozen.outputs(inputs, self.members, received)
+        if handed_on and self._after is not None:
+            self._after.room()
+            self._after.send(kind, own_memory(signal, (inputs, *(received or ()))))
+        return made
 
     def _next_signal(self, kind: tuple[str, int]) -> Signal | None:
         """What the unit before this rank's first one handed on; begins to receive the next one as well."""
@@ -542,6 +579,10 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
         cache_enabled=False,
     )
     seconds = []
+    if chain.frozen is not None:  # which run once
+        for part in chain.frozen.modules:
+            part.to(device)
+        sample = chain.frozen.outputs(sample[0], chain.all, None)[0], sample[1]
     step = chain.begin(sample)
     signal = chain.enter(step)
     for unit in chain.units:
@@ -551,7 +592,7 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
         learn = precision()(partial(unit.learn, signal, step))
         outputs, _ = learn()
         replay = captured(partial(_replayed, learn), _parameters([unit])) if graphs else None
-        seconds.append(_least_seconds(replay or learn, device))
+        seconds.append(least_seconds(replay or learn, device, TIMED_STEPS))
         signal = outputs
         for tensor in held:
             tensor.grad = None
@@ -580,20 +621,3 @@ def _replayed(work: Callable[[], Any]) -> Callable[[], None]:
         work()
     replay: Callable[[], None] = graph.replay
     return replay
-
-
-def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few repetitions, after one that is not timed."""
-    timed = []
-    for _ in range(1 + TIMED_STEPS):
-        _wait_for(device)
-        started = time.perf_counter()
-        work()
-        _wait_for(device)
-        timed.append(time.perf_counter() - started)
-    return min(timed[1:])
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

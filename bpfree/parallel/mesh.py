@@ -7,6 +7,7 @@ chain of ranks as in `layer`; the ranks of a row hold the same blocks and averag
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -81,6 +82,12 @@ class MeshTeam(Team):
 
     def _average(self) -> None:
         average_statistics([buffer for buffer in self._learner.buffers() if self._column.owns(buffer)], self._row)
+
+    def assembled(self, learner: Learner) -> AbstractContextManager[None]:
+        return self._column.assembled(learner)
+
+    def least(self, number: int) -> int:
+        return min(self._ranks.of_all(number))
 
     def expect(self, steps: int) -> None:
         self._column.expect(steps)

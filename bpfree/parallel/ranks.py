@@ -7,13 +7,18 @@ gloo between hosts.
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group of all processes as a default: imported later, they would keep it, and its threads.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from bpfree.errors import BpfreeError, UsageError
@@ -23,7 +28,7 @@ TIMEOUT_S: Final = 300.0
 
 SAID: Final = "bpfree/said"
 SPOKEN: Final = "bpfree/spoken"
-SAY_WITHIN: Final = timedelta(seconds=10)
+SAY_WITHIN_S: Final = 5.0
 
 
 class LostRankError(BpfreeError):
@@ -77,9 +82,13 @@ class Ranks:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
             cuda = self.device.type == "cuda"
             self._timeout, self._backend = timeout, "nccl" if cuda else "gloo"
-            self.everyone = dist.new_group(backend="nccl", timeout=timeout) if cuda else dist.group.WORLD
-            self._members, self._control = list(range(self.size)), dist.group.WORLD
+            self._groups: list[dist.ProcessGroup] = []
+            world = dist.group.WORLD
+            self._control = self._keep(world)
+            self._everyone = self._keep(dist.new_group(backend="nccl", timeout=timeout)) if cuda else self._control
+            self._members = list(range(self.size))
             self._parts = [self._members]
+            self.add([0.0])  # connected; one that leaves at once would else be looked for in vain by those that are not
         except (RuntimeError, ValueError) as error:
             raise self.lost(error) from error
 
@@ -95,6 +104,21 @@ class Ranks:
         torch.cuda.set_device(device)
         return device
 
+    def _keep(self, group: dist.ProcessGroup | None) -> int:
+        """The number of a group of which this process is a member, for `group`."""
+        assert group is not None
+        self._groups.append(group)
+        return len(self._groups) - 1
+
+    def group(self, number: int) -> dist.ProcessGroup:
+        """The group of this number; whoever keeps the group itself keeps `leave` from ending its threads."""
+        return self._groups[number]
+
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """All of these processes, for tensors on their devices."""
+        return self._groups[self._everyone]
+
     def part(self, control: dist.ProcessGroup, parts: list[list[int]]) -> Ranks:
         """Some of the processes by themselves, numbered from 0; all processes must call this.
 
@@ -103,17 +127,22 @@ class Ranks:
             parts: all parts, of equal size, by the numbers of their processes.
         """
         some = copy.copy(self)
-        some._control, some._parts = control, parts
+        some._control, some._parts = self._keep(control), parts
         some._members = next(part for part in parts if self.rank in part)
         some.rank, some.size = some._members.index(self.rank), len(some._members)
-        some.everyone = control if self.device.type == "cpu" else some._group(parts)
+        if self.device.type == "cpu":
+            some._everyone = some._control
+        else:
+            everyone = some._group(parts)
+            assert everyone is not None
+            some._everyone = everyone
         return some
 
-    def _group(self, parts: list[list[int]]) -> dist.ProcessGroup | None:
-        """A group for tensors in each of some parts, which all processes make; the one of this process, if any."""
+    def _group(self, parts: list[list[int]]) -> int | None:
+        """A group for tensors in each of some parts, which all processes make; the number of this process's, if any."""
         groups = [dist.new_group(part, backend=self._backend, timeout=self._timeout) for part in parts]
-        number = self.among_all(self.rank)
-        return next((group for group, part in zip(groups, parts, strict=True) if number in part), None)
+        me = self.among_all(self.rank)
+        return next((self._keep(group) for group, part in zip(groups, parts, strict=True) if me in part), None)
 
     def among_all(self, rank: int) -> int:
         """The number among all processes of one of these."""
@@ -134,8 +163,10 @@ class Ranks:
             word in words for word in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL")
         )
 
-    def link(self, lower: int, *, back: bool = False) -> dist.ProcessGroup | None:
-        """A group of rank `lower` and the next one, for what they send each other; None for others. All must call this.
+    def link(self, lower: int, *, back: bool = False) -> int | None:
+        """The number of a group of rank `lower` and the next one, for what they send each other; None for others.
+
+        All must call this.
 
         Each has a communicator of its own: messages of different links, and the two directions of one link, must not
         wait for each other.
@@ -144,40 +175,41 @@ class Ranks:
             lower: the lower of the two ranks.
             back: messages go from the higher to the lower one.
         """
-        group = self._group([part[lower : lower + 2] for part in self._parts])
+        number = self._group([part[lower : lower + 2] for part in self._parts])
+        if number is None:
+            return None
+        group = self._groups[number]
         sender, receiver = (lower + 1, lower) if back else (lower, lower + 1)
         token = torch.zeros(1, device=self.device)  # at its first message in a direction, NCCL waits for both sides
         if self.rank == sender:
             dist.send(token, self.among_all(receiver), group=group)
-        elif self.rank == receiver:
-            dist.recv(token, self.among_all(sender), group=group)
         else:
-            return None
-        return group
+            dist.recv(token, self.among_all(sender), group=group)
+        return number
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
         """The wishes of rank 0."""
         flags = torch.tensor(wishes, dtype=torch.int64)
-        dist.broadcast(flags, self.among_all(0), group=self._control)
+        dist.broadcast(flags, self.among_all(0), group=self._groups[self._control])
         return tuple(bool(flag) for flag in flags)
 
     def from_leader(self, value: Any) -> Any:
         """Rank 0's value, any object that can be pickled."""
         box = [value]
-        dist.broadcast_object_list(box, self.among_all(0), group=self._control)
+        dist.broadcast_object_list(box, self.among_all(0), group=self._groups[self._control])
         return box[0]
 
     def of_all(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, value, group=self._groups[self._control])
         return values
 
     def add(self, numbers: Iterable[float | None]) -> list[float | None]:
         """Sums over ranks; None where one does not know its number."""
         given = [float("nan") if number is None else float(number) for number in numbers]
         sums = torch.tensor(given, dtype=torch.float64)
-        dist.all_reduce(sums, group=self._control)
+        dist.all_reduce(sums, group=self._groups[self._control])
         return [None if value != value else value for value in sums.tolist()]
 
     def to_leader(self, tensor: Tensor, owner: int) -> None:
@@ -193,14 +225,28 @@ class Ranks:
                 tensor.copy_(received)
 
     def may_speak(self) -> bool:
-        """Whether this rank is the one to report a failure: the first to ask is, the others wait until it has."""
+        """Whether this rank is the one to report a failure: rank 0, or if that does not, the first of the others.
+
+        They wait until it has reported. What all refuse is refused by rank 0, which has a folder to tidy before.
+        """
         try:
+            if self.among_all(self.rank) and self._spoken():
+                return False
             if self._store.add(SAID, 1) == 1:
                 return True
-            self._store.wait([SPOKEN], SAY_WITHIN)
+            self._spoken()
         except (RuntimeError, ValueError):  # the store is gone, and with it whoever could have spoken
             return False
         return False
+
+    def _spoken(self) -> bool:
+        """Whether a rank has reported the failure within a while."""
+        until = time.monotonic() + SAY_WITHIN_S
+        while not self._store.check([SPOKEN]):  # to wait for a key that never comes, PyTorch warns of
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
     def has_spoken(self) -> None:
         """Tell the others that the failure has been reported."""
@@ -210,6 +256,13 @@ class Ranks:
             return
 
     def leave(self) -> None:
-        """Take the process group down."""
+        """Take all groups down, and wait for their threads to end.
+
+        A thread of gloo lets go of a message's tensors some time after the message has arrived, and for that needs the
+        interpreter: one that is late, when Python has begun to end, aborts the process. Threads end with the last
+        reference to their group, and so `_groups` is the only place that keeps any.
+        """
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._groups.clear()
+        gc.collect()  # a mesh of devices refers to its groups in cycles

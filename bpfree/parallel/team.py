@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 from torch import Tensor
@@ -38,6 +39,14 @@ class Team(ABC):
     @abstractmethod
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         """What this process trains in which order; the learner's own stages, or a part of them."""
+
+    @abstractmethod
+    def assembled(self, learner: Learner) -> AbstractContextManager[None]:
+        """Within it, all of the learner's frozen parts are on this process's device, to look at the data with."""
+
+    @abstractmethod
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
 
     @abstractmethod
     def expect(self, steps: int) -> None:
@@ -97,6 +106,12 @@ class Alone(Team):
 
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         return learner.stages()
+
+    def assembled(self, learner: Learner) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def least(self, number: int) -> int:
+        return number
 
     def expect(self, steps: int) -> None:
         pass

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bpfree import data
 from bpfree.algorithms import Backprop, CaFo
 from bpfree.algorithms import _cafo_ridge as ridge_module
-from bpfree.algorithms._cafo_predictors import CrossEntropy, Predictors, SparsemaxLoss, sparsemax
+from bpfree.algorithms._cafo_predictors import CrossEntropy, Predictor, Predictors, SparsemaxLoss, sparsemax
 from bpfree.algorithms._cafo_ridge import RidgeStatistics
 from bpfree.algorithms._cafo_training import RIDGES
 from bpfree.algorithms._cross_entropy import encode_targets
@@ -75,9 +75,9 @@ def features(model: CaFo, x: Tensor) -> list[np.ndarray]:
 def predictors(model: CaFo) -> list[tuple[np.ndarray, np.ndarray]]:
     """(D, C) weights and (C,) bias of each predictor."""
     return [
-        (group.predictors.weight[i, :, :width].detach().numpy().T.copy(), group.predictors.bias[i].detach().numpy())
+        (each.weight.detach().numpy().T.copy(), each.bias.detach().numpy())
         for group in model._groups
-        for i, width in enumerate(group.predictors.widths)
+        for each in group.predictors.each
     ]
 
 
@@ -242,9 +242,8 @@ def test_cross_entropy_gradient_equals_autograd() -> None:
     step(model, x, y)  # away from zero
     (group,) = model._groups
     before = [parameter.detach().clone().requires_grad_() for parameter in group.predictors.parameters()]
-    packed = model.stages()[0].prepared(x).view(9, 3, 8).transpose(0, 1)
-    scores = packed @ before[0].mT + before[1][:, None]
-    sum(F.cross_entropy(part, y) for part in scores).backward()  # type: ignore[union-attr]
+    for X, weight, bias in zip(features(model, x), before[::2], before[1::2], strict=True):
+        F.cross_entropy(torch.from_numpy(X) @ weight.T + bias, y).backward()
     step(model, x, y)
     for start, parameter in zip(before, group.predictors.parameters(), strict=True):
         torch.testing.assert_close(start.detach() - parameter.detach(), start.grad, rtol=0, atol=1e-12)
@@ -256,13 +255,14 @@ def test_equal_weights_know_nothing_and_the_first_step_is_known(value: float) ->
     model = learner(loss="ce", optimizer="gd", lr=0.1, bias=False)
     (group,) = model._groups
     with torch.no_grad():
-        group.predictors.weight.fill_(value)
+        for each in group.predictors.each:
+            each.weight.fill_(value)
     x, y = batch()
     metrics = step(model, x, y)
     assert [loss.item() for loss in metrics.values()] == pytest.approx([math.log(3)] * 3, rel=1e-12)
-    for X, W in zip(features(model, x), group.predictors.weight, strict=True):
+    for X, W in zip(features(model, x), group.predictors.parameters(), strict=True):
         first = value - 0.1 * X.T @ (1 / 3 - reference.one_hot(y.numpy(), 3)) / 9
-        np.testing.assert_allclose(W.detach().numpy().T[: X.shape[1]], first, atol=1e-14)
+        np.testing.assert_allclose(W.detach().numpy().T, first, atol=1e-14)
 
 
 # 8. cross-entropy of a predictor is convex
@@ -297,8 +297,7 @@ def test_descent_with_decay_ends_where_newton_does() -> None:
 
 def unbiased(model: CaFo) -> list[tuple[np.ndarray, None]]:
     (group,) = model._groups
-    weights = group.predictors.weight.detach().numpy()
-    return [(W[:, :width].T, None) for W, width in zip(weights, group.predictors.widths, strict=True)]
+    return [(weight.detach().numpy().T, None) for weight in group.predictors.parameters()]
 
 
 # 9. sparsemax
@@ -404,8 +403,8 @@ def test_aggregates_differ_where_they_should() -> None:
     answers = {}
     for how in ("sum_prob", "sum_logit", "mean", "last"):
         model = learner(aggregate=how)
-        model._groups[0].predictors.bias.data[:, :2] = z[:, 0]
-        model._groups[0].predictors.bias.data[:, 2] = -100
+        for each, (scores,) in zip(model._groups[0].predictors.each, z, strict=True):
+            each.bias.data.copy_(torch.tensor([*scores, -100]))
         answers[how] = model.scores(x)[0]
     assert {how: int(scores.argmax()) for how, scores in answers.items()} == {
         "sum_prob": 1,
@@ -421,7 +420,8 @@ def test_aggregates_differ_where_they_should() -> None:
 def test_sparsemax_predictors_are_summed_as_sparsemax() -> None:
     model = learner(loss="sl")
     bias = torch.tensor([[0.1, 1.1, 0.2], [2.0, 0.0, 0.0], [0.0, 0.3, 0.0]], dtype=torch.float64)
-    model._groups[0].predictors.bias.data.copy_(bias)
+    for each, row in zip(model._groups[0].predictors.each, bias, strict=True):
+        each.bias.data.copy_(row)
     expected = np.mean([reference.sparsemax(row) for row in bias.numpy()], axis=0)
     np.testing.assert_allclose(model.scores(torch.zeros(1, 5, dtype=torch.float64)).exp()[0], expected, atol=1e-12)
 
@@ -632,15 +632,14 @@ def test_together_equals_one_by_one(loss: str, bias: bool) -> None:
     assert not torch.equal(together.scores(x), learner(loss=loss, bias=bias).scores(x))
 
 
-def test_weights_beyond_a_narrow_predictors_features_stay_zero() -> None:
-    model = learner(loss="ce", lr=0.1, weight_decay=0.1)
-    for _ in range(3):
-        step(model, *batch())
-    weight = model._groups[0].predictors.weight
-    assert weight.shape == (3, 3, 8)
-    assert not weight[1, :, 7:].any()
-    assert not weight[2, :, 6:].any()
-    assert weight[2, :, :6].any()
+def test_packed_features_come_back_as_they_were() -> None:
+    predictors = Predictors((5, 16, 17), 3, bias=True).double()
+    parts = [torch.randn(4, width, dtype=torch.float64) for width in (5, 16, 17)]
+    for members in (range(3), range(1, 3), range(1)):
+        packed = predictors.pack([parts[number] for number in members])
+        assert packed.shape == (4, predictors.packed_width(members))
+        found = predictors.unpack(packed, members)
+        assert all(torch.equal(part, parts[number]) for number, part in zip(members, found, strict=True))
 
 
 # the ridge that is chosen
@@ -895,24 +894,24 @@ def test_runs_on_digits_from_its_preset(loss: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("filling", [0, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_predictors_with_and_without_columns_of_zeros(
+def test_products_of_a_predictor_with_and_without_columns_of_zeros(
     filling: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Predictors, "_filling", filling)
-    predictors = Predictors((5, 3), 10, bias=bias).double()
-    for parameter in predictors.parameters():
+    monkeypatch.setattr(Predictor, "_filling", filling)
+    predictor = Predictor(5, 10, bias=bias).double()
+    for parameter in predictor.parameters():
         nn.init.normal_(parameter)
-    features = torch.randn(2, 7, 5, dtype=torch.float64)
-    errors = torch.randn(2, 7, 10, dtype=torch.float64)
-    scores = predictors.scores(features)
-    weight, *biases = predictors.gradients(features, errors)
-    x, w, e = features.numpy(), predictors.weight.detach().numpy(), errors.numpy()
-    b = predictors.bias.detach().numpy()[:, None] if predictors.bias is not None else 0
-    np.testing.assert_allclose(scores.detach().numpy(), np.einsum("lbd,lcd->lbc", x, w) + b, atol=1e-12)
-    np.testing.assert_allclose(weight.numpy(), np.einsum("lbc,lbd->lcd", e, x), atol=1e-12)
+    features = torch.randn(7, 5, dtype=torch.float64)
+    errors = torch.randn(7, 10, dtype=torch.float64)
+    scores = predictor.scores(features)
+    weight, *biases = predictor.gradients(features, errors)
+    x, w, e = features.numpy(), predictor.weight.detach().numpy(), errors.numpy()
+    b = predictor.bias.detach().numpy() if predictor.bias is not None else 0
+    np.testing.assert_allclose(scores.detach().numpy(), x @ w.T + b, atol=1e-12)
+    np.testing.assert_allclose(weight.numpy(), e.T @ x, atol=1e-12)
     assert weight.is_contiguous()  # as its parameter is: a fused optimiser reads both as they lie in memory
     for gradient in biases:
-        np.testing.assert_allclose(gradient.numpy(), e.sum(1), atol=1e-12)
+        np.testing.assert_allclose(gradient.numpy(), e.sum(0), atol=1e-12)
 
 
 @pytest.mark.parametrize("offset", [0.0, 50.0])

@@ -170,6 +170,7 @@ def test_without_block_times_they_are_measured_here(record: Path) -> None:
         (("--gpus", "2", "--latency", "-1"), 2, "the latency of a link must not be negative, got -1 us"),
         (("--gpus", "2", "--dataset", "cora"), 2, "plans are for images and vectors, and cora is a graph"),
         (("--gpus", "2", "--algo", "ccl"), 2, "ccl has no block times to measure"),
+        (("--gpus", "2", "--algo", "cafo", "--set", "loss=ce"), 2, "its blocks send each other nothing"),
         (("--gpus", "2", "--set", "schedule=sequential"), 2, "2 stages one after another"),
         (("--gpus", "2", "--times", "none.json"), 1, "cannot read none.json"),
         (("--gpus", "2", "--times", "none.json", "--network", "mlp"), 2, "--times takes the run as it was recorded"),

@@ -21,7 +21,7 @@ import torch
 from bpfree import data
 from bpfree.data import Dataset
 from bpfree.energy import EnergyMeter
-from bpfree.errors import CheckpointError, TrainingError, UsageError
+from bpfree.errors import CheckpointError, DataError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import command, resolve
 from bpfree.experiments.records import RunFolder
@@ -396,3 +396,29 @@ def test_a_run_on_own_data_says_how_it_goes_on(stopped: RunFolder) -> None:
     stopped.write_json(records.CONFIG, {**stopped.read_json(records.CONFIG), "dataset": "mine"})
     with pytest.raises(UsageError, match=r"unknown data set 'mine'; .*; a run on data of your own goes on in Python"):
         resume(stopped.path)
+
+
+class Refusing(Reporter):
+    """Refuses to go on, at the first steps or behind the first epoch."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        self.at_once = at_once
+
+    def steps(self, stage: str, epoch: int, count: int) -> None:
+        if self.at_once or epoch:
+            raise UsageError("no further")
+
+
+@pytest.mark.parametrize(("batch_size", "said"), [(16, "no further"), (100_000, "do not fill one batch")])
+def test_a_run_refused_at_its_first_steps_leaves_no_folder(batch_size: int, said: str, tmp_path: Path) -> None:
+    config = resolve("mf", "digits", "mlp:1x8", preset="none", training={"batch_size": batch_size}, device="cpu")
+    with pytest.raises((UsageError, DataError), match=said):
+        run(config, tmp_path, reporter=Refusing(at_once=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_refused_later_keeps_what_it_has(tmp_path: Path) -> None:
+    config = resolve("mf", "digits", "mlp:1x8", preset="none", training={"epochs": 3}, device="cpu")
+    with pytest.raises(UsageError, match="no further"):
+        run(config, tmp_path, reporter=Refusing(at_once=False))
+    assert len(RunFolder(only_run(tmp_path)).read_metrics()) == 1

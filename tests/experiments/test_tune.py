@@ -33,7 +33,7 @@ from bpfree.experiments.config import RunConfig, presets, read_preset, resolve
 from bpfree.experiments.search import PARAMETERS, SharedSpace, declare, suggest
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError, TrainingConfig
-from bpfree.experiments.tune import Observer, TuneConfig, Watch, bill, fit_space, tune
+from bpfree.experiments.tune import Observer, TuneConfig, Watch, bill, fit_space, tune, worker_devices
 from bpfree.networks import build_network
 
 optuna = pytest.importorskip("optuna")
@@ -620,6 +620,16 @@ def lives(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_trials_that_are_to_have_a_gpu_each_do_not_share_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert worker_devices("auto", 2) == ["cuda:0", "cuda:1"]
+    config = study()
+    config = replace(config, base=replace(config.base, device="auto"))
+    with pytest.raises(UsageError, match="3 workers have 2 here; use --workers 2"):
+        tune(config, tmp_path, dataset=own_data(), workers=3, apart=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_process_loses_and_doubles_no_trial(tmp_path: Path) -> None:

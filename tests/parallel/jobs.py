@@ -6,6 +6,7 @@ import copy
 import itertools
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,36 @@ def agree(ranks: Ranks) -> list[Any]:
         ranks.from_leader(f"from {ranks.rank}"),
         ranks.of_all(ranks.rank**2),
     ]
+
+
+def order_of_an_epoch(ranks: Ranks) -> list[str]:
+    """What this rank does in its last epoch, in order: steps, answers, and what all ranks wait for."""
+    done: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_update", "_scores", "share_rating", "share_metrics", "add"):
+            method = getattr(LayerTeam, name)
+
+            def noted(team: LayerTeam, given: Any, name: str = name, method: Any = method) -> Any:
+                done.append(name)
+                return method(team, given)
+
+            patch.setattr(LayerTeam, name, noted)
+        train(ranks, rule="mf", training={"epochs": 2})
+    starts = [index for index, name in enumerate(done) if name == "_update" and done[index - 1] == "add"]
+    return done[starts[-1] :]
+
+
+def threads_left(ranks: Ranks, *, form: str, mesh: tuple[int, ...] = ()) -> tuple[int, int]:
+    """Threads of gloo in this process, while the ranks train together and when it has left."""
+    train(ranks, rule="mf", form=form, mesh=mesh, training={"epochs": 1})
+    before = _gloo_threads()
+    ranks.leave()
+    return before, _gloo_threads()
+
+
+def _gloo_threads() -> int:
+    names = [thread / "comm" for thread in Path("/proc/self/task").iterdir()]
+    return sum(name.read_text().strip() == "pt_gloo_runloop" for name in names)
 
 
 def draws(ranks: Ranks) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -116,11 +117,54 @@ def test_schedules_and_early_stopping_are_those_of_one_process(pool: Pool) -> No
     check(pool.run(2, jobs.train, **job), expected)
 
 
+def test_a_rank_validates_without_waiting_for_the_steps_of_others(pool: Pool) -> None:
+    for order in pool.run(2, jobs.order_of_an_epoch):
+        assert order == ["_update"] * 5 + ["_scores", "share_rating", "share_metrics", "add"]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_independent_blocks(ranks: int, pool: Pool) -> None:
     rule, network, options = NOPROP
     job = {"rule": rule, "network": network, "options": options, "form": "block"}
     check(pool.run(ranks, jobs.train, **job), jobs.train(None, **job), shared_work=True)
+
+
+CAFO: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ce": ("mlp", {"loss": "ce"}, {}),
+    "sl": ("cnn", {"loss": "sl", "aggregate": "sum_logit"}, {}),
+    "batch-norm": ("cnn-bn", {"loss": "ce", "optimizer": "sgd"}, {}),
+    "not kept": ("cnn-bn", {"loss": "ce"}, {"cache": False}),
+}
+
+
+@pytest.mark.parametrize("form", ["layer", "block"])
+@pytest.mark.parametrize("name", CAFO)
+def test_predictors_of_frozen_blocks(name: str, form: str, pool: Pool) -> None:
+    """Blocks are run by whoever needs them, and handed on in one of the forms; what predictors learn is the same."""
+    network, options, training = CAFO[name]
+    job = {"rule": "cafo", "network": network, "options": options, "form": form, "training": training}
+    found = pool.run(2, jobs.train, **job)
+    expected = jobs.train(None, **job)
+    start = jobs.make_learner("cafo", network, options)
+    learnt = {name: value for name, value in start.state_dict().items() if name.startswith("predictors")}
+    assert learnt
+    assert not any(torch.equal(expected["weights"][name], value) for name, value in learnt.items())
+    check(found, expected, shared_work=form == "block")
+    whole = sum(parameter.requires_grad for parameter in start.parameters())
+    assert all(0 < rank["trained"] < whole for rank in found)
+    assert sum(rank["trained"] for rank in found) == whole
+
+
+def test_resuming_predictors_with_another_number_of_ranks(pool: Pool) -> None:
+    job: dict[str, Any] = {"rule": "cafo", "network": "cnn-bn", "options": {"loss": "ce"}}
+    expected = jobs.train(None, **job)
+    first = pool.run(3, jobs.train, **job, stop_after=2)[0]
+    assert first["stopped"]
+    second = pool.run(2, jobs.train, **job, form="block", stop_after=1, state=first["state"])[0]
+    assert second["stopped"]
+    found = jobs.train(None, **job, state=second["state"])
+    assert same(found["weights"], expected["weights"])
+    assert without_joules(found["history"]) == without_joules(expected["history"])
 
 
 DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -178,12 +222,18 @@ def test_blocks_that_cannot_be_spread_can_learn_from_parts_of_a_batch(name: str,
     assert sum(moved) > len(moved) / 2  # of some the first gradients are zero
 
 
-@pytest.mark.parametrize("rule", ["mf", "man-one"])
+MESH: dict[str, dict[str, Any]] = {
+    "mf": {},
+    "man": {"ema": True, "bias": "light", "head": "0c1f", "host": "greedy"},
+    "cafo": {"loss": "ce"},
+}
+
+
+@pytest.mark.parametrize("rule", MESH)
 def test_blocks_times_parts_of_a_batch(rule: str, pool: Pool) -> None:
     """Two runs of blocks times two halves of a batch."""
-    sgd = {"optimizer": "sgd", "lr": 0.01}
-    options = sgd if rule == "mf" else {**sgd, "ema": True, "bias": "light", "head": "0c1f", "host": "greedy"}
-    job = {"rule": "mf" if rule == "mf" else "man", "options": options, "form": "layer,data", "mesh": (2, 2)}
+    options = {"optimizer": "sgd", "lr": 0.01, **MESH[rule]}
+    job = {"rule": rule, "options": options, "form": "layer,data", "mesh": (2, 2)}
     found = pool.run(4, jobs.train, **job, training={"epochs": 1})
     expected = jobs.train(None, **job, training={"epochs": 1})
     for key, value in expected["weights"].items():
@@ -256,7 +306,9 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
         (2, {"rule": "bp", "form": "layer"}, "from the blocks behind it"),
         (2, {"rule": "ff", "form": "layer"}, "negatives=random"),
         (2, {"rule": "ff", "form": "layer", "negatives": "random", "loss": "collaboration-preceding"}, "adds up"),
-        (2, {"rule": "cafo", "form": "block"}, "batched product"),
+        (2, {"rule": "cafo", "form": "block"}, "in one process; use loss=ce or loss=sl"),
+        (2, {"rule": "cafo", "form": "layer", "loss": "ce", "block_training": "dfa"}, "block_training=random"),
+        (2, {"rule": "cafo", "form": "layer", "loss": "ce", "schedule": "sequential"}, "one predictor at a time"),
         (2, {"rule": "man", "form": "layer", "ema_update": "after"}, "ema_update=before"),
         (2, {"rule": "noprop", "form": "block", "variant": "ct", "steps": 4}, "one block"),
         (2, {"rule": "noprop", "form": "block", "embeddings": "learned", "steps": 4}, "embeddings=onehot"),
@@ -318,13 +370,13 @@ def test_units_are_timed_with_the_casts_of_their_weights(monkeypatch: pytest.Mon
     inputs, targets = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
     casts: list[int] = []
 
-    def counted(work: Callable[[], Any], device: torch.device) -> float:
+    def counted(work: Callable[[], Any], device: torch.device, readings: int) -> float:
         with Casts() as mode:
             work()
         casts.append(mode.count)
         return 1.0
 
-    monkeypatch.setattr(layer, "_least_seconds", counted)
+    monkeypatch.setattr(layer, "least_seconds", counted)
     with torch.autocast("cpu", torch.bfloat16):
         layer.unit_seconds(learner, (inputs.float(), targets), torch.device("cpu"), graphs=False)
     assert len(casts) == 5
@@ -395,3 +447,12 @@ def test_what_a_graph_hands_on_does_not_lie_in_the_memory_of_graphs(
 def test_small_messages(pool: Pool) -> None:
     found = pool.run(3, jobs.agree)
     assert found == [[(True, False), [4.5, 3.0, None], "from 0", [0, 1, 4]]] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for threads in /proc")
+@pytest.mark.parametrize(("form", "mesh"), [("layer", ()), ("data", ()), ("layer,data", (2, 2))])
+def test_a_rank_that_leaves_ends_the_threads_of_its_groups(form: str, mesh: tuple[int, ...], pool: Pool) -> None:
+    """One of them that is late aborts the process when Python has begun to end."""
+    found = pool.run(4, jobs.threads_left, form=form, mesh=mesh)
+    assert all(before > 0 for before, _ in found)
+    assert [left for _, left in found] == [0, 0, 0, 0]

@@ -16,8 +16,10 @@ from typing import Any, cast
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from bpfree.cli import cli
+from bpfree.cli.launch import _verdict
 from bpfree.data import load
 from bpfree.energy import EnergyResult
 from bpfree.energy.result import Regime
@@ -186,6 +188,31 @@ def test_more_ranks_than_blocks_is_one_line_and_nothing_is_made(tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_refusal_of_the_first_step_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", "--batch-size", "100000", "--nproc", "2", "--parallel", "layer", "--quiet")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out == ""
+    (said,) = err.strip().splitlines()
+    assert "do not fill one batch of 100000" in said
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def speaks(ranks: Ranks, *, silent: int) -> bool:
+    """Whether this rank is to report a failure that rank `silent` has no part in."""
+    if ranks.rank == silent:
+        return False
+    asked = ranks.may_speak()
+    if asked:
+        ranks.has_spoken()
+    return asked
+
+
+def test_one_rank_reports_a_failure(pool: Pool) -> None:
+    assert pool.run(3, speaks, silent=1) == [True, False, False]
+    assert sum(pool.run(3, speaks, silent=0)) == 1
+
+
 def children(pid: int) -> list[int]:
     """Processes that this one has started."""
     found = Path(f"/proc/{pid}/task/{pid}/children")
@@ -204,6 +231,40 @@ def test_a_stopped_run_says_so_once_and_exits_like_one_process(tmp_path: Path) -
     assert out == ""
     (said,) = [line for line in err.splitlines() if "error" in line.lower()]
     assert "(SIGTERM); the run is saved, go on with: bpfree run --resume" in said
+
+
+def test_ranks_save_and_stop_when_what_started_them_is_killed(tmp_path: Path) -> None:
+    settings = ("--epochs", "100000", "--patience", "100000", "--checkpoint-every", "0", "--batch-size", "16")
+    process = start(tmp_path / "runs", *settings, "--nproc", "2", "--parallel", "layer", "--rank-timeout", "30")
+    while not list((tmp_path / "runs").glob(f"*/{records.CHECKPOINT}")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # ranks that live on would hold its standard error open
+    (said,) = [line for line in err.splitlines() if "error" in line.lower()]
+    assert "(SIGTERM); the run is saved, go on with: bpfree run --resume" in said
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({0: (4, 0), 1: (-signal.SIGKILL, 0)}, "rank 1 was ended by SIGKILL"),
+        ({0: (4, 0), 1: (-signal.SIGKILL, 30)}, "rank 1 did not answer, and was killed when it did not end by itself"),
+        ({0: (-signal.SIGTERM, 1), 1: (-signal.SIGABRT, 0)}, "rank 1 was ended by SIGABRT"),
+        ({0: (4, 0), 1: (-signal.SIGTERM, 1)}, "a rank died, or did not answer in time"),
+    ],
+)
+def test_how_a_rank_ended_is_told_as_it_was(
+    codes: dict[int, tuple[int, int]], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank that hangs is killed by torchrun, 30 s after the others have failed for want of it."""
+    failures = {}
+    for rank, (code, after_s) in codes.items():
+        failures[rank] = ProcessFailure(local_rank=rank, pid=0, exitcode=code, error_file="")
+        failures[rank].timestamp = 1_000_000 + after_s
+    assert _verdict(failures) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"bpfree: error: {said}; all ranks have been stopped")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the ranks in /proc")
