@@ -18,7 +18,7 @@ from bpfree.console import Console
 from bpfree.energy import KINDS
 from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import DataError, UsageError
-from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
+from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms, split_arms
 
 
 @click.command(cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
@@ -27,7 +27,7 @@ from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
     "-a",
     required=True,
     metavar="ARM,ARM,..",
-    help="Arms: RULE, RULE@PRESET, RULE@FILE.toml, each with :KEY=VALUE.. behind it.",
+    help="Arms: RULE, RULE@PRESET, RULE@FILE.toml, each with :KEY=VALUE.. behind it; a VALUE with commas in quotes.",
 )
 @click.option("--dataset", "-d", default="digits", help="Data set.")
 @click.option("--network", "-n", help="Network of all arms.  [default: of each arm's preset, the baseline on all]")
@@ -122,6 +122,7 @@ def compare(
     bpfree compare --algos mf,bp --dataset digits --seeds 5
     bpfree compare --algos mf,mf:schedule=sequential,bp --dataset cifar10 --network mlp:3x2000
     bpfree compare --algos mf:patience=4,bp --dataset cifar10 --network mlp:3x2000 --protocol own
+    bpfree compare --algos 'man:ends="13,27,41,54",bp' --dataset cifar10 --network resnet:110
 
     Arms run in random order within each seed. Every arm first trains to its own convergence by the same stopping rule,
     then all of them see the data as often as the baseline did. The same command goes on with what is missing, also
@@ -139,8 +140,9 @@ def compare(
     if carbon is not None:
         carbon_intensity(carbon)
     given = {name: value for name, value in training.items() if value is not None}
-    texts = [text.strip() for text in algos.split(",") if text.strip()]
-    arms = make_arms(texts, dataset, network, baseline=baseline, training=given, device=device, energy=energy)
+    arms = make_arms(
+        split_arms(algos), dataset, network, baseline=baseline, training=given, device=device, energy=energy
+    )
     if not arms:
         raise UsageError("--algos names no arm")
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, TypeVar
@@ -22,6 +24,9 @@ OWN: Final = "own"
 MATCHED: Final = "matched"
 PROTOCOLS: Final = (OWN, MATCHED)
 """Every arm stops by the same rule on its own validation loss, or all see the data equally often."""
+
+NAME: Final = r"[A-Za-z]"
+"""How rules begin, and rests of lists of numbers do not."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,38 @@ def interleaved(arms: Sequence[T], *block: Any) -> list[T]:
     return random.Random(repr(block)).sample(arms, len(arms))
 
 
+def split_arms(text: str) -> list[str]:
+    """The arms in a list such as `bp,mf:patience=4,man:ends="3,7,15"`: commas between quotes belong to a value.
+
+    Raises:
+        UsageError: a quote without its end, or what looks like the rest of a value that should have been quoted.
+    """
+    arms = [part.strip() for part in _split(text, ",") if part.strip()]
+    for position, arm in enumerate(arms[1:], 1):
+        name, equals, value = arms[position - 1].rpartition("=")
+        if equals and not re.match(NAME, arm):
+            rest = itertools.takewhile(lambda part: not re.match(NAME, part), arms[position:])
+            whole = f'{name}="{",".join([value, *rest])}"'
+            raise UsageError(
+                f"{arm!r} is no rule; if it belongs to the value before it, quote that, and all arms for the shell: "
+                f"--algos '{whole}'"
+            )
+    return arms
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators that are not in quotes."""
+    parts = [""]
+    for piece in re.findall(rf"""{separator}|"[^"]*"|'[^']*'|[^"'{separator}]+|.""", text):
+        if piece in ('"', "'"):
+            raise UsageError(f"there is a quote without its end in {text}")
+        if piece == separator:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
 def make_arms(
     texts: Sequence[str],
     dataset: str | None = None,
@@ -63,6 +100,8 @@ def make_arms(
     energy: str = "auto",
 ) -> list[Arm]:
     """Arms from what the user wrote: `RULE[@PRESET][:KEY=VALUE..]`, such as "mf@my.toml:patience=4".
+
+    A preset's path or a value with a colon in it is quoted, with single or double quotes.
 
     Args:
         texts: the arms.
@@ -95,8 +134,9 @@ def make_arms(
 def _make_arm(
     text: str, dataset: str | None, network: str | None, training: Mapping[str, Any], device: str, energy: str
 ) -> Arm:
-    head, *settings = text.split(":")
+    head, *settings = _split(text, ":")
     name, _, preset = head.partition("@")
+    preset = preset.strip("\"'")
     rule = algorithm(name)
     if preset not in ("", "none"):
         meant = named_preset(preset).algorithm

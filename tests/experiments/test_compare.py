@@ -22,7 +22,7 @@ from bpfree.cli import cli
 from bpfree.data import Dataset, load
 from bpfree.errors import CheckpointError, UsageError, WriteError, cannot_write
 from bpfree.experiments import compare as comparisons
-from bpfree.experiments.arms import interleaved, make_arms, unequal_settings
+from bpfree.experiments.arms import interleaved, make_arms, split_arms, unequal_settings
 from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
 from bpfree.experiments.records import CONFIG, METRICS, SUMMARY, RunFolder, find_runs
 from bpfree.experiments.run import Reporter
@@ -89,6 +89,7 @@ def test_arms_take_presets_files_and_settings(tmp_path: Path) -> None:
         (["mf@backprop-cifar10"], "is for bp, not for mf"),
         (["mf:rate=1"], "unknown setting of mono_forward 'rate'"),
         (["mf:patience"], "key=value"),
+        (["mf::patience=4"], "key=value"),
         (["mf:patience=many"], "patience takes a whole number"),
         (["mf", "mono_forward"], "same configuration"),
         (["mf", "mf@mono_forward-digits"], "same configuration"),
@@ -97,6 +98,35 @@ def test_arms_take_presets_files_and_settings(tmp_path: Path) -> None:
 def test_bad_arms_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_arms(texts, "digits")
+
+
+def test_commas_and_colons_between_quotes_belong_to_a_value(tmp_path: Path) -> None:
+    assert split_arms(" bp ,mf:patience=4:lr=1,, ") == ["bp", "mf:patience=4:lr=1"]
+    assert split_arms("""man:ends="1,3":head='a,b',bp""") == ["""man:ends="1,3":head='a,b'""", "bp"]
+    folder = tmp_path / "a, b: c"
+    folder.mkdir()
+    (folder / "tuned.toml").write_text(
+        'description = "mine"\nsource = "mine"\nalgorithm = "man"\ndataset = "cifar10"\nnetwork = "resnet:20"\n'
+    )
+    texts = split_arms(f"""man@none:ends="3,9":patience=4,man@'{folder}/tuned.toml':k=2""")
+    quoted, filed = make_arms(texts, "cifar10", "resnet:20")
+    assert (quoted.label, filed.label) == tuple(texts)
+    assert (quoted.config.parameters, quoted.config.training.patience) == ({"ends": "3,9"}, 4)
+    assert (filed.config.preset, filed.config.parameters) == ("tuned", {"k": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bp,man:ends=3,7,15", """'7' is no rule; .* --algos 'man:ends="3,7,15"'"""),
+        ("man:k=2:ends=3,7,bp", """--algos 'man:k=2:ends="3,7"'"""),
+        ('man:ends="3,7', "a quote without its end"),
+        ("man:ends=3,7',bp", "a quote without its end"),
+    ],
+)
+def test_a_value_with_commas_is_refused_unless_quoted(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        split_arms(text)
 
 
 def test_without_a_network_each_rule_has_its_own_and_the_baseline_all() -> None:
@@ -415,6 +445,7 @@ def test_a_defect_in_one_arm_is_a_failure_of_that_arm(
         (("--algos", "mf:lr=-1,bp",), "lr"),
         (("--algos", "fgnn",), "nothing to run"),
         (("--algos", ",",), "names no arm"),
+        (("--algos", "bp,man:ends=3,7",), """--algos 'man:ends="3,7"'"""),
         (("--algos", "mf,bp", "--protocol", "own", "--passes", "3"), "--passes belongs to matched"),
         (("--algos", "mf,bp", "--idle-seconds", "3"), "takes 10 or more"),
     ],
