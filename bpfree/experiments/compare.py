@@ -435,7 +435,7 @@ class Comparison:
                 else:
                     summary = runs.resume(path, **options)
         except InterruptedRunError as error:
-            raise InterruptedRunError(f"{str(error).split('; ')[0]}; the same command goes on") from None
+            raise InterruptedRunError(error.where, "the same command goes on") from None
         except WriteError:  # which is no fault of this arm, and would be taken for one of every other
             raise
         except BpfreeError as error:
@@ -451,7 +451,7 @@ class Comparison:
         )
         self._recorded[config_key(slot.config)] = Path(summary["run_dir"])
         if stop():
-            raise InterruptedRunError(f"stopped behind {what} ({stop.name}); the same command goes on")
+            raise InterruptedRunError(f"stopped behind {what} ({stop.name})", "the same command goes on")
         return None
 
     def _failed(self, slot: Slot, what: str, reason: str) -> str:

@@ -453,8 +453,8 @@ def _search(
             raise TrainingError(f"workers died and left {len(left)} trials; the same command goes on")
     except InterruptedRunError as error:
         done = f"{len(study.ended())} of {config.trials} trials are done"
-        where = str(error).split("; ")[0]  # a trial is no run to be resumed by itself
-        raise InterruptedRunError(f"{where}; {done}, the same command goes on") from None
+        # a trial is no run to be resumed by itself
+        raise InterruptedRunError(error.where, f"{done}, the same command goes on") from None
     finally:
         record = _write_record(config, study, folder, space, len(devices), devices)
     return record
