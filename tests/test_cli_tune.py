@@ -75,9 +75,29 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
     assert base["training"] == plain["training"]
 
 
+@pytest.mark.parametrize("by", ["preset", "task"])
+def test_an_autoencoder_stays_one(by: str, tmp_path: Path) -> None:
+    """Its trials reconstruct images as they are, and so does the preset that comes of them."""
+    pytest.importorskip("matplotlib")
+    what = ("--preset", "backprop-digits-autoencode") if by == "preset" else ("--algo", "bp", "--task", "autoencode")
+    quick = ("--network", "autoencoder:4x8", "--passes", "1", "1", "--trials", "1", "--device", "cpu")
+    done = tune(tmp_path, *what, *quick, "--format", "json")
+    record = json.loads(done.stdout)
+    assert record["study"] == "digits-bp-autoencoder-4x8-autoencode"
+    base = record["settings"]["base"]
+    assert (base["task"], base["training"]["standardize"]) == ("autoencode", False)
+    preset = str(Path(record["folder"]) / record["presets"][0])
+    command = ["run", "--preset", preset, "--seed", "100", "--device", "cpu", "--results", str(tmp_path / "runs")]
+    ran = CliRunner().invoke(cli, [*command, "--format", "json", "--quiet"], catch_exceptions=False)
+    summary = json.loads(ran.stdout)
+    assert (summary["task"], summary["criterion"]) == ("autoencode", "MSE")
+    assert summary["validation_loss"] == record["best"]["validation_loss"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (("--preset", "backprop-digits-autoencode", "--task", "classify"), 2, "is for the task autoencode"),
         (("--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         ((), 2, "say what to tune"),
         (("--algo", "bp", "--dataset", "digit"), 2, "did you mean digits"),

@@ -275,10 +275,9 @@ def resolve(
     elif start is not None and start.task != asked:
         raise UsageError(f"preset {start.name} is for the task {start.task}, not for {asked}")
     usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
-    settings = {**(start.training if start else {}), **(training or {})}
+    settings = {**usual_training(asked), **(start.training if start else {}), **(training or {})}
     if asked == "autoencode":
         usual = DEFAULT_AUTOENCODER
-        settings.setdefault("standardize", False)
     overrides = dict(parameters or {})
     for name in overrides:
         if name not in rule.parameters():
@@ -300,6 +299,11 @@ def resolve(
         energy=energy,
         task=asked,
     )
+
+
+def usual_training(task: Task) -> dict[str, Any]:
+    """Training settings that go with a task unless others are given: images are reconstructed as they are."""
+    return {"standardize": False} if task == "autoencode" else {}
 
 
 def command(config: RunConfig) -> str:

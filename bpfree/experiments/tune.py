@@ -140,6 +140,7 @@ class TuneConfig:
 def study_name(base: RunConfig, *, convergence: bool = False, pareto: bool = False, target: float | None = None) -> str:
     """The usual name of a study, fit for files."""
     words = [base.dataset, algorithm(base.algorithm).alias, base.network]
+    words += [] if base.task == RunConfig.task else [base.task]
     words += ["convergence"] if convergence else []
     words += ["pareto"] if pareto else []
     words += [] if target is None else [f"to-{target:g}"]
@@ -706,4 +707,5 @@ def _preset(
         network=config.base.network,
         parameters=chosen.parameters,
         training=differing(chosen.training),
+        task=config.base.task,
     )
