@@ -233,8 +233,19 @@ def _report(record: Mapping[str, Any]) -> str:
         f"{spent['trials']} trials ({spent['finished']} finished, {spent['pruned']} pruned, {spent['failed']} failed), "
         f"{spent['passes']} passes, {spent['seconds']:.1f} s, {joules}",
         *(f"bpfree run --preset {folder / preset}" for preset in record["presets"]),
+        "The best of many trials of one seed looks better than it is; to report, run fresh seeds of all arms:",
+        _confirmation(record, folder / record["presets"][0]),
     ]
     return "\n".join(lines)
+
+
+def _confirmation(record: Mapping[str, Any], preset: Path) -> str:
+    """The command that compares what was found with another arm, on seeds that no study has seen."""
+    algorithm, settings = record["algorithm"], record["settings"]
+    other = "mf" if algorithm == "bp" else "bp"
+    command = f"bpfree compare --algos {algorithm}@{preset},{other}@ITS_PRESET"
+    command += " --protocol own" if settings["shared"]["passes"] is None else " --protocol tuned"
+    return command + ("" if settings["target"] is None else f" --target {settings['target']:g}")
 
 
 def _row(trial: Mapping[str, Any]) -> dict[str, str]:

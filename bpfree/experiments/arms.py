@@ -11,19 +11,28 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from bpfree import data
 from bpfree.algorithms import algorithm
 from bpfree.data import GraphDataset
 from bpfree.errors import UsageError
-from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, resolve
+from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, presets_elsewhere, resolve
 from bpfree.experiments.run import AnyDataset, build_learner
+from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 
 T = TypeVar("T")
 
 OWN: Final = "own"
 MATCHED: Final = "matched"
-PROTOCOLS: Final = (OWN, MATCHED)
-"""Every arm stops by the same rule on its own validation loss, or all see the data equally often."""
+TUNED: Final = "tuned"
+PROTOCOLS: Final = (OWN, MATCHED, TUNED)
+"""Every arm stops by the same rule on its own validation loss, or all see the data equally often, or each as often as
+its preset says."""
+BOTH: Final = (OWN, MATCHED)
+"""Those that need nothing but a rule."""
+
+STOPPING: Final = ("epochs", "patience", "min_delta")
+"""Training settings that say when an arm has converged."""
 
 NAME: Final = r"[A-Za-z]"
 """How rules begin, and rests of lists of numbers do not."""
@@ -46,6 +55,19 @@ class Arm:
     @property
     def key(self) -> tuple[str, str]:
         return self.label, self.config.network
+
+    @property
+    def origin(self) -> str:
+        """Where its hyperparameters come from, in words."""
+        return "the rule's defaults" if self.config.preset is None else f"preset {self.config.preset}"
+
+    @property
+    def elsewhere(self) -> str:
+        """For an arm that takes the rule's defaults, since no preset is for its network: those that there are."""
+        if self.config.preset is not None or "@" in self.label:
+            return ""
+        others = presets_elsewhere(algorithm(self.config.algorithm), self.config.dataset, self.config.task)
+        return ", ".join(f"{self.config.algorithm}@{preset.name} of {preset.network}" for preset in others)
 
     def run_config(self, seed: int, passes: int | None) -> RunConfig:
         """One run: at its own convergence, or for `passes` data passes."""
@@ -101,11 +123,13 @@ def make_arms(
 ) -> list[Arm]:
     """Arms from what the user wrote: `RULE[@PRESET][:KEY=VALUE..]`, such as "mf@my.toml:patience=4".
 
-    A preset's path or a value with a colon in it is quoted, with single or double quotes.
+    A preset's path or a value with a colon in it is quoted, with single or double quotes. Of a preset that is not named
+    an arm takes all but the stopping rule (`STOPPING`), which is the same for all; on graphs, where an epoch is a step
+    and the usual cap far too low, that as well.
 
     Args:
         texts: the arms.
-        dataset: data set of all arms; digits if left out.
+        dataset: data set of all arms; that of the presets named, or digits, if left out.
         network: network of all arms; without it each arm has that of its preset, and the baseline all of them.
         baseline: the arm that the others are paired with.
         training: training settings of all arms, over those of the presets, under those that an arm names itself.
@@ -115,6 +139,7 @@ def make_arms(
     Raises:
         UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
     """
+    dataset = dataset or _dataset_of(texts)
     shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy}
     arms = [_make_arm(text, dataset, network, **shared) for text in texts]
     if network is None:
@@ -131,12 +156,26 @@ def make_arms(
     return arms
 
 
-def _make_arm(
-    text: str, dataset: str | None, network: str | None, training: Mapping[str, Any], device: str, energy: str
-) -> Arm:
+def _parsed(text: str) -> tuple[str, str, list[str]]:
+    """Rule, preset ("" if none is named) and settings."""
     head, *settings = _split(text, ":")
     name, _, preset = head.partition("@")
-    preset = preset.strip("\"'")
+    return name, preset.strip("\"'"), settings
+
+
+def _dataset_of(texts: Sequence[str]) -> str:
+    """The data set of the presets that arms name; digits where they name none."""
+    named = [preset for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
+    found = list(dict.fromkeys(named_preset(preset).dataset for preset in named))
+    if len(found) > 1:
+        raise UsageError(f"the presets of the arms are for {' and '.join(found)}; choose with --dataset")
+    return found[0] if found else "digits"
+
+
+def _make_arm(
+    text: str, dataset: str, network: str | None, training: Mapping[str, Any], device: str, energy: str
+) -> Arm:
+    name, preset, settings = _parsed(text)
     rule = algorithm(name)
     if preset not in ("", "none"):
         meant = named_preset(preset).algorithm
@@ -145,7 +184,7 @@ def _make_arm(
     parameters, own_training = parse_mixed_settings(tuple(settings), name)
     config = resolve(
         name,
-        dataset or "digits",
+        dataset,
         network,
         preset=preset or None,
         parameters=parameters,
@@ -153,6 +192,10 @@ def _make_arm(
         device=device,
         energy=energy,
     )
+    if not preset and not isinstance(data.info(config.dataset), data.GraphInfo):
+        settled = {**training, **own_training}
+        usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in STOPPING}
+        config = replace(config, training=replace(config.training, **usual))
     return Arm(text, config)
 
 

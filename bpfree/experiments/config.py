@@ -214,6 +214,15 @@ def find_preset(rule: Algorithm, dataset: str, network: str | None, task: Task =
     return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network, p.task) == wanted), None)
 
 
+def presets_elsewhere(rule: Algorithm, dataset: str, task: Task = "classify") -> list[Preset]:
+    """The presets that are found for a rule on a data set if no network is asked for: the plain one of each network."""
+    found: dict[str, Preset] = {}
+    for preset in presets().values():
+        if (preset.algorithm, preset.dataset, preset.task) == (rule.alias, dataset, task):
+            found.setdefault(preset.network, preset)
+    return list(found.values())
+
+
 def named_preset(name: str) -> Preset:
     """The packaged preset called `name`, or the one in the file of that path, which ends in .toml.
 
