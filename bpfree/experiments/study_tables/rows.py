@@ -47,8 +47,10 @@ def paired(entries: Sequence[Entry], protocol: str | None = None) -> list[tuple[
 
 
 def over(entry: Entry, seeds: Iterable[int]) -> Entry:
-    """An arm's runs of some seeds."""
-    return replace(entry, runs={seed: runs for seed, runs in entry.runs.items() if seed in set(seeds)})
+    """An arm's runs and failures of some seeds."""
+    wanted = set(seeds)
+    runs = {seed: repeats for seed, repeats in entry.runs.items() if seed in wanted}
+    return replace(entry, runs=runs, failed={seed: why for seed, why in entry.failed.items() if seed in wanted})
 
 
 def compare(ours: Entry, baseline: Entry, quantity: str, *, absolute: bool = False) -> Estimate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -34,7 +35,7 @@ def to_accuracy(entries: Sequence[Entry], targets: Sequence[float]) -> Table:
             for whose, arm in (("baseline_", baseline), ("", entry)):
                 spent[whose] = {
                     **{seed: energy_to_accuracy(runs[0].curve(), target) for seed, runs in arm.runs.items()},
-                    **dict.fromkeys(arm.failed, ToAccuracy(None, False)),
+                    **dict.fromkeys(arm.failed, ToAccuracy(math.inf, False)),
                 }
                 summary = reached(list(spent[whose].values()))
                 row |= {f"{whose}{name}": getattr(summary, name) for name in ("k", "n", "median_j", "bound_j")}
@@ -42,8 +43,9 @@ def to_accuracy(entries: Sequence[Entry], targets: Sequence[float]) -> Table:
             rows.append({**row, **estimate_columns("ratio", _ratio_to_accuracy(spent[""], spent["baseline_"]))})
     notes = [
         "Cumulative gross joules up to the first validation at the target, validation included: median over seeds by "
-        "Kaplan-Meier; > is a lower bound, where half of the runs never got there. Runs that failed never got there. "
-        "Energy x is the ratio over paired seeds, given only if all runs of both arms got there.",
+        "Kaplan-Meier, as if runs that ended below the target would have gone on like the others; runs that failed "
+        "would not. > is a lower bound, where there is no median. Energy x is the ratio over paired seeds, given only "
+        "if all runs of both arms got there.",
         "Targets were fixed beforehand, or are the baseline's median validation accuracy less one point. Arms that "
         f"hold out fewer than {FEWEST_HELD_OUT} samples are left out.",
     ]
