@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 
 from bpfree import data
 from bpfree.algorithms import algorithm
+from bpfree.algorithms.learner import Task
 from bpfree.data import GraphDataset
 from bpfree.errors import UsageError
 from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, presets_elsewhere, resolve
@@ -127,6 +128,8 @@ def make_arms(
     an arm takes all but the stopping rule (`STOPPING`), which is the same for all; on graphs, where an epoch is a step
     and the usual cap far too low, that as well.
 
+    The task is that of the presets that are named.
+
     Args:
         texts: the arms.
         dataset: data set of all arms; that of the presets named, or digits, if left out.
@@ -139,8 +142,10 @@ def make_arms(
     Raises:
         UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
     """
-    dataset = dataset or _dataset_of(texts)
-    shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy}
+    presets = [named_preset(preset) for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
+    task = _common("task", (preset.task for preset in presets), "classify")
+    dataset = dataset or _common("dataset", (preset.dataset for preset in presets), "digits")
+    shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy, "task": task}
     arms = [_make_arm(text, dataset, network, **shared) for text in texts]
     if network is None:
         others = dict.fromkeys(arm.config.network for arm in arms if arm.label != baseline)
@@ -163,17 +168,17 @@ def _parsed(text: str) -> tuple[str, str, list[str]]:
     return name, preset.strip("\"'"), settings
 
 
-def _dataset_of(texts: Sequence[str]) -> str:
-    """The data set of the presets that arms name; digits where they name none."""
-    named = [preset for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
-    found = list(dict.fromkeys(named_preset(preset).dataset for preset in named))
+def _common(what: str, values: Iterable[str], usual: str) -> str:
+    """What the presets that arms name have in common; the usual where they name none."""
+    found = list(dict.fromkeys(values))
     if len(found) > 1:
-        raise UsageError(f"the presets of the arms are for {' and '.join(found)}; choose with --dataset")
-    return found[0] if found else "digits"
+        remedy = "choose with --dataset" if what == "dataset" else "compare arms of one task"
+        raise UsageError(f"the presets of the arms are for {' and '.join(found)}; {remedy}")
+    return found[0] if found else usual
 
 
 def _make_arm(
-    text: str, dataset: str, network: str | None, training: Mapping[str, Any], device: str, energy: str
+    text: str, dataset: str, network: str | None, *, training: Mapping[str, Any], task: Task, device: str, energy: str
 ) -> Arm:
     name, preset, settings = _parsed(text)
     rule = algorithm(name)
@@ -191,6 +196,7 @@ def _make_arm(
         training={**training, **own_training},
         device=device,
         energy=energy,
+        task=task,
     )
     if not preset and not isinstance(data.info(config.dataset), data.GraphInfo):
         settled = {**training, **own_training}

@@ -369,6 +369,9 @@ class Comparison:
             for arm in self._running:
                 others = f"; there is {arm.elsewhere}" if arm.elsewhere else ""
                 self._say(f"{arm.label} on {arm.config.network} takes {arm.origin}{others}")
+                passes = arm.config.training.passes
+                if passes is not None and self._protocols != [TUNED]:
+                    self._say(f"note: {arm.label} is set to {passes} passes, which only --protocol tuned keeps")
             for network, unequal in self.plan.as_dict()["unequal_settings"].items():
                 for name, values in unequal.items():
                     words = ", ".join(f"{label} {value}" for label, value in values.items())

@@ -157,6 +157,17 @@ def test_the_data_set_is_that_of_the_presets_named() -> None:
         make_arms(["mf@mono_forward-mnist", "bp@backprop-cifar10"])
 
 
+def test_the_task_is_that_of_the_presets_named() -> None:
+    """A baseline that told classes apart would be compared by its accuracy with the others' R squared."""
+    arms = make_arms(["ccl@counter_current-digits-autoencode", "bp"])
+    assert [(arm.config.task, arm.config.network) for arm in arms] == [("autoencode", "autoencoder:16x32")] * 2
+    assert arms[1].config.preset == "backprop-digits-autoencode"
+    assert not any(arm.config.training.standardize for arm in arms)
+    assert {arm.config.task for arm in make_arms(["ccl", "bp"])} == {"classify"}
+    with pytest.raises(UsageError, match="for autoencode and classify; compare arms of one task"):
+        make_arms(["ccl@counter_current-digits-autoencode", "bp@backprop-mnist"])
+
+
 def test_without_a_network_each_rule_has_its_own_and_the_baseline_all() -> None:
     arms = make_arms(["mf", "cafo", "bp"], "digits")
     assert [arm.key for arm in arms] == [
@@ -252,11 +263,16 @@ def test_matched_passes_need_a_baseline(tmp_path: Path, digits: Dataset) -> None
 
 def test_tuned_arms_train_for_the_passes_of_their_own_presets(tmp_path: Path, digits: Dataset) -> None:
     root = tmp_path / "c"
-    tuned = comparison(root, digits, "mf:passes=3:lr_schedule=cosine", "bp:passes=2", protocols=("tuned",))
+    said: list[str] = []
+    texts = ("mf:passes=3:lr_schedule=cosine", "bp:passes=2")
+    tuned = comparison(root, digits, *texts, protocols=("tuned",), say=said.append)
     assert tuned.run() == Outcome(done=4)
+    assert not any("only --protocol tuned" in line for line in said)
     assert slots(root) == {("mf", 3, seed): 1 for seed in (0, 1)} | {("bp", 2, seed): 1 for seed in (0, 1)}
     (row,) = make_tables(["T3"], collect(root))[0].rows
     assert (row["algorithm"], row["protocol"], row["n"]) == ("mf:passes=3:lr_schedule=cosine", "tuned", 2)
+    comparison(root, digits, *texts, seeds=(0,), protocols=("own",), say=said.append).run()
+    assert "note: bp:passes=2 is set to 2 passes, which only --protocol tuned keeps" in said
     with pytest.raises(UsageError, match=r"bp does not say for how many data passes; .* bp:passes=N"):
         comparison(tmp_path / "d", digits, "mf:passes=3", "bp", protocols=("tuned",))
     assert not (tmp_path / "d").exists()
