@@ -32,8 +32,9 @@ its preset says."""
 BOTH: Final = (OWN, MATCHED)
 """Those that need nothing but a rule."""
 
-STOPPING: Final = ("epochs", "patience", "min_delta")
-"""Training settings that say when an arm has converged."""
+COMMON: Final = ("epochs", "patience", "min_delta", "validation")
+"""Training settings that are the comparison's, and not those of a preset that nobody named: when an arm has converged,
+and on how many samples."""
 
 NAME: Final = r"[A-Za-z]"
 """How rules begin, and rests of lists of numbers do not."""
@@ -64,11 +65,13 @@ class Arm:
 
     @property
     def elsewhere(self) -> str:
-        """For an arm that takes the rule's defaults, since no preset is for its network: those that there are."""
+        """For an arm that takes the rule's defaults, since no preset is for its network: those of networks like it."""
         if self.config.preset is not None or "@" in self.label:
             return ""
         others = presets_elsewhere(algorithm(self.config.algorithm), self.config.dataset, self.config.task)
-        return ", ".join(f"{self.config.algorithm}@{preset.name} of {preset.network}" for preset in others)
+        family = self.config.network.partition(":")[0]
+        like = [preset for preset in others if preset.network.partition(":")[0] == family]
+        return ", ".join(f"{self.config.algorithm}@{preset.name} of {preset.network}" for preset in like)
 
     def run_config(self, seed: int, passes: int | None) -> RunConfig:
         """One run: at its own convergence, or for `passes` data passes."""
@@ -125,8 +128,8 @@ def make_arms(
     """Arms from what the user wrote: `RULE[@PRESET][:KEY=VALUE..]`, such as "mf@my.toml:patience=4".
 
     A preset's path or a value with a colon in it is quoted, with single or double quotes. Of a preset that is not named
-    an arm takes all but the stopping rule (`STOPPING`), which is the same for all; on graphs, where an epoch is a step
-    and the usual cap far too low, that as well.
+    an arm takes all but `COMMON`, which is the same for all; on graphs, where an epoch is a step and the usual cap far
+    too low, that as well.
 
     The task is that of the presets that are named.
 
@@ -200,7 +203,7 @@ def _make_arm(
     )
     if not preset and not isinstance(data.info(config.dataset), data.GraphInfo):
         settled = {**training, **own_training}
-        usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in STOPPING}
+        usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in COMMON}
         config = replace(config, training=replace(config.training, **usual))
     return Arm(text, config)
 

@@ -131,6 +131,9 @@ def test_a_value_with_commas_is_refused_unless_quoted(text: str, message: str) -
         split_arms(text)
 
 
+NAMED = "ff@forward_forward-mnist"
+
+
 def test_the_stopping_rule_is_that_of_the_comparison_unless_a_preset_is_named() -> None:
     """Forward-Forward's preset has 60 epochs and no early stopping; the baseline would have 100 and patience 20."""
 
@@ -146,6 +149,8 @@ def test_the_stopping_rule_is_that_of_the_comparison_unless_a_preset_is_named() 
     assert stops("ff:patience=7") == (100, 7, 0.0)
     assert stops("ff:patience=7", patience=3, epochs=4, min_delta=0.5) == (4, 7, 0.5)
     assert stops("ff@forward_forward-digits", patience=3) == (60, 3, 0.0)
+    held_out = {text: make_arms([text], "mnist")[0].config.training.validation for text in ("ff", "bp", NAMED)}
+    assert held_out == {"ff": None, "bp": None, NAMED: 10000}  # the data set's own, unless the preset is named
     assert stops("fgnn", "cora") == stops("bp", "cora") == (500, 100, 0.0)  # epochs of a single step
 
 
@@ -426,7 +431,10 @@ def test_where_hyperparameters_come_from_is_told(tmp_path: Path) -> None:
     [
         ("cafo,cafo@cafo-digits-ce,cafo@cafo-digits-ce:block_training=dfa,bp", "cnn:cafo"),
         ("ff@forward_forward-digits,bp", "mlp:4x20"),
-        ("mf,mf:schedule=sequential,mf:schedule=sequential:cache=false,bp-ds,mf-joint,bp", "mlp:3x20"),
+        (
+            "mf:schedule=simultaneous,mf:schedule=sequential,mf:schedule=sequential:cache=false,bp-ds,mf-joint,bp",
+            "mlp:3x20",
+        ),
         ("ff,mf,cafo,ccl,noprop,man,bp", None),
     ],
 )
