@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bpfree.cli import cli
-from bpfree.experiments.config import presets
+from bpfree.experiments.config import presets, read_preset
 
 pytest.importorskip("optuna")
 
@@ -24,7 +24,7 @@ def tune(results: Path, *arguments: str) -> Result:
 def test_result_and_progress(tmp_path: Path) -> None:
     done = tune(tmp_path, "--algo", "mf", *QUICK, "--energy", "simulated")
     assert done.exit_code == 0
-    header, row, spent, command = done.stdout.splitlines()
+    header, row, spent, command, warning, confirmation = done.stdout.splitlines()
     assert {"trial", "lr", "batch_size", "schedule"} <= set(header.split())
     assert len(row.split()) == len(header.replace("validation accuracy, %", "a").replace(", ", ",").split())
     assert spent.startswith("2 trials (2 finished, 0 pruned, 0 failed), ")
@@ -36,6 +36,8 @@ def test_result_and_progress(tmp_path: Path) -> None:
     ran = CliRunner().invoke(cli, [*words[1:], "--results", str(tmp_path / "runs"), "--format", "json"])
     summary = json.loads(ran.stdout)
     assert (summary["algorithm"], summary["preset"]) == ("mf", "digits-mf-mlp-1x8")
+    assert "fresh seeds" in warning
+    assert confirmation == f"bpfree compare --algos mf@{words[3]},bp@ITS_PRESET --protocol tuned"
     again = tune(tmp_path, "--algo", "mf", *QUICK, "--energy", "simulated")
     assert "2 of them are done already" in again.stderr
     assert again.stdout == done.stdout
@@ -48,6 +50,30 @@ def test_record_as_json_and_nothing_else(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "mine" / "tuning.json").read_text())
     assert record == {**written, "folder": str(tmp_path / "mine")}
     assert record["bill"]["trials"] == len(record["trials"]) == 2
+
+
+def test_what_two_studies_found_is_confirmed_by_the_command_that_they_print(tmp_path: Path) -> None:
+    """Each arm trains for the passes that its study chose, on seeds of its own; T7 has the joules to the target."""
+    presets_of = {}
+    for rule in ("mf", "bp"):
+        found = tune(tmp_path, "--algo", rule, *QUICK, "--energy", "simulated", "--target", "5")
+        presets_of[rule] = found.stdout.splitlines()[3].split()[-1]
+        if rule == "mf":
+            command = found.stdout.splitlines()[-1]
+    words = command.replace("bp@ITS_PRESET", f"bp@{presets_of['bp']}").split()
+    assert words[-4:] == ["--protocol", "tuned", "--target", "5"]
+    options = ["--seeds", "3", "--device", "cpu", "--energy", "simulated", "--warm-up", "0", "--quiet"]
+    root = str(tmp_path / "confirmed")
+    done = CliRunner().invoke(cli, [*words[1:], *options, "--results", root], catch_exceptions=False)
+    assert done.exit_code == 0
+    table = CliRunner().invoke(cli, ["table", root, "-t", "T7", "-t", "T1", "--format", "json"], catch_exceptions=False)
+    to_target, performance = (found["rows"] for found in json.loads(table.stdout))
+    (row,) = to_target
+    assert (row["algorithm"], row["network"], row["target"]) == (f"mf@{presets_of['mf']}", "mlp:1x8", 5)
+    assert (row["protocol"], row["n"], row["baseline_n"]) == ("tuned", 3, 3)
+    chosen = {f"{rule}@{path}": read_preset(Path(path)).training["passes"] for rule, path in presets_of.items()}
+    assert {row["algorithm"]: row["passes"] for row in performance} == chosen
+    assert all(row["seeds"] == [0, 1, 2] for row in performance)
 
 
 def test_convergence_searches_no_passes(tmp_path: Path) -> None:
@@ -75,9 +101,29 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
     assert base["training"] == plain["training"]
 
 
+@pytest.mark.parametrize("by", ["preset", "task"])
+def test_an_autoencoder_stays_one(by: str, tmp_path: Path) -> None:
+    """Its trials reconstruct images as they are, and so does the preset that comes of them."""
+    pytest.importorskip("matplotlib")
+    what = ("--preset", "backprop-digits-autoencode") if by == "preset" else ("--algo", "bp", "--task", "autoencode")
+    quick = ("--network", "autoencoder:4x8", "--passes", "1", "1", "--trials", "1", "--device", "cpu")
+    done = tune(tmp_path, *what, *quick, "--format", "json")
+    record = json.loads(done.stdout)
+    assert record["study"] == "digits-bp-autoencoder-4x8-autoencode"
+    base = record["settings"]["base"]
+    assert (base["task"], base["training"]["standardize"]) == ("autoencode", False)
+    preset = str(Path(record["folder"]) / record["presets"][0])
+    command = ["run", "--preset", preset, "--seed", "100", "--device", "cpu", "--results", str(tmp_path / "runs")]
+    ran = CliRunner().invoke(cli, [*command, "--format", "json", "--quiet"], catch_exceptions=False)
+    summary = json.loads(ran.stdout)
+    assert (summary["task"], summary["criterion"]) == ("autoencode", "MSE")
+    assert summary["validation_loss"] == record["best"]["validation_loss"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (("--preset", "backprop-digits-autoencode", "--task", "classify"), 2, "is for the task autoencode"),
         (("--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         ((), 2, "say what to tune"),
         (("--algo", "bp", "--dataset", "digit"), 2, "did you mean digits"),

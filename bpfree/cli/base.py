@@ -152,6 +152,14 @@ def data_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def task_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--task",
+        type=click.Choice(TASKS),
+        help="Tell classes apart (or links of graphs), or reconstruct images.  [default: the preset's, or classify]",
+    )(function)
+
+
 def subject_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options on what a rule is to learn, of commands that take what `bpfree run` takes."""
     for option in (
@@ -163,11 +171,7 @@ def subject_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Start from this preset, by name or as a .toml file; 'none' for the rule's defaults.  "
             "[default: the one that fits]",
         ),
-        click.option(
-            "--task",
-            type=click.Choice(TASKS),
-            help="Tell classes apart (or links of graphs), or reconstruct images.  [default: classify]",
-        ),
+        task_option,
         click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]"),
         click.option(
             "--dataset",

@@ -18,7 +18,7 @@ from bpfree.console import Console
 from bpfree.energy import KINDS
 from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import DataError, UsageError
-from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
+from bpfree.experiments.arms import BOTH, MATCHED, OWN, PROTOCOLS, TUNED, make_arms, split_arms
 
 
 @click.command(cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
@@ -27,9 +27,14 @@ from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
     "-a",
     required=True,
     metavar="ARM,ARM,..",
-    help="Arms: RULE, RULE@PRESET, RULE@FILE.toml, each with :KEY=VALUE.. behind it.",
+    help="Arms: RULE, RULE@PRESET, RULE@FILE.toml, each with :KEY=VALUE.. behind it; a VALUE with commas in quotes.",
 )
-@click.option("--dataset", "-d", default="digits", help="Data set, or folder:PATH[@SIZE] for image files of your own.")
+@click.option(
+    "--dataset",
+    "-d",
+    help="Data set, or folder:PATH[@SIZE] for image files of your own.  [default: that of the presets named in "
+    "--algos, or digits]",
+)
 @click.option("--network", "-n", help="Network of all arms.  [default: of each arm's preset, the baseline on all]")
 @click.option("--seeds", type=click.IntRange(min=1), default=10, help="Number of paired seeds.")
 @click.option("--first-seed", type=click.IntRange(min=0), default=0, help="The lowest seed.")
@@ -37,7 +42,7 @@ from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
     "--protocol",
     type=click.Choice((*PROTOCOLS, "both")),
     default="both",
-    help="Own convergence, matched data passes, or both.",
+    help="Own convergence, matched data passes, or both; or as many passes as each arm's preset was tuned for.",
 )
 @click.option(
     "--passes", type=click.IntRange(min=1), help="Matched data passes.  [default: the baseline's mean, rounded up]"
@@ -89,7 +94,7 @@ from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, make_arms
 @format_option("table", "json")
 def compare(
     algos: str,
-    dataset: str,
+    dataset: str | None,
     network: str | None,
     seeds: int,
     first_seed: int,
@@ -122,6 +127,10 @@ def compare(
     bpfree compare --algos mf,bp --dataset digits --seeds 5
     bpfree compare --algos mf,mf:schedule=sequential,bp --dataset cifar10 --network mlp:3x2000
     bpfree compare --algos mf:patience=4,bp --dataset cifar10 --network mlp:3x2000 --protocol own
+    bpfree compare --algos 'man:ends="13,27,41,54",bp' --dataset cifar10 --network resnet:110
+
+    An arm takes the preset for the data set and network, if there is one, and all arms the same stopping rule; of a
+    preset that is named, RULE@PRESET, everything is taken. What each of them takes is said first.
 
     Arms run in random order within each seed. Every arm first trains to its own convergence by the same stopping rule,
     then all of them see the data as often as the baseline did. The same command goes on with what is missing, also
@@ -130,7 +139,7 @@ def compare(
     from bpfree.experiments import run as runs
     from bpfree.experiments.compare import Analysis, Comparison, Conditions
 
-    if passes is not None and protocol == OWN:
+    if passes is not None and protocol in (OWN, TUNED):
         raise UsageError("--passes belongs to matched passes; leave it out or choose --protocol matched or both")
     if protocol == MATCHED and passes is None and results is None:
         raise UsageError("matched passes alone need --passes, or --results with the baseline's own convergence")
@@ -139,12 +148,13 @@ def compare(
     if carbon is not None:
         carbon_intensity(carbon)
     given = {name: value for name, value in training.items() if value is not None}
-    texts = [text.strip() for text in algos.split(",") if text.strip()]
-    arms = make_arms(texts, dataset, network, baseline=baseline, training=given, device=device, energy=energy)
+    arms = make_arms(
+        split_arms(algos), dataset, network, baseline=baseline, training=given, device=device, energy=energy
+    )
     if not arms:
         raise UsageError("--algos names no arm")
     try:
-        loaded = runs.load_dataset(dataset, data_root, download=download)
+        loaded = runs.load_dataset(arms[0].config.dataset, data_root, download=download)
     except DataError as error:
         raise UsageError(f"nothing was started: {error}") from error
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"compare-{loaded.name}-{network or 'own networks'}")
@@ -154,7 +164,7 @@ def compare(
         arms,
         range(first_seed, first_seed + seeds),
         loaded,
-        protocols=PROTOCOLS if protocol == "both" else (protocol,),
+        protocols=BOTH if protocol == "both" else (protocol,),
         passes=passes,
         analysis=Analysis(baseline, margin_accuracy, margin_relative, targets),
         conditions=Conditions(

@@ -10,12 +10,21 @@ from typing import Any
 
 import click
 
-from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option, is_default
+from bpfree.algorithms.learner import Task
+from bpfree.cli.base import (
+    ENVIRONMENT_NOTE,
+    EXIT_NOTE,
+    Command,
+    data_option,
+    format_option,
+    is_default,
+    task_option,
+)
 from bpfree.cli.training import setting_options
 from bpfree.console import TuningConsole
 from bpfree.energy import KINDS
 from bpfree.errors import UsageError
-from bpfree.experiments.config import parse_settings, resolve, training_config
+from bpfree.experiments.config import parse_settings, resolve, training_config, usual_training
 from bpfree.experiments.search import SharedSpace
 from bpfree.experiments.tables import text_table
 from bpfree.experiments.tune import PRUNERS, TUNING_SEED, TuneConfig, fit_space, study_name, tune
@@ -36,6 +45,7 @@ def words(values: tuple[Any, ...]) -> str:
     help="Data set, or folder:PATH[@SIZE] for image files of your own.  [default: digits, which is packaged]",
 )
 @click.option("--network", "-n", help="Network, such as mlp:2x1000 or cnn:mf.  [default: the preset's]")
+@task_option
 @click.option(
     "--preset",
     help="Take network and parameters of the rule that are not searched from this preset; 'none' for the rule's "
@@ -115,6 +125,7 @@ def tune_rule(
     algorithm_name: str | None,
     dataset: str | None,
     network: str | None,
+    task: Task | None,
     preset: str | None,
     settings: tuple[str, ...],
     trials: int,
@@ -174,9 +185,9 @@ def tune_rule(
     for option in refused:
         if not is_default(option):
             raise UsageError(f"--{option.replace('_', '-')} has no meaning with --protocol {protocol}; leave it out")
-    start = resolve(algorithm_name, dataset, network, preset=preset, seed=seed, device=device, energy=energy)
+    start = resolve(algorithm_name, dataset, network, preset=preset, task=task, seed=seed, device=device, energy=energy)
     given = parse_settings(settings, start.algorithm)
-    fixed = {key: value for key, value in training.items() if value is not None}
+    fixed = {**usual_training(start.task), **{key: value for key, value in training.items() if value is not None}}
     if protocol == "convergence":
         fixed.update(epochs=epochs, patience=patience)
     # of a preset only what is the rule's own: how to train is the same for every rule
@@ -238,8 +249,19 @@ def _report(record: Mapping[str, Any]) -> str:
         f"{spent['trials']} trials ({spent['finished']} finished, {spent['pruned']} pruned, {spent['failed']} failed), "
         f"{spent['passes']} passes, {spent['seconds']:.1f} s, {joules}",
         *(f"bpfree run --preset {folder / preset}" for preset in record["presets"]),
+        "The best of many trials of one seed looks better than it is; to report, run fresh seeds of all arms:",
+        _confirmation(record, folder / record["presets"][0]),
     ]
     return "\n".join(lines)
+
+
+def _confirmation(record: Mapping[str, Any], preset: Path) -> str:
+    """The command that compares what was found with another arm, on seeds that no study has seen."""
+    algorithm, settings = record["algorithm"], record["settings"]
+    other = "mf" if algorithm == "bp" else "bp"
+    command = f"bpfree compare --algos {algorithm}@{preset},{other}@ITS_PRESET"
+    command += " --protocol own" if settings["shared"]["passes"] is None else " --protocol tuned"
+    return command + ("" if settings["target"] is None else f" --target {settings['target']:g}")
 
 
 def _row(trial: Mapping[str, Any]) -> dict[str, str]:

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, TypeVar
 
 import torch
 
+from bpfree import data
 from bpfree.algorithms import algorithm
+from bpfree.algorithms.learner import Task
 from bpfree.data import GraphDataset
 from bpfree.errors import UsageError
-from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, resolve
+from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, presets_elsewhere, resolve
 from bpfree.experiments.run import AnyDataset, build_learner
+from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 
 T = TypeVar("T")
 
 OWN: Final = "own"
 MATCHED: Final = "matched"
-PROTOCOLS: Final = (OWN, MATCHED)
-"""Every arm stops by the same rule on its own validation loss, or all see the data equally often."""
+TUNED: Final = "tuned"
+PROTOCOLS: Final = (OWN, MATCHED, TUNED)
+"""Every arm stops by the same rule on its own validation loss, or all see the data equally often, or each as often as
+its preset says."""
+BOTH: Final = (OWN, MATCHED)
+"""Those that need nothing but a rule."""
+
+COMMON: Final = ("epochs", "patience", "min_delta", "validation")
+"""Training settings that are the comparison's, and not those of a preset that nobody named: when an arm has converged,
+and on how many samples."""
+
+NAME: Final = r"[A-Za-z]"
+"""How rules begin, and rests of lists of numbers do not."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,21 @@ class Arm:
     def key(self) -> tuple[str, str]:
         return self.label, self.config.network
 
+    @property
+    def origin(self) -> str:
+        """Where its hyperparameters come from, in words."""
+        return "the rule's defaults" if self.config.preset is None else f"preset {self.config.preset}"
+
+    @property
+    def elsewhere(self) -> str:
+        """For an arm that takes the rule's defaults, since no preset is for its network: those of networks like it."""
+        if self.config.preset is not None or "@" in self.label:
+            return ""
+        others = presets_elsewhere(algorithm(self.config.algorithm), self.config.dataset, self.config.task)
+        family = self.config.network.partition(":")[0]
+        like = [preset for preset in others if preset.network.partition(":")[0] == family]
+        return ", ".join(f"{self.config.algorithm}@{preset.name} of {preset.network}" for preset in like)
+
     def run_config(self, seed: int, passes: int | None) -> RunConfig:
         """One run: at its own convergence, or for `passes` data passes."""
         return replace(self.config, seed=seed, training=replace(self.config.training, passes=passes))
@@ -50,6 +81,38 @@ class Arm:
 def interleaved(arms: Sequence[T], *block: Any) -> list[T]:
     """The arms in an order that is random, and always the same for the same block: drift hits all of them alike."""
     return random.Random(repr(block)).sample(arms, len(arms))
+
+
+def split_arms(text: str) -> list[str]:
+    """The arms in a list such as `bp,mf:patience=4,man:ends="3,7,15"`: commas between quotes belong to a value.
+
+    Raises:
+        UsageError: a quote without its end, or what looks like the rest of a value that should have been quoted.
+    """
+    arms = [part.strip() for part in _split(text, ",") if part.strip()]
+    for position, arm in enumerate(arms[1:], 1):
+        name, equals, value = arms[position - 1].rpartition("=")
+        if equals and not re.match(NAME, arm):
+            rest = itertools.takewhile(lambda part: not re.match(NAME, part), arms[position:])
+            whole = f'{name}="{",".join([value, *rest])}"'
+            raise UsageError(
+                f"{arm!r} is no rule; if it belongs to the value before it, quote that, and all arms for the shell: "
+                f"--algos '{whole}'"
+            )
+    return arms
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators that are not in quotes."""
+    parts = [""]
+    for piece in re.findall(rf"""{separator}|"[^"]*"|'[^']*'|[^"'{separator}]+|.""", text):
+        if piece in ('"', "'"):
+            raise UsageError(f"there is a quote without its end in {text}")
+        if piece == separator:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
 
 
 def make_arms(
@@ -64,9 +127,15 @@ def make_arms(
 ) -> list[Arm]:
     """Arms from what the user wrote: `RULE[@PRESET][:KEY=VALUE..]`, such as "mf@my.toml:patience=4".
 
+    A preset's path or a value with a colon in it is quoted, with single or double quotes. Of a preset that is not named
+    an arm takes all but `COMMON`, which is the same for all; on graphs, where an epoch is a step and the usual cap far
+    too low, that as well.
+
+    The task is that of the presets that are named.
+
     Args:
         texts: the arms.
-        dataset: data set of all arms; digits if left out.
+        dataset: data set of all arms; that of the presets named, or digits, if left out.
         network: network of all arms; without it each arm has that of its preset, and the baseline all of them.
         baseline: the arm that the others are paired with.
         training: training settings of all arms, over those of the presets, under those that an arm names itself.
@@ -76,7 +145,10 @@ def make_arms(
     Raises:
         UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
     """
-    shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy}
+    presets = [named_preset(preset) for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
+    task = _common("task", (preset.task for preset in presets), "classify")
+    dataset = dataset or _common("dataset", (preset.dataset for preset in presets), "digits")
+    shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy, "task": task}
     arms = [_make_arm(text, dataset, network, **shared) for text in texts]
     if network is None:
         others = dict.fromkeys(arm.config.network for arm in arms if arm.label != baseline)
@@ -92,11 +164,26 @@ def make_arms(
     return arms
 
 
-def _make_arm(
-    text: str, dataset: str | None, network: str | None, training: Mapping[str, Any], device: str, energy: str
-) -> Arm:
-    head, *settings = text.split(":")
+def _parsed(text: str) -> tuple[str, str, list[str]]:
+    """Rule, preset ("" if none is named) and settings."""
+    head, *settings = _split(text, ":")
     name, _, preset = head.partition("@")
+    return name, preset.strip("\"'"), settings
+
+
+def _common(what: str, values: Iterable[str], usual: str) -> str:
+    """What the presets that arms name have in common; the usual where they name none."""
+    found = list(dict.fromkeys(values))
+    if len(found) > 1:
+        remedy = "choose with --dataset" if what == "dataset" else "compare arms of one task"
+        raise UsageError(f"the presets of the arms are for {' and '.join(found)}; {remedy}")
+    return found[0] if found else usual
+
+
+def _make_arm(
+    text: str, dataset: str, network: str | None, *, training: Mapping[str, Any], task: Task, device: str, energy: str
+) -> Arm:
+    name, preset, settings = _parsed(text)
     rule = algorithm(name)
     if preset not in ("", "none"):
         meant = named_preset(preset).algorithm
@@ -105,14 +192,19 @@ def _make_arm(
     parameters, own_training = parse_mixed_settings(tuple(settings), name)
     config = resolve(
         name,
-        dataset or "digits",
+        dataset,
         network,
         preset=preset or None,
         parameters=parameters,
         training={**training, **own_training},
         device=device,
         energy=energy,
+        task=task,
     )
+    if not preset and not isinstance(data.info(config.dataset), data.GraphInfo):
+        settled = {**training, **own_training}
+        usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in COMMON}
+        config = replace(config, training=replace(config.training, **usual))
     return Arm(text, config)
 
 

@@ -233,7 +233,7 @@ def _planned(study: str, plan: Plan, ledger: Ledger, found: Sequence[Run]) -> li
     entries = []
     for protocol in plan.protocols:
         for arm in plan.arms:
-            passes = None if protocol == OWN else plan.matched_passes.get(arm.config.network)
+            passes = plan.passes(arm, protocol)
             known = protocol == OWN or passes is not None
             runs = {seed: by_key[config_key(arm.run_config(seed, passes))] for seed in plan.seeds if known}
             done = {seed: repeats for seed, repeats in runs.items() if repeats}

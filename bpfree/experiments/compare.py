@@ -33,7 +33,7 @@ from bpfree.energy.thermal import ThermalStart
 from bpfree.errors import BpfreeError, CheckpointError, TrainingError, UsageError, WriteError, cannot_write
 from bpfree.experiments import records
 from bpfree.experiments import run as runs
-from bpfree.experiments.arms import MATCHED, OWN, PROTOCOLS, Arm, checked, interleaved, unequal_settings
+from bpfree.experiments.arms import BOTH, MATCHED, PROTOCOLS, TUNED, Arm, checked, interleaved, unequal_settings
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.finished import Say, read_or_leave_out
 from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
@@ -125,6 +125,12 @@ class Plan:
             raise RunFolder(folder).damaged(PLAN, str(error)) from error
         plain = {f.name: values[f.name] for f in fields(cls)}
         return cls(**{**plain, "arms": arms, "analysis": analysis})
+
+    def passes(self, arm: Arm, protocol: str) -> int | None:
+        """Data passes of an arm's runs; None for its own convergence, and for matched ones that are not known yet."""
+        if protocol == TUNED:
+            return arm.config.training.passes
+        return self.matched_passes.get(arm.config.network) if protocol == MATCHED else None
 
     def joined(self, asked: Plan, *, mixed_hardware: bool) -> Plan:
         """This plan, extended by what a later call asks for.
@@ -281,7 +287,7 @@ class Comparison:
         arms: from `make_arms`.
         seeds: paired seeds.
         dataset: the data set of all arms.
-        protocols: "own", "matched" or both.
+        protocols: "own", "matched" and "tuned", or some of them.
         passes: data passes of the matched protocol; None takes the baseline's mean at its own convergence.
         analysis: what is fixed beforehand.
         conditions: how runs are made.
@@ -299,7 +305,7 @@ class Comparison:
         seeds: Sequence[int],
         dataset: AnyDataset,
         *,
-        protocols: Sequence[str] = PROTOCOLS,
+        protocols: Sequence[str] = BOTH,
         passes: int | None = None,
         analysis: Analysis = Analysis(),
         conditions: Conditions = Conditions(),
@@ -317,6 +323,12 @@ class Comparison:
         networks = dict.fromkeys(arm.config.network for arm in self._running)
         if MATCHED in self._protocols and passes is None and analysis.baseline not in {arm.label for arm in arms}:
             raise UsageError(f"matched passes are those of {analysis.baseline}, which is no arm; add it, or --passes")
+        for arm in self._running if TUNED in self._protocols else ():
+            if arm.config.training.passes is None:
+                raise UsageError(
+                    f"{arm.label} does not say for how many data passes; give it a preset of `bpfree tune`, or "
+                    f"{arm.label}:passes=N"
+                )
         asked = Plan(
             dataset.name,
             [records.hardware(self._device)],
@@ -354,6 +366,12 @@ class Comparison:
             for arm in self._arms:
                 if arm.skipped is not None:
                     self._skip([arm], arm.skipped, *self._protocols)
+            for arm in self._running:
+                others = f"; there is {arm.elsewhere}" if arm.elsewhere else ""
+                self._say(f"{arm.label} on {arm.config.network} takes {arm.origin}{others}")
+                passes = arm.config.training.passes
+                if passes is not None and self._protocols != [TUNED]:
+                    self._say(f"note: {arm.label} is set to {passes} passes, which only --protocol tuned keeps")
             for network, unequal in self.plan.as_dict()["unequal_settings"].items():
                 for name, values in unequal.items():
                     words = ", ".join(f"{label} {value}" for label, value in values.items())
@@ -365,7 +383,7 @@ class Comparison:
         return self._outcome
 
     def _run_protocol(self, protocol: str) -> None:
-        arms = [arm for arm in self._running if protocol == OWN or self._passes(arm.config.network) is not None]
+        arms = [arm for arm in self._running if protocol != MATCHED or self._passes(arm.config.network) is not None]
         unmatched = [arm for arm in self._running if arm not in arms]
         if self._outcome.left:  # the budget has ended before it was known how many passes to match
             self._outcome.left += len(unmatched) * len(self._seeds)
@@ -373,8 +391,7 @@ class Comparison:
             self._skip(unmatched, f"{self.plan.analysis.baseline} has no run whose passes could be matched", protocol)
         for seed in self._seeds:
             for arm in interleaved(arms, protocol, seed):
-                passes = None if protocol == OWN else self._passes(arm.config.network)
-                self._run_slot(Slot(arm, protocol, seed, passes))
+                self._run_slot(Slot(arm, protocol, seed, self.plan.passes(arm, protocol)))
 
     def _skip(self, arms: Sequence[Arm], reason: str, *protocols: str) -> None:
         for arm in arms:
@@ -435,7 +452,7 @@ class Comparison:
                 else:
                     summary = runs.resume(path, **options)
         except InterruptedRunError as error:
-            raise InterruptedRunError(f"{str(error).split('; ')[0]}; the same command goes on") from None
+            raise InterruptedRunError(error.where, "the same command goes on") from None
         except WriteError:  # which is no fault of this arm, and would be taken for one of every other
             raise
         except BpfreeError as error:
@@ -451,7 +468,7 @@ class Comparison:
         )
         self._recorded[config_key(slot.config)] = Path(summary["run_dir"])
         if stop():
-            raise InterruptedRunError(f"stopped behind {what} ({stop.name}); the same command goes on")
+            raise InterruptedRunError(f"stopped behind {what} ({stop.name})", "the same command goes on")
         return None
 
     def _failed(self, slot: Slot, what: str, reason: str) -> str:

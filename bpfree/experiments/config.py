@@ -214,6 +214,15 @@ def find_preset(rule: Algorithm, dataset: str, network: str | None, task: Task =
     return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network, p.task) == wanted), None)
 
 
+def presets_elsewhere(rule: Algorithm, dataset: str, task: Task = "classify") -> list[Preset]:
+    """The presets that are found for a rule on a data set if no network is asked for: the plain one of each network."""
+    found: dict[str, Preset] = {}
+    for preset in presets().values():
+        if (preset.algorithm, preset.dataset, preset.task) == (rule.alias, dataset, task):
+            found.setdefault(preset.network, preset)
+    return list(found.values())
+
+
 def named_preset(name: str) -> Preset:
     """The packaged preset called `name`, or the one in the file of that path, which ends in .toml.
 
@@ -275,10 +284,9 @@ def resolve(
     elif start is not None and start.task != asked:
         raise UsageError(f"preset {start.name} is for the task {start.task}, not for {asked}")
     usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
-    settings = {**(start.training if start else {}), **(training or {})}
+    settings = {**usual_training(asked), **(start.training if start else {}), **(training or {})}
     if asked == "autoencode":
         usual = DEFAULT_AUTOENCODER
-        settings.setdefault("standardize", False)
     overrides = dict(parameters or {})
     for name in overrides:
         if name not in rule.parameters():
@@ -300,6 +308,11 @@ def resolve(
         energy=energy,
         task=asked,
     )
+
+
+def usual_training(task: Task) -> dict[str, Any]:
+    """Training settings that go with a task unless others are given: images are reconstructed as they are."""
+    return {"standardize": False} if task == "autoencode" else {}
 
 
 def command(config: RunConfig) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ SPARE: Final = ("#3182bd", "#e6550d", "#31a354", "#756bb1", "#843c39", "#636363"
 DASHES: Final = ("-", "--", ":", "-.")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 GRID: Final = 200
-"""Points of a band over joules."""
+"""Points of a band over joules, beside the ends of runs."""
 
 DEPTH: Final = re.compile(r":\d+x")
 """The number of layers in a network's name, as in mlp:3x2000."""
@@ -196,24 +198,45 @@ def _styles(entries: Sequence[Entry]) -> dict[str, _Style]:
     return styles
 
 
-def _bands(curves: Sequence[tuple[np.ndarray, np.ndarray]], grid: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Lowest, median and highest value over curves, on a grid that all of them cover."""
-    values = np.stack([np.interp(grid, x, y) for x, y in curves])
-    return values.min(0), np.median(values, axis=0), values.max(0)
+def _along(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[float, list[float]]]:
+    """Points from the first to the last of any curve, all ends among them, and the values of those that are there."""
+    ends = np.array([[x[0], x[-1]] for x, _ in curves])
+    for at in np.unique([*np.linspace(ends.min(), ends.max(), GRID), *ends.flat]):
+        there = [curve for curve, (first, last) in zip(curves, ends, strict=True) if first <= at <= last]
+        yield float(at), [float(np.interp(at, x, y)) for x, y in there]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Lowest, median and highest of some values; None of none, where a line has a gap."""
+    if not values:
+        return dict.fromkeys(("low", "median", "high"))
+    return {"low": min(values), "median": statistics.median(values), "high": max(values)}
 
 
 def _draw_bands(axes: Axes, entries: Sequence[Entry], rows: Sequence[Row], x: str) -> None:
+    """Medians and ranges; pale where an arm's runs are not all there, since those that are left are no fair sample."""
     for label, style in _styles(entries).items():
         own = [row for row in rows if row["arm"] == label]
-        if own:
-            at, low, middle, high = ([row[name] for row in own] for name in (x, "low", "median", "high"))
-            axes.fill_between(at, low, high, color=style.color, alpha=0.2, linewidth=0)
-            axes.plot(at, middle, color=style.color, linestyle=style.dashes, label=f"{label} (n = {own[0]['n']})")
+        if not own:
+            continue
+        at = np.array([row[x] for row in own])
+        low, middle, high = (np.array([row[name] for row in own], dtype=float) for name in ("low", "median", "high"))
+        whole = np.array([row.get("there", row["n"]) == row["n"] for row in own])
+        axes.fill_between(at, low, high, where=whole, color=style.color, alpha=0.2, linewidth=0)
+        axes.fill_between(at, low, high, where=~whole, color=style.color, alpha=0.07, linewidth=0)
+        line: Row = {"color": style.color, "linestyle": style.dashes}
+        axes.plot(at, np.where(whole, middle, np.nan), **line, label=f"{label} (n = {own[0]['n']})")
+        pale = np.pad(~whole, 1)
+        joined = pale[:-2] | pale[1:-1] | pale[2:]  # with the points that pale stretches begin and end at
+        axes.plot(at, np.where(joined, middle, np.nan), **line, alpha=0.35)
+        known = np.pad(np.isfinite(middle), 1)
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # a line of one point is not to be seen
+        axes.plot(at[alone], middle[alone], color=style.color, marker=style.marker, linestyle="none")
     axes.legend(frameon=False, fontsize="small")
 
 
 def _accuracy_against_joules(entries: Sequence[Entry]) -> Plot:
-    """Median and range over seeds, at equal joules, as far as all seeds of an arm have spent."""
+    """Median and range at equal joules, over the runs of an arm that are between their first and last validation."""
     rows: list[Row] = []
     for entry in entries:
         curves = []
@@ -222,15 +245,9 @@ def _accuracy_against_joules(entries: Sequence[Entry]) -> Plot:
             if points:
                 spent, accuracies = np.array(points).T
                 curves.append((np.log(spent), accuracies))
-        if not curves:
-            continue
-        first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-        if first > last:  # the shortest run was over before the first validation of another
-            continue
-        grid = np.linspace(first, last, GRID)
-        bands = zip(*_bands(curves, grid), strict=True)
-        for joules, (low, median, high) in zip(np.exp(grid).tolist(), bands, strict=True):
-            rows.append(_point(entry, len(curves), joules=joules, low=low, median=median, high=high))
+        for log_joules, values in _along(curves) if curves else ():
+            spread = _spread(values)
+            rows.append(_point(entry, len(curves), joules=math.exp(log_joules), there=len(values), **spread))
 
     def draw(axes: Axes) -> None:
         _draw_bands(axes, entries, rows, "joules")
@@ -245,11 +262,10 @@ def _epochs(entries: Sequence[Entry]) -> Plot:
     """Validation accuracy after each data pass; an arm's line ends with its first run."""
     rows: list[Row] = []
     for entry in entries:
-        curves = [np.array([epoch["validation_accuracy"] for epoch in run.epochs()]) for run in entry.all_runs()]
+        curves = [[epoch["validation_accuracy"] for epoch in run.epochs()] for run in entry.all_runs()]
         for index in range(min(map(len, curves))):
             values = [curve[index] for curve in curves]
-            bands = {"low": min(values), "median": float(np.median(values)), "high": max(values)}
-            rows.append(_point(entry, len(curves), epoch=index + 1, **bands))
+            rows.append(_point(entry, len(curves), epoch=index + 1, **_spread(values)))
 
     def draw(axes: Axes) -> None:
         _draw_bands(axes, entries, rows, "epoch")

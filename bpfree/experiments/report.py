@@ -103,6 +103,7 @@ def _plan(name: str, plan: Plan) -> str:
         for setting, by_arm in unequal.items():
             words = ", ".join(f"{label} {value}" for label, value in by_arm.items())
             facts.append((f"unequal on {network}: {setting}", words))
+    facts += [(f"{arm.label} on {arm.config.network}", arm.skipped or arm.origin) for arm in plan.arms]
     lines = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in facts if v not in ("", None))
     return f"<h2>Comparison {escape(name)}</h2>\n<table>{lines}</table>"
 

@@ -372,7 +372,7 @@ def _train(
                 progress = trainer.run()
         except InterruptedRunError as error:
             how = f"the run is saved, go on with: bpfree run --resume {folder.path}"
-            raise InterruptedRunError(f"{error} ({stop.name or 'asked by another rank'}); {how}") from None
+            raise InterruptedRunError(f"{error.where} ({stop.name or 'asked by another rank'})", how) from None
         except TrainingError:
             if keep_model and trainer.has_best:
                 team.collect(learner)

@@ -57,7 +57,10 @@ class Equivalence:
 
 @dataclass(frozen=True)
 class ToAccuracy:
-    """What one run spent to reach a target or, if not `reached`, at least spent without; None if not measured."""
+    """What one run spent to reach a target or, if not `reached`, at least spent without; None if not measured.
+
+    A run that failed would not have reached it for any number of joules: it has infinitely many.
+    """
 
     joules: float | None
     reached: bool
@@ -172,22 +175,25 @@ def reached(runs: Sequence[ToAccuracy]) -> Reached:
 
     It is the smallest number of joules by which half of the runs got there, if a run that stopped short would have
     gone on like the others. Where only the last run tells, as when most have stopped short before, there is the bound,
-    which needs no such assumption: the (lower) median of the joules spent.
+    which needs no such assumption: the (lower) median of the joules spent, of runs that did not fail if most did.
     """
     k, n = sum(run.reached for run in runs), len(runs)
     measured = [(run.joules, not run.reached) for run in runs if run.joules is not None]
-    if not measured:
-        return Reached(k, n, n, None, None)
+    finite = [joules for joules, _ in measured if math.isfinite(joules)]
+    unmeasured = n - len(measured)
+    if not finite:
+        return Reached(k, n, unmeasured, None, None)
     from scipy.stats import CensoredData, ecdf
 
     spent, censored = zip(*measured, strict=True)
-    left = ecdf(CensoredData.right_censored(spent, censored)).sf
+    seen = [min(joules, max(finite)) for joules in spent]  # nothing is known to happen behind the last of them
+    left = ecdf(CensoredData.right_censored(seen, censored)).sf
     halved = left.probabilities <= 0.5 + 1e-9  # a product that is one half may come out above it
     if halved.any():
         median = float(left.quantiles[halved.argmax()])
         if k == n or sum(joules >= median for joules in spent) >= FEW_LEFT:
-            return Reached(k, n, n - len(measured), median, None)
-    return Reached(k, n, n - len(measured), None, statistics.median_low(spent))
+            return Reached(k, n, unmeasured, median, None)
+    return Reached(k, n, unmeasured, None, statistics.median_low(spent if 2 * len(finite) > len(spent) else finite))
 
 
 def relative_change(ours: float, baseline: float) -> float:

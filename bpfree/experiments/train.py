@@ -140,9 +140,19 @@ class NoMeter:
 
 
 class InterruptedRunError(BpfreeError):
-    """Training was asked to stop and its state has been saved. Exit code 130."""
+    """Training was asked to stop and its state has been saved. Exit code 130.
+
+    Args:
+        where: what was stopped, and by what.
+        how: how to go on. Whatever trained as a part of something larger goes on with that: who catches the error of a
+            part raises another one, with the same `where`.
+    """
 
     exit_code = EXIT_STOPPED
+
+    def __init__(self, where: str, how: str | None = None) -> None:
+        super().__init__(where if how is None else f"{where}; {how}")
+        self.where = where
 
 
 @dataclass

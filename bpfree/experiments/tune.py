@@ -139,6 +139,7 @@ class TuneConfig:
 def study_name(base: RunConfig, *, convergence: bool = False, pareto: bool = False, target: float | None = None) -> str:
     """The usual name of a study, fit for files."""
     words = [base.dataset, algorithm(base.algorithm).alias, base.network]
+    words += [] if base.task == RunConfig.task else [base.task]
     words += ["convergence"] if convergence else []
     words += ["pareto"] if pareto else []
     words += [] if target is None else [f"to-{target:g}"]
@@ -460,8 +461,8 @@ def _search(
             raise TrainingError(f"workers died and left {len(left)} trials; the same command goes on")
     except InterruptedRunError as error:
         done = f"{len(study.ended())} of {config.trials} trials are done"
-        where = str(error).split("; ")[0]  # a trial is no run to be resumed by itself
-        raise InterruptedRunError(f"{where}; {done}, the same command goes on") from None
+        # a trial is no run to be resumed by itself
+        raise InterruptedRunError(error.where, f"{done}, the same command goes on") from None
     finally:
         record = _write_record(config, study, folder, space, len(devices), devices)
     return record
@@ -708,4 +709,5 @@ def _preset(
         network=config.base.network,
         parameters=chosen.parameters,
         training=differing(chosen.training),
+        task=config.base.task,
     )

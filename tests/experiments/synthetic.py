@@ -75,6 +75,7 @@ def make_run(
         "j_per_sample": None if joules is None else joules / 1e6,
         "source": {},
     }
+    accuracies = [value for _, value in curve]
     summary = {
         "algorithm": config.algorithm,
         "dataset": dataset,
@@ -86,14 +87,14 @@ def make_run(
         "test_accuracy": accuracy,
         "test_loss": 1.0,
         "test_diagnostics": {},
-        "validation_accuracy": max(value for _, value in curve),
+        "validation_accuracy": max(accuracies),
         "passes": len(curve),
         "updates": 100 * len(curve),
         "seconds": seconds,
         "energy": energy,
         "memory": {"peak_mib": mib, "device_mib": mib + 1000, "method": "torch allocator"},
         "peak_memory_mib": mib,
-        "stages": [{"stage": "all", "epochs": len(curve), "best_epoch": len(curve)}],
+        "stages": [{"stage": "all", "epochs": len(curve), "best_epoch": 1 + accuracies.index(max(accuracies))}],
         "flops": flops,
         "forward_flops": 28_330_000,
         "blocks": int(network.split(":")[1].split("x")[0]),

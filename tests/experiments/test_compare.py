@@ -22,10 +22,12 @@ from bpfree.cli import cli
 from bpfree.data import Dataset, load
 from bpfree.errors import CheckpointError, UsageError, WriteError, cannot_write
 from bpfree.experiments import compare as comparisons
-from bpfree.experiments.arms import interleaved, make_arms, unequal_settings
+from bpfree.experiments.arms import interleaved, make_arms, split_arms, unequal_settings
+from bpfree.experiments.collect import collect
 from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
 from bpfree.experiments.records import CONFIG, METRICS, SUMMARY, RunFolder, find_runs
 from bpfree.experiments.run import Reporter
+from bpfree.experiments.study_tables import make_tables
 from bpfree.experiments.train import InterruptedRunError
 
 TRAINING = {"epochs": 2, "batch_size": 64}
@@ -89,14 +91,86 @@ def test_arms_take_presets_files_and_settings(tmp_path: Path) -> None:
         (["mf@backprop-cifar10"], "is for bp, not for mf"),
         (["mf:rate=1"], "unknown setting of mono_forward 'rate'"),
         (["mf:patience"], "key=value"),
+        (["mf::patience=4"], "key=value"),
         (["mf:patience=many"], "patience takes a whole number"),
         (["mf", "mono_forward"], "same configuration"),
-        (["mf", "mf@mono_forward-digits"], "same configuration"),
+        (["mono_forward@mono_forward-digits", "mf@mono_forward-digits"], "same configuration"),
     ],
 )
 def test_bad_arms_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_arms(texts, "digits")
+
+
+def test_commas_and_colons_between_quotes_belong_to_a_value(tmp_path: Path) -> None:
+    assert split_arms(" bp ,mf:patience=4:lr=1,, ") == ["bp", "mf:patience=4:lr=1"]
+    assert split_arms("""man:ends="1,3":head='a,b',bp""") == ["""man:ends="1,3":head='a,b'""", "bp"]
+    folder = tmp_path / "a, b: c"
+    folder.mkdir()
+    (folder / "tuned.toml").write_text(
+        'description = "mine"\nsource = "mine"\nalgorithm = "man"\ndataset = "cifar10"\nnetwork = "resnet:20"\n'
+    )
+    texts = split_arms(f"""man@none:ends="3,9":patience=4,man@'{folder}/tuned.toml':k=2""")
+    quoted, filed = make_arms(texts, "cifar10", "resnet:20")
+    assert (quoted.label, filed.label) == tuple(texts)
+    assert (quoted.config.parameters, quoted.config.training.patience) == ({"ends": "3,9"}, 4)
+    assert (filed.config.preset, filed.config.parameters) == ("tuned", {"k": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bp,man:ends=3,7,15", """'7' is no rule; .* --algos 'man:ends="3,7,15"'"""),
+        ("man:k=2:ends=3,7,bp", """--algos 'man:k=2:ends="3,7"'"""),
+        ('man:ends="3,7', "a quote without its end"),
+        ("man:ends=3,7',bp", "a quote without its end"),
+    ],
+)
+def test_a_value_with_commas_is_refused_unless_quoted(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        split_arms(text)
+
+
+NAMED = "ff@forward_forward-mnist"
+
+
+def test_the_stopping_rule_is_that_of_the_comparison_unless_a_preset_is_named() -> None:
+    """Forward-Forward's preset has 60 epochs and no early stopping; the baseline would have 100 and patience 20."""
+
+    def stops(text: str, dataset: str = "digits", **training: Any) -> tuple[int, int, float]:
+        (arm,) = make_arms([text], dataset, training=training)
+        assert arm.config.preset is not None
+        found = arm.config.training
+        return found.epochs, found.patience, found.min_delta
+
+    assert stops("ff") == stops("bp@backprop-cifar10", "digits") == (100, 20, 0.0)
+    assert make_arms(["ff"], "digits")[0].config.training.lr_schedule == "cooldown"  # which goes with its learning rate
+    assert stops("ff@forward_forward-digits") == (60, 60, 0.0)
+    assert stops("ff:patience=7") == (100, 7, 0.0)
+    assert stops("ff:patience=7", patience=3, epochs=4, min_delta=0.5) == (4, 7, 0.5)
+    assert stops("ff@forward_forward-digits", patience=3) == (60, 3, 0.0)
+    held_out = {text: make_arms([text], "mnist")[0].config.training.validation for text in ("ff", "bp", NAMED)}
+    assert held_out == {"ff": None, "bp": None, NAMED: 10000}  # the data set's own, unless the preset is named
+    assert stops("fgnn", "cora") == stops("bp", "cora") == (500, 100, 0.0)  # epochs of a single step
+
+
+def test_the_data_set_is_that_of_the_presets_named() -> None:
+    assert {arm.config.dataset for arm in make_arms(["mf@mono_forward-mnist", "bp"])} == {"mnist"}
+    assert make_arms(["mf@mono_forward-mnist"], "digits")[0].config.dataset == "digits"
+    assert make_arms(["mf@none", "bp"])[0].config.dataset == "digits"
+    with pytest.raises(UsageError, match="for mnist and cifar10; choose with --dataset"):
+        make_arms(["mf@mono_forward-mnist", "bp@backprop-cifar10"])
+
+
+def test_the_task_is_that_of_the_presets_named() -> None:
+    """A baseline that told classes apart would be compared by its accuracy with the others' R squared."""
+    arms = make_arms(["ccl@counter_current-digits-autoencode", "bp"])
+    assert [(arm.config.task, arm.config.network) for arm in arms] == [("autoencode", "autoencoder:16x32")] * 2
+    assert arms[1].config.preset == "backprop-digits-autoencode"
+    assert not any(arm.config.training.standardize for arm in arms)
+    assert {arm.config.task for arm in make_arms(["ccl", "bp"])} == {"classify"}
+    with pytest.raises(UsageError, match="for autoencode and classify; compare arms of one task"):
+        make_arms(["ccl@counter_current-digits-autoencode", "bp@backprop-mnist"])
 
 
 def test_without_a_network_each_rule_has_its_own_and_the_baseline_all() -> None:
@@ -190,6 +264,23 @@ def test_matched_passes_need_a_baseline(tmp_path: Path, digits: Dataset) -> None
     outcome = failing.run()
     assert outcome.done == 0
     assert {skipped["reason"] for skipped in outcome.skipped} == {"dfa has no run whose passes could be matched"}
+
+
+def test_tuned_arms_train_for_the_passes_of_their_own_presets(tmp_path: Path, digits: Dataset) -> None:
+    root = tmp_path / "c"
+    said: list[str] = []
+    texts = ("mf:passes=3:lr_schedule=cosine", "bp:passes=2")
+    tuned = comparison(root, digits, *texts, protocols=("tuned",), say=said.append)
+    assert tuned.run() == Outcome(done=4)
+    assert not any("only --protocol tuned" in line for line in said)
+    assert slots(root) == {("mf", 3, seed): 1 for seed in (0, 1)} | {("bp", 2, seed): 1 for seed in (0, 1)}
+    (row,) = make_tables(["T3"], collect(root))[0].rows
+    assert (row["algorithm"], row["protocol"], row["n"]) == ("mf:passes=3:lr_schedule=cosine", "tuned", 2)
+    comparison(root, digits, *texts, seeds=(0,), protocols=("own",), say=said.append).run()
+    assert "note: bp:passes=2 is set to 2 passes, which only --protocol tuned keeps" in said
+    with pytest.raises(UsageError, match=r"bp does not say for how many data passes; .* bp:passes=N"):
+        comparison(tmp_path / "d", digits, "mf:passes=3", "bp", protocols=("tuned",))
+    assert not (tmp_path / "d").exists()
 
 
 # Going on
@@ -324,6 +415,51 @@ def test_a_full_disk_stops_everything_and_is_no_failure_of_an_arm(
     assert comparison(tmp_path, digits, protocols=["own"]).run() == Outcome(done=4)
 
 
+def test_where_hyperparameters_come_from_is_told(tmp_path: Path) -> None:
+    told = bpfree(
+        "compare", "--algos", "mf,mf@none:patience=4,ff,bp", "--network", "mlp:2x1000", "--budget", "0",
+        "--device", "cpu", "--energy", "none", "--results", str(tmp_path),
+    ).stderr  # fmt: skip
+    assert "mf on mlp:2x1000 takes preset mono_forward-digits\n" in told
+    assert "mf@none:patience=4 on mlp:2x1000 takes the rule's defaults\n" in told
+    assert "ff on mlp:2x1000 takes the rule's defaults; there is ff@forward_forward-digits of mlp:3x300\n" in told
+    assert "bp on mlp:2x1000 takes the rule's defaults\n" in told
+
+
+@pytest.mark.parametrize(
+    ("arms", "network"),
+    [
+        ("cafo,cafo@cafo-digits-ce,cafo@cafo-digits-ce:block_training=dfa,bp", "cnn:cafo"),
+        ("ff@forward_forward-digits,bp", "mlp:4x20"),
+        (
+            "mf:schedule=simultaneous,mf:schedule=sequential,mf:schedule=sequential:cache=false,bp-ds,mf-joint,bp",
+            "mlp:3x20",
+        ),
+        ("ff,mf,cafo,ccl,noprop,man,bp", None),
+    ],
+)
+def test_arms_of_every_rule_end_in_all_tables_and_a_report(arms: str, network: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    options = [] if network is None else ["--network", network]
+    done = bpfree(
+        "compare", "--algos", arms, *options, "--seeds", "1", "--epochs", "1", "--target", "5", "--warm-up", "0",
+        "--energy", "simulated", "--device", "cpu", "--results", str(tmp_path), "--quiet",
+    )  # fmt: skip
+    assert (done.exit_code, done.stderr) == (0, "")
+    labels = [label for label in arms.split(",") if label != "bp"]
+    printed = json.loads(bpfree("table", str(tmp_path), "-t", "all", "--format", "json").stdout)
+    tables = {table["table"]: table["rows"] for table in printed}
+    for name, protocols in {"T3": 2, "T4": 1, "T5": 1, "T7": 2, "T9": 2}.items():
+        assert [row["algorithm"] for row in tables[name]] == labels * protocols, name
+    for name in ("T1", "T2"):
+        assert {row["algorithm"] for row in tables[name]} == {*labels, "bp"}
+        assert not any(row.get("status") for row in tables[name])
+    networks = {row["network"] for row in tables["T3"]}
+    assert len(networks) == (1 if network else 5)  # Mono-Forward and MAN have one in common
+    page = bpfree("report", str(tmp_path)).stdout.strip()
+    assert all(f'<h2 id="{name}">' in Path(page).read_text() for name in ("T1", "T2", "T3", "T4", "T5", "T7", "T9"))
+
+
 def test_quiet_comparisons_say_what_failed(tmp_path: Path) -> None:
     command = ("compare", "--algos", "bp:lr=1e30,bp", "--seeds", "1", "--protocol", "own", *QUICK, "-q")
     result = bpfree(*command, "--results", str(tmp_path))
@@ -415,6 +551,7 @@ def test_a_defect_in_one_arm_is_a_failure_of_that_arm(
         (("--algos", "mf:lr=-1,bp",), "lr"),
         (("--algos", "fgnn",), "nothing to run"),
         (("--algos", ",",), "names no arm"),
+        (("--algos", "bp,man:ends=3,7",), """--algos 'man:ends="3,7"'"""),
         (("--algos", "mf,bp", "--protocol", "own", "--passes", "3"), "--passes belongs to matched"),
         (("--algos", "mf,bp", "--idle-seconds", "3"), "takes 10 or more"),
     ],

@@ -95,15 +95,38 @@ def test_what_is_drawn(plots: list[Plot]) -> None:
 def test_bands_over_joules(plots: list[Plot]) -> None:
     """At j joules a run is at 40 % + 4 j / step; steps are 100, 110, 120 J and the cheapest run ends at 500 J."""
     rows = [row for row in named(plots, "3x2000", "accuracy-joules").rows if row["arm"] == "bp"]
-    assert rows[0]["joules"] == pytest.approx(120)  # the last of the first validations
-    assert rows[-1]["joules"] == pytest.approx(500)
     assert {row["n"] for row in rows} == {3}
-    for row in rows:
+    assert (rows[0]["joules"], rows[-1]["joules"]) == (pytest.approx(100), pytest.approx(600))
+    assert [row["joules"] for row in rows] == sorted(row["joules"] for row in rows)
+    together = [row for row in rows if row["there"] == 3]
+    assert together[0]["joules"] == pytest.approx(120)  # the last of the first validations
+    assert together[-1]["joules"] == pytest.approx(500)
+    for row in together:
         for name, step in (("high", 100), ("median", 110), ("low", 120)):
             # between validations a straight line in log joules, which lies above the one in joules
             exact = 40 + 4 * row["joules"] / step
             assert exact - 1e-9 <= row[name] <= exact + 0.5
-    assert rows[-1]["high"] == pytest.approx(60)
+    assert together[-1]["high"] == pytest.approx(60)
+    assert (rows[0]["there"], rows[0]["low"], rows[0]["high"]) == (1, pytest.approx(44), pytest.approx(44))
+    assert (rows[-1]["there"], rows[-1]["low"]) == (1, pytest.approx(60))
+
+
+def test_runs_that_are_never_at_the_same_joules_are_drawn_all_the_same(tmp_path: Path) -> None:
+    """One run ends before the first validation of the next one; a third one has a single validation."""
+    curves = ([(None, 30), (100, 40), (200, 50)], [(None, 35), (1000, 60), (2000, 70)], [(None, 20), (None, 90)])
+    for seed, curve in enumerate(curves):
+        make_run(tmp_path, "mf", seed, joules=(300, 3000, 9000)[seed], curve=curve)
+    plot = named(make_plots(collect(tmp_path)), "accuracy-joules")
+    assert {row["n"] for row in plot.rows} == {3}
+    known = {round(row["joules"], 6): row for row in plot.rows if row["there"]}
+    assert {row["there"] for row in known.values()} == {1}
+    ends = {100: 30, 300: 50, 1000: 35, 3000: 70, 9000: 90}
+    assert {at: known[at]["median"] for at in ends} == pytest.approx(ends)
+    gaps = [row for row in plot.rows if not row["there"]]
+    assert gaps
+    assert all(300 < row["joules"] < 1000 or 3000 < row["joules"] < 9000 for row in gaps)
+    assert all(row["low"] is row["median"] is row["high"] is None for row in gaps)
+    assert shows(plot.image("png"), color("mf"))  # the marker of the single validation
 
 
 def test_idle_and_dynamic_add_up(plots: list[Plot]) -> None:

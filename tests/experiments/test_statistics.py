@@ -333,6 +333,14 @@ def test_unmeasured_runs_count_but_give_no_joules() -> None:
     assert reached([]) == Reached(0, 0, 0, None, None)
 
 
+def test_runs_that_failed_stay_at_risk_for_ever() -> None:
+    failed = [ToAccuracy(math.inf, False)] * 4
+    assert reached([*runs(done=[3, 4, 5, 6, 7], stopped=[]), *failed]) == Reached(5, 9, 0, 7.0, None)
+    assert reached([*runs(done=[3, 4, 5], stopped=[]), *failed]) == Reached(3, 7, 0, None, 4.0)
+    assert reached([*runs(done=[3, 4], stopped=[1, 2, 6]), *failed]) == Reached(2, 9, 0, None, 6.0)
+    assert reached(failed) == Reached(0, 4, 0, None, None)
+
+
 def test_p_of_no_difference_is_right_as_often_as_it_says() -> None:
     """Type I error of the paired t test on normal differences, and power against a large one."""
     draws = np.random.default_rng(1).normal(size=(2000, 10))

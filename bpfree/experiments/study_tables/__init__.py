@@ -1,0 +1,62 @@
+"""Tables T1 to T8, those of the reference study with every extra column to the right, and T9, made from records.
+
+A row holds plain numbers under plain names, which is what JSON and CSV give; for people a column joins some of them.
+Changes against the baseline come from paired seeds: accuracy as the mean difference, all else as the geometric mean of
+ratios, with 95 % intervals by paired bootstrap. Published rows have what was printed, and changes of printed means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bpfree.errors import unknown_name
+from bpfree.experiments.collect import Entry
+from bpfree.experiments.study_tables.changes import changes
+from bpfree.experiments.study_tables.columns import COLUMNS, TITLES
+from bpfree.experiments.study_tables.factors import factors
+from bpfree.experiments.study_tables.per_arm import bill, efficiency, performance
+from bpfree.experiments.study_tables.protocols import ladder, matched, own_convergence
+from bpfree.experiments.study_tables.table import Table
+from bpfree.experiments.study_tables.to_accuracy import to_accuracy
+
+__all__ = ["COLUMNS", "TITLES", "Table", "make_tables"]
+
+
+def make_tables(
+    names: Sequence[str],
+    entries: Sequence[Entry],
+    *,
+    tuning: Sequence[Mapping[str, Any]] = (),
+    with_reference: bool = False,
+    targets: Sequence[float] = (),
+    intensity: Mapping[str, Any] | None = None,
+) -> list[Table]:
+    """The tables called `names`.
+
+    Args:
+        names: "T1" to "T9".
+        entries: arms, from `collect`.
+        tuning: records of `bpfree tune`.
+        with_reference: lay the published numbers beside ours.
+        targets: accuracies for T7, %, instead of those fixed by the comparison.
+        intensity: from `carbon_intensity`, for CO2 equivalents of measured joules where the runs recorded none.
+
+    Raises:
+        UsageError: there is no such table, or a baseline is not clear.
+    """
+    makers: dict[str, Callable[[], Table]] = {
+        "T1": lambda: performance(entries, with_reference),
+        "T2": lambda: efficiency(entries, with_reference, intensity),
+        "T3": lambda: changes(entries, with_reference),
+        "T4": lambda: matched(entries, with_reference),
+        "T5": lambda: own_convergence(entries, with_reference),
+        "T6": lambda: ladder(entries, with_reference),
+        "T7": lambda: to_accuracy(entries, targets),
+        "T8": lambda: bill(tuning),
+        "T9": lambda: factors(entries, with_reference),
+    }
+    for name in names:
+        if name not in makers:
+            raise unknown_name("table", name, makers)
+    return [makers[name]() for name in names]
