@@ -303,7 +303,8 @@ class CounterCurrent(Learner):
     @staticmethod
     def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """How activations are compared, and the length at which gradients are clipped."""
-        comparable = SIMILARITIES if fixed.get("decorrelation") is None else ("cosine",)
+        cosine_only = fixed.get("decorrelation") is not None or fixed.get("classes") == 0  # templates are of classes
+        comparable = ("cosine",) if cosine_only else SIMILARITIES
         return {
             "similarity": trial.suggest_categorical("similarity", comparable),
             "clip": trial.suggest_float("clip", 0.1, 1.0, log=True),

@@ -329,8 +329,8 @@ class Learner(nn.Module, ABC):
 
         Args:
             trial: asked for values.
-            fixed: keyword arguments that go with them, of a preset or the user; nothing is suggested that the learner
-                refuses beside them.
+            fixed: keyword arguments that go with them, of a preset or the user, and `classes=0` in the task
+                "autoencode"; nothing is suggested that the learner refuses beside them.
         """
 
     @classmethod

@@ -134,7 +134,8 @@ def suggest(trial: FullTrial, base: RunConfig, shared: SharedSpace, given: Mappi
     # a preset's own rates are searched too; where they would have no effect they must not stay behind
     fixed = {name: value for name, value in base.parameters.items() if name in given or name not in PARAMETERS}
     learner = algorithm(base.algorithm).learner
-    parameters = {**fixed, **learner.search_space(pinned, fixed)}
+    known = {**fixed, "classes": 0} if base.task == "autoencode" else fixed
+    parameters = {**fixed, **learner.search_space(pinned, known)}
     found = shared.suggest(pinned, learner.idle(parameters))
     parameters.update({name: found.pop(name) for name in PARAMETERS if name in found})
     return replace(base, parameters=parameters, training=replace(base.training, **found))

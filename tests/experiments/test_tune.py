@@ -122,16 +122,21 @@ def drawn(base: RunConfig, given: Mapping[str, Any], seed: int) -> tuple[Learner
     trial = Draw(seed)
     chosen = suggest(trial, replace(base, parameters={**base.parameters, **given}), SharedSpace(), given)
     rule = algorithm(base.algorithm)
-    classes = 2 if base.parameters.get("variant", "").startswith("link") else 3
-    shape = (4,) if rule.alias == "fgnn" else (1, 4, 4)
-    network = build_network(SMALL.get(rule.alias, "mlp:2x8"), shape)
+    if base.task == "autoencode":
+        shape: tuple[int, ...] = (1, 8, 8)
+        classes = 0
+        network = build_network(base.network, shape)
+    else:
+        classes = 2 if base.parameters.get("variant", "").startswith("link") else 3
+        shape = (4,) if rule.alias == "fgnn" else (1, 4, 4)
+        network = build_network(SMALL.get(rule.alias, "mlp:2x8"), shape)
     return rule.build(network, classes, shape, **chosen.parameters), trial.asked, chosen.parameters
 
 
 @pytest.mark.parametrize("rule", SEARCHING)
 def test_every_draw_beside_every_preset_makes_a_learner(rule: str) -> None:
     bases = [resolve(rule, preset="none")]
-    bases += [resolve(preset=name) for name, p in presets().items() if p.algorithm == rule and p.task == "classify"]
+    bases += [resolve(preset=name) for name, preset in presets().items() if preset.algorithm == rule]
     assert rule == "noprop-bp" or len(bases) > 1
     for base in bases:
         for seed in range(12):
