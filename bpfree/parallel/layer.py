@@ -271,7 +271,8 @@ class LayerTeam(Team):
     @contextmanager
     def assembled(self, learner: Learner) -> Iterator[None]:
         for part in self._frozen.modules if self._frozen is not None else ():
-            part.to(self._ranks.device)
+            for tensor in (*part.parameters(), *part.buffers()):  # `part.to` would make other buffers, without owner
+                tensor.data = tensor.data.to(self._ranks.device)
         try:
             yield
         finally:
@@ -360,15 +361,17 @@ class LayerTeam(Team):
 
     def drain(self) -> None:
         """Wait until everything that was sent has arrived."""
-        for link in (self._after, self._back_before):
-            if link is not None:
-                link.room(0)
+        if self._after is not None:
+            self._after.room(0)
 
     def _update(self, batch: Batch) -> Metrics:
         """One step of this rank's units; the metrics of others are zero."""
         kind = "step", len(batch[1])
         self._lend()
         signal = self._next_signal(kind)
+        if self._back_before is not None:
+            # taken before this rank fills its device again: the rank before waits for it, and has sent the signal
+            self._back_before.room(0)
         slot, self._steps = self._steps % SLOTS, self._steps + 1
         if self._after is not None:
             self._after.room()
@@ -403,7 +406,6 @@ class LayerTeam(Team):
     def _lend(self) -> None:
         """Send the rank before what it borrows, as it is now."""
         if self._back_before is not None:
-            self._back_before.room()
             message = torch.cat([parameter.detach().flatten() for parameter in self._lent])
             self._back_before.send("borrowed", (message,))
 

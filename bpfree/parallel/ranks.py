@@ -85,7 +85,7 @@ class Ranks:
             self._groups: list[dist.ProcessGroup] = []
             world = dist.group.WORLD
             self._control = self._keep(world)
-            self._everyone = self._keep(dist.new_group(backend="nccl", timeout=timeout)) if cuda else self._control
+            self._everyone = self._keep(self._new_group()) if cuda else self._control
             self._members = list(range(self.size))
             self._parts = [self._members]
             self.add([0.0])  # connected; one that leaves at once would else be looked for in vain by those that are not
@@ -138,9 +138,18 @@ class Ranks:
             some._everyone = everyone
         return some
 
+    def _new_group(self, members: list[int] | None = None) -> dist.ProcessGroup:
+        """A group of some processes, or of all, for tensors on their devices."""
+        options = None
+        if self._backend == "nccl":
+            # messages before arithmetic: a kernel of NCCL finds no place on a GPU that learning fills
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = self._timeout  # PyTorch warns where it is not that of the argument
+        return dist.new_group(members, backend=self._backend, timeout=self._timeout, pg_options=options)
+
     def _group(self, parts: list[list[int]]) -> int | None:
         """A group for tensors in each of some parts, which all processes make; the number of this process's, if any."""
-        groups = [dist.new_group(part, backend=self._backend, timeout=self._timeout) for part in parts]
+        groups = [self._new_group(part) for part in parts]
         me = self.among_all(self.rank)
         return next((self._keep(group) for group, part in zip(groups, parts, strict=True) if me in part), None)
 

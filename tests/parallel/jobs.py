@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpfree.algorithms import Learner, algorithm
 from bpfree.data.batches import Batches
@@ -211,6 +211,49 @@ def draws(ranks: Ranks) -> list[float]:
     stream = next(module for module in learner.modules() if isinstance(module, Stream))
     drawn: list[float] = stream.uniform((4,), torch.float64).tolist()
     return drawn
+
+
+def moved_by_looking(ranks: Ranks) -> int:
+    """How many parameters and buffers are others after all frozen parts were on this rank's device to look at data."""
+    learner = make_learner("cafo", "cnn-bn", {"loss": "ce", "optimizer": "adam"})
+    team = spread_over(ranks, Spread("layer"), learner, next(iter(samples(BATCH, 0).in_order(BATCH))), **SAMPLED)
+
+    def to(module: nn.Module, device: torch.device) -> nn.Module:
+        """Between two devices PyTorch makes other buffers."""
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.clone()
+        return module
+
+    before = [*learner.parameters(), *learner.buffers()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "to", to)
+        with team.assembled(learner):
+            pass
+    return sum(old is not new for old, new in zip(before, (*learner.parameters(), *learner.buffers()), strict=True))
+
+
+def lent_while_learning(ranks: Ranks) -> list[int]:
+    """How many messages to the rank before are under way when this rank's units begin to learn, by steps."""
+    learner = make_learner("man", "cnn-bn", {"optimizer": "adam", "lr": 0.01, "head_pool": "flatten"})
+    batch = next(iter(samples(BATCH, 0).in_order(BATCH)))
+    team = spread_over(ranks, Spread("layer"), learner, batch, **SAMPLED)
+    assert isinstance(team, LayerTeam)
+    (stage,) = team.stages(learner)
+    under_way: list[int] = []
+    learn = layer._Eager.learn
+
+    def noted(part: Any, *given: Any) -> Any:
+        under_way.append(-1 if team._back_before is None else len(team._back_before._sent))
+        return learn(part, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer._Eager, "learn", noted)
+        team.expect(3)
+        for _ in range(3):
+            stage.step(batch)
+        team.drain()
+    return under_way
 
 
 def sent_from_buffers(ranks: Ranks, *, rule: str, options: dict[str, Any], cut: tuple[int, ...]) -> tuple[int, int]:

@@ -444,6 +444,15 @@ def test_what_a_graph_hands_on_does_not_lie_in_the_memory_of_graphs(
         assert tensor.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
 
 
+def test_looking_at_data_leaves_every_tensor_with_its_owner(pool: Pool) -> None:
+    assert pool.run(2, jobs.moved_by_looking) == [0, 0]
+
+
+def test_what_a_rank_lends_has_been_taken_when_it_learns(pool: Pool) -> None:
+    """On a GPU that learning fills, the message would wait for its end, and the rank before for the message."""
+    assert pool.run(3, jobs.lent_while_learning) == [[-1, -1, -1], [0, 0, 0], [0, 0, 0]]
+
+
 def test_small_messages(pool: Pool) -> None:
     found = pool.run(3, jobs.agree)
     assert found == [[(True, False), [4.5, 3.0, None], "from 0", [0, 1, 4]]] * 3
