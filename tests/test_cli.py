@@ -98,6 +98,7 @@ def test_several_seeds_are_several_objects(tmp_path: Path) -> None:
         (("run", "--network", "mlp:1x99999999999"), 1, "not that much memory; use a smaller network"),
         (("plan", "--gpus", "2", "--network", "mlp:1x99999999999"), 1, "not that much memory"),
         (("table", "--format", "json", "--columns", "accuracy"), 2, "--format json has everything"),
+        (("table", ".", "-t", "T1", "--leave-out", "search"), 2, "--leave-out is for the plain list"),
         (("run", "--network", "cnn:mf"), 2, "too small for 4 pooled blocks"),
         (("run", "--batch-size", "5000"), 1, "do not fill one batch of 5000"),
         (("run", "--energy", "nvml", "--device", "cpu"), 2, "nvml"),
@@ -226,6 +227,27 @@ def test_resume_takes_the_run_as_it_was() -> None:
         result = bpfree("run", "--resume", "somewhere", *option)
         assert result.exit_code == 2
         assert f"leave out {option[0]}" in result.stderr
+
+
+def test_runs_of_presets_are_laid_beside_what_was_published(tmp_path: Path) -> None:
+    study = Path(__file__).parent.parent / "results" / "noprop"
+    options = ("--with-reference", "--format", "json")
+    rows = json.loads(bpfree("table", str(study), *options).stdout)
+    assert {row["preset"]: row["published_accuracy"] for row in rows}["noprop-cifar10"] == 79.25
+    assert all(row["published_accuracy"] for row in rows)
+    assert "| published, % |" in bpfree("table", str(study), "--with-reference", "--format", "markdown").stdout
+    assert "published" not in bpfree("table", str(study), "--format", "markdown").stdout
+
+    bpfree(*QUICK, "--results", str(tmp_path / "kept"))
+    bpfree(*QUICK, "--results", str(tmp_path / "searched" / "more"))
+    ((run,),) = (
+        row["runs"]
+        for row in json.loads(bpfree("table", str(tmp_path), "--format", "json", "--leave-out", "searched").stdout)
+    )
+    assert run.startswith("kept/")
+    nothing = bpfree("table", str(tmp_path), *options)
+    assert nothing.exit_code == 1
+    assert "is a preset, unchanged, for which an accuracy was published" in nothing.stderr
 
 
 def test_tables_of_nothing_say_so(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from bpfree import data
 from bpfree.algorithms import ALGORITHMS
 from bpfree.cli.base import Command, format_option, study_options, warn
 from bpfree.energy.carbon import carbon_intensity
-from bpfree.errors import UsageError, unknown_name
+from bpfree.errors import DataError, UsageError, unknown_name
 from bpfree.experiments.config import presets
 from bpfree.experiments.tables import (
     COLUMNS,
+    PUBLISHED,
     csv_table,
     latex_table,
     markdown_table,
@@ -76,6 +78,7 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
             "algorithm": entry.algorithm,
             "dataset": entry.dataset,
             "network": entry.network,
+            "published, %": "" if entry.published is None else f"{entry.published:.2f}",
             "description": entry.description,
         }
         for entry in presets().values()
@@ -93,7 +96,17 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
     help="A table of the energy study (repeatable), or 'all'.",
 )
 @click.option("--columns", metavar="A,B,..", help="Columns of the plain list, in this order (not for json).")
-@click.option("--with-reference", is_flag=True, help="Lay the published tables beside ours.")
+@click.option(
+    "--with-reference",
+    is_flag=True,
+    help="Lay published numbers beside ours; of the plain list, show what has one.",
+)
+@click.option(
+    "--leave-out",
+    multiple=True,
+    metavar="FOLDER",
+    help="Plain list: a folder under ROOT that is not looked at, such as that of a search (repeatable).",
+)
 @study_options
 @click.option("--target", "targets", type=click.FloatRange(0, 100), multiple=True, help="T7: accuracies to reach, %.")
 @click.option("--carbon", metavar="COUNTRY", help="T2: CO2 equivalents of measured energy; ISO code such as POL.")
@@ -103,6 +116,7 @@ def table(
     names: tuple[str, ...],
     columns: str | None,
     with_reference: bool,
+    leave_out: tuple[str, ...],
     baseline: str | None,
     mixed_hardware: bool,
     targets: tuple[float, ...],
@@ -113,6 +127,7 @@ def table(
 
     \b
     bpfree table results                                a list of everything
+    bpfree table results --with-reference               presets as they are, beside what their papers report
     bpfree table results -t T3                          changes against back-propagation, with intervals
     bpfree table results -t all --with-reference        everything beside the published numbers
 
@@ -120,13 +135,15 @@ def table(
     ladder, T7 energy to accuracy, T8 tuning bill, T9 the factors of a difference in energy.
     """
     if not names:
-        _list_runs(root, columns, form)
+        _list_runs(root, columns, form, with_reference=with_reference, leave_out=leave_out)
         return
     from bpfree.experiments.collect import collect, tuning_records
     from bpfree.experiments.study_tables import TITLES, make_tables
 
     if columns is not None:
         raise UsageError("--columns is for the plain list; tables T1 to T9 have theirs")
+    if leave_out:
+        raise UsageError("--leave-out is for the plain list; name the folder of a comparison as ROOT")
     every = any(name.lower() == "all" for name in names)
     chosen = list(TITLES) if every else [name.upper() for name in names]
     for name in chosen:  # before runs are read, which may refuse too
@@ -151,13 +168,18 @@ def table(
     click.echo("\n\n".join(one.render(form) for one in made))
 
 
-def _list_runs(root: Path, columns: str | None, form: str) -> None:
+def _list_runs(root: Path, columns: str | None, form: str, *, with_reference: bool, leave_out: Sequence[str]) -> None:
     if form == "json" and columns is not None:
         raise UsageError("--columns is for tables; --format json has everything")
-    rows = result_rows(root, say=warn)
+    rows = result_rows(root, leave_out=leave_out, say=warn)
+    if with_reference:
+        rows = [row for row in rows if row["published_accuracy"] is not None]
+        if not rows:
+            raise DataError(f"no run under {root} is a preset, unchanged, for which an accuracy was published")
     if form == "json":
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    shown = readable(rows, columns.split(",") if columns else tuple(COLUMNS))
+    usual = [column for column in COLUMNS if with_reference or column != PUBLISHED]
+    shown = readable(rows, columns.split(",") if columns else usual)
     forms = {"table": text_table, "markdown": markdown_table, "csv": csv_table, "latex": latex_table}
     click.echo(forms[form](shown))

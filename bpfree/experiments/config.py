@@ -141,7 +141,13 @@ def training_config(values: Mapping[str, Any]) -> TrainingConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """Hyperparameters with a source, for one rule, data set and network."""
+    """Hyperparameters with a source, for one rule, data set and network.
+
+    Attributes:
+        published: test accuracy, %, that was published for this rule, network and data set; with other hyperparameters,
+            splits or stopping rules perhaps, which `source` tells of.
+        published_in: where.
+    """
 
     name: str
     description: str
@@ -152,6 +158,8 @@ class Preset:
     parameters: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     task: Task = "classify"
+    published: float | None = None
+    published_in: str | None = None
 
 
 @cache
@@ -212,6 +220,15 @@ def find_preset(rule: Algorithm, dataset: str, network: str | None, task: Task =
         return presets().get(f"{rule.name}-{dataset}" + ("" if task == "classify" else f"-{task}"))
     wanted = (rule.alias, dataset, network, task)
     return next((p for p in presets().values() if (p.algorithm, p.dataset, p.network, p.task) == wanted), None)
+
+
+def published_accuracy(config: RunConfig) -> float | None:
+    """Test accuracy, %, that was published for a run like this, which must be a packaged preset unchanged."""
+    preset = presets().get(config.preset or "")
+    if preset is None or preset.published is None:
+        return None
+    plain = resolve(preset=preset.name, seed=config.seed, device=config.device, energy=config.energy)
+    return preset.published if config == plain else None
 
 
 def presets_elsewhere(rule: Algorithm, dataset: str, task: Task = "classify") -> list[Preset]:

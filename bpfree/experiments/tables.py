@@ -8,7 +8,7 @@ import json
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bpfree.errors import unknown_name
-from bpfree.experiments.config import RunConfig, differing
+from bpfree.experiments.config import RunConfig, differing, published_accuracy
 from bpfree.experiments.finished import Say, finished_runs, nothing_to_show
 
+PUBLISHED: Final = "published"
 COLUMNS: Final = {
     "dataset": "dataset",
     "network": "network",
@@ -28,6 +29,7 @@ COLUMNS: Final = {
     "settings": "settings",
     "seeds": "seeds",
     "accuracy": "test accuracy, %",
+    PUBLISHED: "published, %",
     "loss": "test loss",
     "validation": "validation accuracy, %",
     "passes": "passes",
@@ -45,7 +47,7 @@ COLUMNS: Final = {
 """What `readable` shows: the name of a column and its title."""
 
 
-def result_rows(root: Path, *, say: Say = warnings.warn) -> list[dict[str, Any]]:
+def result_rows(root: Path, *, leave_out: Collection[str] = (), say: Say = warnings.warn) -> list[dict[str, Any]]:
     """One row per configuration, over its seeds, from the run folders under `root`.
 
     Runs belong to one row when everything but the seed is the same. Runs that repeat a seed count once, by their
@@ -53,6 +55,7 @@ def result_rows(root: Path, *, say: Say = warnings.warn) -> list[dict[str, Any]]
 
     Args:
         root: where to look.
+        leave_out: folders under it that are not looked at, relative to it.
         say: told of what cannot be read, and is left out.
 
     Raises:
@@ -61,10 +64,13 @@ def result_rows(root: Path, *, say: Say = warnings.warn) -> list[dict[str, Any]]
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     configs: dict[str, RunConfig] = {}
     for run in finished_runs(root, say=say):
+        inside = run.path.relative_to(root)
+        if any(inside.is_relative_to(folder) for folder in leave_out):
+            continue
         config = replace(run.config, seed=0)
         key = json.dumps([config.to_dict(), run.summary["variant"], run.summary["hardware"]], sort_keys=True)
         configs[key] = config
-        groups[key].append({**run.summary, "run_dir": run.path.relative_to(root).as_posix()})
+        groups[key].append({**run.summary, "run_dir": inside.as_posix()})
     if not groups:
         raise nothing_to_show(root)
     rows = [_row(runs, configs[key]) for key, runs in groups.items()]
@@ -104,6 +110,7 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         "seeds": sorted(by_seed),
         "test_accuracy_mean": statistics.fmean(accuracies),
         "test_accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "published_accuracy": published_accuracy(config),
         "test_loss_mean": statistics.fmean(losses),
         "test_loss_sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "validation_accuracy_mean": _mean(per_seed("validation_accuracy")),
@@ -151,6 +158,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "seeds": f"{', '.join(map(str, row['seeds']))} (n = {row['n']})",
         "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}"
         + ("" if row["metric"] == "accuracy" else f" {row['metric']}"),
+        PUBLISHED: "" if row["published_accuracy"] is None else f"{row['published_accuracy']:.2f}",
         "loss": f"{row['test_loss_mean']:.5g}"
         + ("" if row["test_loss_sd"] is None else f" ± {row['test_loss_sd']:.2g}"),
         "validation": "" if row["validation_accuracy_mean"] is None else f"{row['validation_accuracy_mean']:.2f}",

@@ -21,6 +21,7 @@ from bpfree.experiments.config import (
     parse_mixed_settings,
     parse_settings,
     presets,
+    published_accuracy,
     read_preset,
     resolve,
 )
@@ -43,6 +44,7 @@ def test_presets_build_what_they_name(name: str) -> None:
     with torch.device("meta" if on_disk else "cpu"):
         rule.build(build_network(config.network, shape), classes, shape, **config.parameters)
     assert presets()[name].source
+    assert (presets()[name].published is None) == (presets()[name].published_in is None)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +293,16 @@ def test_images_to_be_reconstructed_are_left_in_the_unit_interval_unless_one_ask
     config = resolve("bp", "usps", task="autoencode")
     assert (config.task, config.network, config.training.standardize) == ("autoencode", "autoencoder", False)
     assert resolve("bp", "usps", task="autoencode", training={"standardize": True}).training.standardize
+
+
+def test_a_published_accuracy_is_that_of_the_preset_unchanged() -> None:
+    assert published_accuracy(resolve(preset="noprop-cifar10", seed=3, device="cpu")) == 79.25
+    assert published_accuracy(resolve("noprop", "cifar10")) == 79.25
+    assert published_accuracy(resolve(preset="noprop-cifar10", training={"epochs": 149})) is None
+    assert published_accuracy(resolve(preset="noprop-cifar10", parameters={"lr": 2e-3})) is None
+    assert published_accuracy(resolve(preset="noprop-cifar10", network="noprop:ct")) is None
+    assert published_accuracy(resolve("noprop", "cifar10", preset="none")) is None
+    assert published_accuracy(resolve(preset="noprop-digits")) is None
 
 
 def test_presets_are_found_by_their_task() -> None:
