@@ -54,7 +54,7 @@ from bpfree.algorithms._ff_goodness import (
 )
 from bpfree.algorithms._ff_inference import INFERENCES, Inference, LabelGoodness, SoftmaxReadout, answer
 from bpfree.algorithms._ff_layers import Layer, Parts, labelled_activity, learn_readout, read
-from bpfree.algorithms._ff_losses import ContrastiveLoss, LossOptions, contrastive_loss
+from bpfree.algorithms._ff_losses import HEARD, ContrastiveLoss, LossOptions, contrastive_loss
 from bpfree.algorithms._ff_negatives import NEGATIVES, LabelledViews, Views, WrongLabels
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
@@ -195,6 +195,8 @@ class ForwardForward(Learner):
         self.goodness = chosen("goodness", goodness, GOODNESS, Goodness)
         self.normalizer = chosen("normalizer", normalizer, NORMALIZERS, Normalizer)
         self.contrast = contrastive_loss(loss, self.goodness, widths, LossOptions(theta, temperature, alpha))
+        if self.contrast.hears not in HEARD:
+            raise unknown_name("value of hears", self.contrast.hears, HEARD)
         usual = len(linears) >= DEEP and not by_readout and self.contrast.hears == "none"
         skip = usual if skip_first is None else skip_first
         if skip and len(linears) == 1:
@@ -238,6 +240,8 @@ class ForwardForward(Learner):
         name = option_name(negatives)
         if self.inference.of_labels and not isinstance(source, LabelledViews):
             raise UsageError(f"{name} negatives carry no label: they need inference=softmax and no label options")
+        if isinstance(source, LabelledViews) and source.classes != self.classes:
+            raise UsageError(f"{name} negatives carry one of {source.classes} labels, and there are {self.classes}")
         if (label, strength) != ("overlay", 1.0):
             raise UsageError(f"label options have no effect with {name} negatives; leave out label and label_strength")
         if isinstance(source, Views):
