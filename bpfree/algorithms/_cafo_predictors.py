@@ -34,10 +34,13 @@ class Predictor(nn.Module):
         width: number of features D.
         classes: number of classes C.
         bias: whether there is a bias.
+        exact: compute scores in float32, whatever a run allows: weights in closed form may be large and of opposite
+            sign, which does not forgive rounded products.
     """
 
-    def __init__(self, width: int, classes: int, *, bias: bool) -> None:
+    def __init__(self, width: int, classes: int, *, bias: bool, exact: bool) -> None:
         super().__init__()
+        self.exact = exact
         self.weight = nn.Parameter(torch.zeros(classes, width))
         self.bias = nn.Parameter(torch.zeros(classes)) if bias else None
 
@@ -48,9 +51,8 @@ class Predictor(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) features -> (B, C) scores."""
-        # weights in closed form may be large and of opposite sign, which does not forgive rounded products
-        exact = nullcontext() if self.weight.requires_grad else exact_products()
-        with torch.autocast(features.device.type, enabled=False), exact:
+        products = exact_products() if self.exact else nullcontext()
+        with torch.autocast(features.device.type, enabled=False), products:
             return self.scores(features)
 
     def scores(self, features: Tensor) -> Tensor:
@@ -71,12 +73,13 @@ class Predictors(nn.Module):
         widths: number of features of each predictor.
         classes: number of classes C.
         bias: whether predictors have a bias.
+        exact: see `Predictor`.
     """
 
-    def __init__(self, widths: Sequence[int], classes: int, *, bias: bool) -> None:
+    def __init__(self, widths: Sequence[int], classes: int, *, bias: bool, exact: bool) -> None:
         super().__init__()
         self.widths, self.classes = tuple(widths), classes
-        self.each = nn.ModuleList(Predictor(width, classes, bias=bias) for width in widths)
+        self.each = nn.ModuleList(Predictor(width, classes, bias=bias, exact=exact) for width in widths)
 
     def packed_width(self, members: range) -> int:
         """Columns of the packed features of some of the predictors."""

@@ -5,7 +5,7 @@ Shapes: `B` batch, `K` classes, activities (B, channels, ..) of any number of po
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -22,7 +22,7 @@ PVN_THRESHOLD: Final = 2.0
 CWG_SHARE: Final = 0.28  # of the cross-entropy
 
 
-class ClassGoodness(nn.Module):
+class ClassGoodness(nn.Module, ABC):
     """What a layer says of every class."""
 
     @abstractmethod

@@ -39,7 +39,7 @@ class Inference(ABC):
         Args:
             parts: what rows go through.
             layer: one of its layers.
-            activity: of that layer.
+            activity: of that layer; of the first one `hidden` alone, as z_0 need not be made for every label.
             passed: z_l, (M, N).
         """
 

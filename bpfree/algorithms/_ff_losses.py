@@ -6,7 +6,7 @@ A loss takes (L, 2B) goodness, B positive columns and then the B negative ones o
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from bpfree.errors import UsageError
 SYMBA_ALPHA: Final = 4.0
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(nn.Module, ABC):
     """A loss of positive against negative rows.
 
     Attributes:

@@ -24,7 +24,7 @@ BLURS: Final = 10  # "repeatedly" in the paper
 THRESHOLD: Final = 0.5
 
 
-class Views(nn.Module):
+class Views(nn.Module, ABC):
     """How a batch becomes rows.
 
     Attributes:

@@ -30,7 +30,8 @@ def chosen(kind: str, given: Any, known: Mapping[str, Option], *own: type) -> Op
             return known[given]
         raise unknown_name(kind, given, known)
     types = " or a ".join(cls.__name__ for cls in own)
-    raise UsageError(f"{kind} must be one of {', '.join(known)}, or a {types}; got {type(given).__name__}")
+    got = f"the class {given.__name__} itself" if isinstance(given, type) else type(given).__name__
+    raise UsageError(f"{kind} must be one of {', '.join(known)}, or a {types}; got {got}")
 
 
 def chosen_function(kind: str, given: Any, known: Mapping[str, Function]) -> tuple[str, Function]:

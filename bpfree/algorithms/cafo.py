@@ -185,9 +185,10 @@ class CaFo(Learner):
         widths = [torch.Size(shape).numel() for shape in shapes]
 
         def group(members: range) -> Group:
-            predictors = Predictors([widths[number] for number in members], classes, bias=bias)
+            own = [widths[number] for number in members]
             if not isinstance(self._loss, GradientLoss):
-                return ClosedForm(members, predictors, ridge, precision)
+                return ClosedForm(members, Predictors(own, classes, bias=bias, exact=True), ridge, precision)
+            predictors = Predictors(own, classes, bias=bias, exact=False)
             make = make_optimizer(predictors.parameters(), optimizer, lr=lr, weight_decay=weight_decay or 0.0)
             return Descent(members, predictors, self._loss, make)
 

@@ -138,6 +138,11 @@ class CompetitiveForward(Learner):
         if classes < 2:
             raise UsageError(f"a competition needs at least 2 classes, got {classes}")
         self.inference, self.normalize_input = inference, normalize_input
+        if isinstance(goodness, ClassGoodness):
+            raise UsageError(
+                f"each layer has a goodness of its own: pass a function that makes it, such as the class "
+                f"{type(goodness).__name__} itself"
+            )
         self.kind, make_goodness = chosen_function("goodness", goodness, GOODNESS)
         self.loss, self._compete = chosen_function("loss", loss, LOSSES)
         self.norm, self._normalize = chosen_function("normalizer", normalizer, NORMALIZERS)

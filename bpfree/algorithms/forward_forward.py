@@ -54,7 +54,7 @@ from bpfree.algorithms._ff_goodness import (
 )
 from bpfree.algorithms._ff_inference import INFERENCES, Inference, LabelGoodness, SoftmaxReadout, answer
 from bpfree.algorithms._ff_layers import Layer, Parts, labelled_activity, learn_readout, read
-from bpfree.algorithms._ff_losses import ContrastiveLoss, LossOptions, contrastive_loss
+from bpfree.algorithms._ff_losses import HEARD, ContrastiveLoss, LossOptions, contrastive_loss
 from bpfree.algorithms._ff_negatives import NEGATIVES, LabelledViews, Views, WrongLabels
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
@@ -195,6 +195,8 @@ class ForwardForward(Learner):
         self.goodness = chosen("goodness", goodness, GOODNESS, Goodness)
         self.normalizer = chosen("normalizer", normalizer, NORMALIZERS, Normalizer)
         self.contrast = contrastive_loss(loss, self.goodness, widths, LossOptions(theta, temperature, alpha))
+        if self.contrast.hears not in HEARD:
+            raise unknown_name("value of hears", self.contrast.hears, HEARD)
         usual = len(linears) >= DEEP and not by_readout and self.contrast.hears == "none"
         skip = usual if skip_first is None else skip_first
         if skip and len(linears) == 1:
@@ -224,9 +226,9 @@ class ForwardForward(Learner):
         self._stage_layers = [range(len(linears))] if joint else [range(i, i + 1) for i in range(len(linears))]
         self._optimizers = [
             self._optimizers_of(
-                [self._layers[index] for index in chosen], optimizer, (lr, weight_decay), (head_lr, head_weight_decay)
+                [self._layers[index] for index in indices], optimizer, (lr, weight_decay), (head_lr, head_weight_decay)
             )
-            for chosen in self._stage_layers
+            for indices in self._stage_layers
         ]
 
     def _make_views(self, negatives: str | WrongLabels | Views, label: str, strength: float, seed: int | None) -> Views:
@@ -238,6 +240,8 @@ class ForwardForward(Learner):
         name = option_name(negatives)
         if self.inference.of_labels and not isinstance(source, LabelledViews):
             raise UsageError(f"{name} negatives carry no label: they need inference=softmax and no label options")
+        if isinstance(source, LabelledViews) and source.classes != self.classes:
+            raise UsageError(f"{name} negatives carry one of {source.classes} labels, and there are {self.classes}")
         if (label, strength) != ("overlay", 1.0):
             raise UsageError(f"label options have no effect with {name} negatives; leave out label and label_strength")
         if isinstance(source, Views):
@@ -320,7 +324,7 @@ class ForwardForward(Learner):
             depth: how many layers; None: all.
 
         Returns:
-            (depth, B, C), divided by nothing.
+            (depth, B, C).
 
         Raises:
             UsageError: the learner was trained without labels.
@@ -351,15 +355,15 @@ class ForwardForward(Learner):
         joint = self.schedule == "joint"
         return tuple(
             Stage(
-                name="all layers" if joint else self._layers[chosen.start].name,
-                modules=(self,) if joint else self._layers[chosen.start].modules,
+                name="all layers" if joint else self._layers[indices.start].name,
+                modules=(self,) if joint else self._layers[indices.start].modules,
                 optimizers=optimizers,
-                update=partial(self._update, chosen, optimizers),
-                scores=partial(self._scores, chosen.stop),
+                update=partial(self._update, indices, optimizers),
+                scores=partial(self._scores, indices.stop),
                 input_shape=self.input_shape,
                 classes=self.classes,
             )
-            for chosen, optimizers in zip(self._stage_layers, self._optimizers, strict=True)
+            for indices, optimizers in zip(self._stage_layers, self._optimizers, strict=True)
         )
 
     def local_units(self) -> LocalUnits:
@@ -390,13 +394,13 @@ class ForwardForward(Learner):
         return Chain(self._parts, self.contrast, self._optimizers[0], self.inference)
 
     @torch.no_grad()
-    def _update(self, chosen: range, optimizers: tuple[Optimizer, ...], batch: Batch) -> Metrics:
-        """Train the `chosen` layers; those before them only run."""
+    def _update(self, indices: range, optimizers: tuple[Optimizer, ...], batch: Batch) -> Metrics:
+        """Train the layers of these indices; those before them only run."""
         if self._separate:
             return self._chain.units().update(batch)
         inputs, targets = batch[0].flatten(1), batch[1]
-        size, depth = len(inputs), chosen.stop
-        counts = (2, depth, max(1 + len(chosen), len(optimizers)))
+        size, depth = len(inputs), indices.stop
+        counts = (2, depth, max(1 + len(indices), len(optimizers)))
         early, middle, late = (Lanes(inputs.device, count) for count in counts)
         with early.lane(1):  # random numbers wait for nothing
             noise = self.views.draw(size)
@@ -416,10 +420,10 @@ class ForwardForward(Learner):
         metrics: Metrics = {}
         with late.lane(0):
             if seen:
-                parts = [(head, seen[index - self.first]) for index in chosen if (head := self._layers[index].head)]
+                parts = [(head, seen[index - self.first]) for index in indices if (head := self._layers[index].head)]
                 metrics["read-out loss"] = learn_readout(logits, parts, targets)
-        for index in chosen:
-            with late.lane(1 + index - chosen.start):
+        for index in indices:
+            with late.lane(1 + index - indices.start):
                 self._layers[index].learn(activities[index], slopes[index])
         late.join()
         for index, optimizer in enumerate(optimizers):
@@ -427,7 +431,7 @@ class ForwardForward(Learner):
                 optimizer.step()
         late.join()
         liveliness = goodness.unflatten(1, (2, size)).mean(2)
-        for index in chosen:
+        for index in indices:
             name = self._layers[index].name
             metrics[f"{name} loss"] = losses[index]
             metrics[f"{name} positive goodness"], metrics[f"{name} negative goodness"] = liveliness[index]

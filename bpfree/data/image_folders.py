@@ -8,6 +8,7 @@ By name such a folder is `folder:PATH` or `folder:PATH@SIZE`, wherever the name 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -54,8 +55,12 @@ class FolderInfo:
         """What a name says that begins with `folder:`.
 
         Raises:
-            UsageError: it says no path, or a size of 0.
+            UsageError: it says no path, a size of 0, or a path that is no text and so cannot be recorded.
         """
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"cannot record the path in {name!r}, which is not UTF-8; link or rename it") from error
         parts = re.fullmatch(r"(.*?)(?:@(\d+))?", name.removeprefix(PREFIX), re.DOTALL)
         assert parts is not None, "any text is a path"
         path, size = parts[1], SIZE if parts[2] is None else int(parts[2])
@@ -90,7 +95,7 @@ class FolderInfo:
         _listed(self.path)
 
     def verify(self) -> list[tuple[Path, bool]]:
-        """Every image with whether it can be decoded.
+        """Every image with whether it can be read as `load` does.
 
         Raises:
             UsageError: Pillow is not installed.
@@ -101,7 +106,7 @@ class FolderInfo:
 
         def readable(file: Path) -> bool:
             try:
-                _read_image(reader, file, size=1, shorter_side=1)
+                _read_image(reader, file, self.size, _shorter_side(self.size))
             except DataError:
                 return False
             return True
@@ -138,7 +143,7 @@ def load_image_folder(
         DataError: a folder is missing or empty, the parts have not the same classes, a file is no image, or the set is
             too large; names the file.
     """
-    shorter_side = round(size * SHORTER_SIDE) if shorter_side is None else shorter_side
+    shorter_side = _shorter_side(size) if shorter_side is None else shorter_side
     if size < 1 or shorter_side < size:
         raise UsageError(f"shorter_side must be at least size, and that at least 1, got {shorter_side} and {size}")
     root = Path(path)
@@ -162,6 +167,11 @@ def load_image_folder(
         validation=len(train) // 10 if validation is None else validation,
         augmentation=augmentation,
     )
+
+
+def _shorter_side(size: int) -> int:
+    """What images are scaled to by default, pixels."""
+    return round(size * SHORTER_SIDE)
 
 
 def _listed(root: Path) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
@@ -217,12 +227,12 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
-    """Every image of a part with its class."""
+    """Every image of a part with its class, hidden files left out."""
     listed = []
     try:
         for label, name in enumerate(class_names):
             files = sorted((folder / name).iterdir())
-            listed += [(file, label) for file in files if file.suffix.lower() in EXTENSIONS]
+            listed += [(file, label) for file in files if file.suffix.lower() in EXTENSIONS and file.name[0] != "."]
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
     return listed
@@ -261,15 +271,25 @@ def _read_image(reader: Any, file: Path, size: int, shorter_side: int) -> npt.ND
     """(3, size, size): scaled, cut out around the centre, in RGB."""
     try:
         with reader.open(file, formats=FORMATS) as image:
-            if image.width * image.height > reader.MAX_IMAGE_PIXELS:
+            most = reader.MAX_IMAGE_PIXELS or math.inf  # None lifts the limit
+            if image.width * image.height > most:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
             scale = shorter_side / min(image.size)
             width, height = (max(size, round(side * scale)) for side in image.size)
+            if width * height > most:
+                raise ValueError(f"{image.width}x{image.height} is too long: {width}x{height} pixels when scaled")
             left, top = (width - size) // 2, (height - size) // 2
-            scaled = image.convert("RGB").resize((width, height), reader.Resampling.BILINEAR)
+            scaled = _in_rgb(reader, image).resize((width, height), reader.Resampling.BILINEAR)
             pixels = np.asarray(scaled.crop((left, top, left + size, top + size)), dtype=np.uint8)
     # Not a list of types: Pillow's decoders raise nearly all there are on hostile bytes.
     except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot read {file}: {reason}") from error
     return pixels.transpose(2, 0, 1).copy()
+
+
+def _in_rgb(reader: Any, image: Any) -> Any:
+    """Eight bits for each of three colours."""
+    if image.mode.startswith("I"):  # grey of 16 bits, of which `convert` would make white wherever it exceeds 255
+        image = reader.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

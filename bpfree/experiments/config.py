@@ -308,6 +308,11 @@ def resolve(
     for name in overrides:
         if name not in rule.parameters():
             raise unknown_name(f"parameter of {rule.name}", name, rule.parameters())
+        if not isinstance(overrides[name], RECORDED):
+            raise UsageError(
+                f"{name} of a run is recorded and so has a name or a value, got {type(overrides[name]).__name__}; give "
+                "objects to the learner itself, and that to bpfree.Trainer"
+            )
     if start is not None and (alien := start.parameters.keys() - rule.parameters().keys()):
         raise UsageError(
             f"preset {start.name} is for {start.algorithm}, and {rule.alias} has no {', '.join(sorted(alien))}; choose "
@@ -398,6 +403,7 @@ def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> di
     return parsed
 
 
+RECORDED: Final = (str, float, int, list, tuple, dict, type(None))  # bool is an int
 _KINDS: Final[dict[type, str]] = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
 

@@ -257,13 +257,24 @@ class Trainer:
         return {
             "learner": self.learner.state_dict(),
             "progress": asdict(self.progress),
+            "samples": self._samples,
             "best": best,
             "epoch_metrics": None if metrics is None else self.team.share_metrics(metrics),
             "generators": generators,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of an interrupted training; the counterpart of `state_dict`."""
+        """Take up the state of an interrupted training; the counterpart of `state_dict`.
+
+        Raises:
+            UsageError: it was trained with another number of samples.
+        """
+        trained, validated = state.get("samples", self._samples)
+        if [trained, validated] != self._samples:
+            raise UsageError(
+                f"it is of {trained} training and {validated} validation samples, and here are "
+                f"{' and '.join(map(str, self._samples))}"
+            )
         self.learner.load_state_dict(state["learner"])
         self.progress = Progress(**state["progress"])
         self.team.settle(self.learner)
@@ -276,6 +287,11 @@ class Trainer:
         torch.set_rng_state(state["generators"]["cpu"])
         if "cuda" in state["generators"] and self.train.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.train.device)
+
+    @property
+    def _samples(self) -> list[int]:
+        """Numbers of training and validation samples: with others, epochs would not go on as they began."""
+        return [len(self.train), len(self.validation)]
 
     @property
     def fraction(self) -> float:

@@ -580,26 +580,32 @@ def unit_seconds(learner: Learner, sample: Batch, device: torch.device, *, graph
         enabled=torch.is_autocast_enabled(device.type),
         cache_enabled=False,
     )
-    seconds = []
     if chain.frozen is not None:  # which run once
         for part in chain.frozen.modules:
             part.to(device)
         sample = chain.frozen.outputs(sample[0], chain.all, None)[0], sample[1]
-    step = chain.begin(sample)
-    signal = chain.enter(step)
-    for unit in chain.units:
+
+    def timed(unit: LocalUnit, signal: Signal) -> tuple[float, Signal]:
+        """Seconds of a unit, and the next one's signal; all else goes, also what a step keeps until its end."""
+        step = chain.begin(sample)
         held = [t for module in unit.modules for t in (*module.parameters(), *module.buffers())]
         for tensor in held:
             tensor.data = tensor.data.to(device)
         learn = precision()(partial(unit.learn, signal, step))
         outputs, _ = learn()
         replay = captured(partial(_replayed, learn), _parameters([unit])) if graphs else None
-        seconds.append(least_seconds(replay or learn, device, TIMED_STEPS))
-        signal = outputs
+        took = least_seconds(replay or learn, device, TIMED_STEPS)
+        chain.join(step)
         for tensor in held:
             tensor.grad = None
             tensor.data = tensor.data.cpu()
-    chain.join(step)
+        return took, outputs
+
+    seconds = []
+    signal = chain.enter(chain.begin(sample))
+    for unit in chain.units:
+        took, signal = timed(unit, signal)
+        seconds.append(took)
     torch.set_rng_state(generators[0])
     if generators[1]:
         torch.cuda.set_rng_state_all(generators[1])

@@ -572,6 +572,18 @@ def test_products_of_the_closed_form_are_exact(gram: str) -> None:
     assert spy.seen[-1] == (torch.float32, "highest")  # the scores
 
 
+@pytest.mark.parametrize("trained_here", [True, False])
+def test_predictors_that_learn_in_steps_answer_in_the_precision_of_the_run(trained_here: bool) -> None:
+    """Also those that another process has trained, whose weights want no gradient where they are put together."""
+    model = learner(loss="ce").float()
+    model.predictors.requires_grad_(trained_here)
+    x, _ = batch(40, torch.float32)
+    with numerics("tf32"), Products() as spy:
+        model.scores(x)
+    assert len(spy.seen) == 3
+    assert set(spy.seen) == {(torch.float32, "high")}
+
+
 @pytest.mark.gpu
 def test_tf32_would_spoil_the_gram_matrix_and_is_kept_out() -> None:
     x, y = torch.rand(4000, 256, device="cuda"), torch.rand(4000, 3, device="cuda")
@@ -633,7 +645,7 @@ def test_together_equals_one_by_one(loss: str, bias: bool) -> None:
 
 
 def test_packed_features_come_back_as_they_were() -> None:
-    predictors = Predictors((5, 16, 17), 3, bias=True).double()
+    predictors = Predictors((5, 16, 17), 3, bias=True, exact=False).double()
     parts = [torch.randn(4, width, dtype=torch.float64) for width in (5, 16, 17)]
     for members in (range(3), range(1, 3), range(1)):
         packed = predictors.pack([parts[number] for number in members])
@@ -898,7 +910,7 @@ def test_products_of_a_predictor_with_and_without_columns_of_zeros(
     filling: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Predictor, "_filling", filling)
-    predictor = Predictor(5, 10, bias=bias).double()
+    predictor = Predictor(5, 10, bias=bias, exact=False).double()
     for parameter in predictor.parameters():
         nn.init.normal_(parameter)
     features = torch.randn(7, 5, dtype=torch.float64)

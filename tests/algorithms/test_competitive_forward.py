@@ -357,3 +357,5 @@ def test_own_goodness_loss_and_normaliser() -> None:
 def test_options_that_are_neither_name_nor_function_are_refused() -> None:
     with pytest.raises(UsageError, match="loss must be one of cross-entropy, pvn, cwg, or a function; got float"):
         learner(loss=0.5)
+    with pytest.raises(UsageError, match=r"a goodness of its own: pass a function that makes it, .* FirstChannels"):
+        learner(goodness=FirstChannels((6,), 3))

@@ -21,6 +21,7 @@ from bpfree.algorithms._ff_losses import LossOptions, SymbaLoss, ThresholdLoss, 
 from bpfree.algorithms._ff_negatives import HybridViews, LabelledViews, LikelyLabels, UniformLabels, blur_matrix
 from bpfree.algorithms.forward_forward import (
     HARD_NEGATIVES,
+    ContrastiveLoss,
     Goodness,
     Inference,
     LabelGoodness,
@@ -799,6 +800,37 @@ def test_an_own_goodness_learns_down_its_gradient(negatives: str) -> None:
         torch.testing.assert_close(layer[-2].weight.detach(), weight, rtol=0, atol=1e-12)  # type: ignore[index]
 
 
+class WeighedActivity(Goodness, nn.Module):
+    """g = sum_j w h_j, w a buffer."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(2.0))
+
+    def value(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden.sum(1)
+
+    def errors(self, hidden: Tensor, slope: Tensor) -> Tensor:
+        return (self.weight * slope)[:, None].expand_as(hidden)
+
+    def at_unit_activity(self, width: int) -> float:
+        return 2.0 * width
+
+
+def test_tensors_of_an_own_goodness_are_the_learners() -> None:
+    model = learner(goodness=WeighedActivity())
+    assert model.state_dict()["goodness.weight"].dtype == F64  # converted with the learner
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    model.step((x, y))
+    with torch.no_grad():
+        twin.goodness.weight.zero_()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.scores(x), model.scores(x))
+
+
 def test_an_own_goodness_rates_labels() -> None:
     model = learner(goodness=TotalActivity(), skip_first=False)
     x, _ = batch(4)
@@ -887,6 +919,22 @@ def test_own_inference_and_loss() -> None:
     assert "temperature" not in ForwardForward.search_space(AnyChoice(0), {"loss": SymbaLoss(2.0)})
 
 
+class HalfMade(ContrastiveLoss):
+    """A loss that lacks all that makes one."""
+
+
+class Eavesdropper(SymbaLoss):
+    """A loss that hears of nobody there is."""
+
+    hears = "neighbours"
+
+
+def test_parts_that_lack_a_method_are_refused_when_they_are_made() -> None:
+    for kind in (HalfMade, Views, Goodness, Normalizer, Inference, WrongLabels):
+        with pytest.raises(TypeError, match="abstract"):
+            kind()
+
+
 # what is refused
 
 
@@ -912,6 +960,9 @@ def test_own_inference_and_loss() -> None:
         ({"negatives": "hybrid", "inference": "softmax"}, "made of images"),
         ({"negatives": "hybrid", "inference": "softmax", "label": "concat"}, "leave out label"),
         ({"goodness": 2}, "goodness must be one of sum, mean, minus_sum, minus_mean, or a Goodness; got int"),
+        ({"goodness": TotalActivity}, "or a Goodness; got the class TotalActivity itself"),
+        ({"loss": Eavesdropper(1.0)}, "unknown value of hears 'neighbours'"),
+        ({"negatives": views(3)}, "LabelledViews negatives carry one of 3 labels, and there are 2"),
         ({"negatives": None}, "one of hard, random, hybrid, or a WrongLabels or a Views; got NoneType"),
         ({"loss": SymbaLoss(4.0), "alpha": 2.0}, "the loss SymbaLoss has no alpha"),
         ({"negatives": HalfOfOthers()}, "HalfOfOthers negatives carry no label: they need inference=softmax"),

@@ -116,6 +116,32 @@ def test_images_of_too_many_pixels_are_refused(folder: Path, monkeypatch: pytest
         load_image_folder(folder, 8)
 
 
+def test_images_that_are_too_long_when_scaled_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    assert len(load_image_folder(folder, 8).train) == 4
+    long = save(folder / "train" / "cat" / "long.png", colour(1, 70, 0, 0, 0))  # 9x630 pixels
+    with pytest.raises(DataError, match=r"cannot read .*long\.png: 70x1 is too long: 630x9 pixels when scaled"):
+        load_image_folder(folder, 8)
+    assert dict(data.verify(f"folder:{folder}@8"))[long] == "corrupt"  # as `load` reads it
+    assert dict(data.verify(f"folder:{folder}@1"))[long] == "ok"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as Pillow's users lift its limit
+    assert len(load_image_folder(folder, 8).train) == 5
+
+
+def test_grey_of_16_bits_keeps_its_shades(folder: Path) -> None:
+    shades = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    file = save(folder / "val" / "cat" / "grey.png", shades)
+    with Image.open(file) as image:
+        assert image.mode.startswith("I"), "it was written with 16 bits"
+    (read,) = load_image_folder(folder, 16, shorter_side=16).test.inputs[:1]
+    assert np.array_equal(read, np.broadcast_to(shades >> 8, (3, 16, 16)))
+
+
+def test_hidden_files_are_left_out(folder: Path) -> None:
+    (folder / "train" / "cat" / "._a.jpg").write_bytes(b"what macOS puts beside a.jpg")
+    assert len(load_image_folder(folder, 8).train) == 4
+
+
 def test_sets_that_do_not_fit_are_refused_before_they_are_read(folder: Path) -> None:
     (folder / "train" / "cat" / "b.png").write_bytes(b"would not be readable")
     with pytest.raises(DataError, match="use a smaller size"):
@@ -199,6 +225,11 @@ def test_a_name_says_where_and_how_large(name: str, path: str, size: int) -> Non
 def test_names_that_say_no_folder(name: str) -> None:
     with pytest.raises(UsageError, match=r"write folder:PATH, or folder:PATH@SIZE"):
         data.info(name)
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot record the path in 'folder:.*udcff', which is not UTF-8"):
+        data.info(f"folder:{tmp_path}/\udcff")
 
 
 def test_a_folder_that_is_too_large_says_how_to_take_less(folder: Path) -> None:

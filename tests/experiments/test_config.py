@@ -14,6 +14,7 @@ import torch
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS, algorithm
+from bpfree.algorithms.forward_forward import SquaredGoodness
 from bpfree.errors import BpfreeError, CheckpointError, UsageError
 from bpfree.experiments.config import (
     RunConfig,
@@ -142,6 +143,11 @@ def test_the_fitting_preset_is_taken_and_overridden() -> None:
 def test_unknown_names_come_with_the_nearest(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(**arguments)  # type: ignore[arg-type]
+
+
+def test_objects_are_no_settings_of_a_run() -> None:
+    with pytest.raises(UsageError, match=r"goodness of a run is recorded .* got SquaredGoodness; .* bpfree\.Trainer"):
+        resolve("ff", parameters={"goodness": SquaredGoodness()})
 
 
 def test_settings_are_typed() -> None:

@@ -28,6 +28,7 @@ from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import Measuring, Reporter, load_batches, resume, run, told_of_memory
 from bpfree.experiments.tables import readable, result_rows
 from bpfree.experiments.train import InterruptedRunError, TrainingConfig
+from tests.data.test_image_folders import image_folder
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
@@ -382,6 +383,26 @@ def test_a_checkpoint_of_another_run_is_one_line(key: str, value: str, stopped: 
     with pytest.raises(CheckpointError, match=r"is not a checkpoint of this run \(.*\); delete it, and") as caught:
         resume(stopped.path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_does_not_go_on_with_a_folder_that_holds_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path means another folder elsewhere."""
+    pytest.importorskip("PIL")
+    first, second = (image_folder(tmp_path / name / "pets", ("a", "b"), 20) for name in ("first", "second"))
+    (second / "train" / "a" / "0.png").unlink()
+    monkeypatch.chdir(first.parent)
+    training = {"epochs": 3, "batch_size": 8}
+    config = resolve("mf", "folder:pets@8", "mlp:1x8", training=training, device="cpu", energy="none")
+    with pytest.raises(InterruptedRunError):
+        run(config, tmp_path / "runs", reporter=StopAtOnce())
+    path = only_run(tmp_path / "runs")
+    monkeypatch.chdir(second.parent)
+    with pytest.raises(CheckpointError, match="it is of 36 training and 4 validation samples, and here are 36 and 3"):
+        resume(path)
+    monkeypatch.chdir(first.parent)
+    assert resume(path)["passes"] == 3
 
 
 def test_a_run_without_a_record_of_its_environment_is_not_trained_in_vain(stopped: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -381,6 +382,29 @@ def test_units_are_timed_with_the_casts_of_their_weights(monkeypatch: pytest.Mon
         layer.unit_seconds(learner, (inputs.float(), targets), torch.device("cpu"), graphs=False)
     assert len(casts) == 5
     assert min(casts) >= 1
+
+
+@pytest.mark.parametrize(("rule", "options"), [("mf", {}), ("ff", {"negatives": "random"})])
+def test_units_are_timed_without_the_activations_of_those_before(
+    rule: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step keeps what its updates read, once for each time that a unit is run."""
+    learner = jobs.make_learner(rule, "mlp", options)
+    batch = next(iter(jobs.samples(jobs.BATCH, 0).in_order(jobs.BATCH)))
+    held: list[int] = []
+
+    def counted(work: Callable[[], Any], device: torch.device, readings: int) -> float:
+        for _ in range(20):
+            work()
+        gc.collect()
+        rows = (jobs.BATCH, 2 * jobs.BATCH)
+        held.append(sum(type(o) is torch.Tensor and o.ndim == 2 and len(o) in rows for o in gc.get_objects()))
+        return 1.0
+
+    monkeypatch.setattr(layer, "least_seconds", counted)
+    layer.unit_seconds(learner, batch, torch.device("cpu"), graphs=False)
+    assert len(held) >= 4
+    assert max(held) - held[0] < 20
 
 
 def test_units_that_cannot_be_captured_are_timed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
