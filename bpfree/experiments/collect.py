@@ -79,7 +79,7 @@ class Entry:
         study: the comparison's folder, relative to where was looked; "." for runs that belong to none.
         label: name of the arm.
         config: its configuration, whatever the seed.
-        protocol: "own" or "matched".
+        protocol: "own", "matched" or "tuned".
         hardware: the device.
         analysis: what the comparison has fixed beforehand.
         runs: finished runs by seed.
@@ -149,8 +149,13 @@ class Entry:
 def pairs(ours: Entry, baseline: Entry, quantity: str) -> tuple[list[float], list[float]]:
     """A quantity of both arms over the seeds for which both have it."""
     a, b = ours.per_seed(quantity), baseline.per_seed(quantity)
-    seeds = sorted(a.keys() & b.keys())
+    seeds = sorted(known_pairs(ours, baseline, quantity))
     return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+
+
+def known_pairs(ours: Entry, baseline: Entry, quantity: str) -> set[int]:
+    """The seeds for which both arms have a quantity."""
+    return ours.per_seed(quantity).keys() & baseline.per_seed(quantity).keys()
 
 
 def baseline_of(entry: Entry, entries: Iterable[Entry]) -> Entry | None:

@@ -217,6 +217,16 @@ def test_the_factors_of_a_difference_in_energy(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+def test_factors_are_quotients_of_the_same_runs(tmp_path: Path) -> None:
+    """A seed without joules, and slow, would else be in the time that energy is divided by, and so in the watts."""
+    for seed, (joules, seconds) in enumerate([(800.0, 5.0), (800.0, 5.0), (None, 500.0)]):
+        make_run(tmp_path, "bp", seed, joules=1000.0, seconds=10.0)
+        make_run(tmp_path, "mf", seed, joules=joules, seconds=seconds)
+    row = row_of(one(collect(tmp_path), "T9"), "mf")
+    expected = {"n": 2, "wh_ratio": 0.8, "pass_seconds_ratio": 0.5, "watts_ratio": 1.6}
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
 def test_factors_that_are_not_known_are_empty(tmp_path: Path) -> None:
     make_run(tmp_path, "bp", 0)
     make_run(tmp_path, "mf", 0, joules=None, flops=None, seconds=5.0)
