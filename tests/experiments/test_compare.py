@@ -188,6 +188,13 @@ def test_settings_that_the_rule_does_not_explain_are_named() -> None:
     assert unequal_settings(arms) == {"patience": {"mf:patience=4": 4, "bp": 20}}
 
 
+def test_the_data_sets_own_setting_is_no_other_one_when_it_is_spelt_out() -> None:
+    spelt_out = "mf:augmentation=crop-flip:validation=5000"
+    assert unequal_settings(make_arms([spelt_out, "bp"], "cifar10", "mlp:2x16")) == {}
+    other = make_arms(["mf:augmentation=none", "bp"], "cifar10", "mlp:2x16")
+    assert unequal_settings(other) == {"augmentation": {"mf:augmentation=none": "none", "bp": "crop-flip"}}
+
+
 # Order
 
 
