@@ -321,8 +321,6 @@ class Comparison:
             raise UsageError(f"there is nothing to run: {self._arms[0].label}: {self._arms[0].skipped}")
         self._device = runs.pick_device(self._running[0].config.device)
         networks = dict.fromkeys(arm.config.network for arm in self._running)
-        if MATCHED in self._protocols and passes is None and analysis.baseline not in {arm.label for arm in arms}:
-            raise UsageError(f"matched passes are those of {analysis.baseline}, which is no arm; add it, or --passes")
         for arm in self._running if TUNED in self._protocols else ():
             if arm.config.training.passes is None:
                 raise UsageError(
@@ -347,6 +345,9 @@ class Comparison:
             if earlier.start_temperature_c is not None and start_c not in (None, earlier.start_temperature_c):
                 raise UsageError(f"runs here start at {earlier.start_temperature_c:g} °C; use another --results")
             self.plan = earlier.joined(asked, mixed_hardware=conditions.mixed_hardware)
+        to_match = networks.keys() - self.plan.matched_passes.keys() if MATCHED in self._protocols else ()
+        if to_match and analysis.baseline not in {arm.label for arm in arms}:
+            raise UsageError(f"matched passes are those of {analysis.baseline}, which is no arm; add it, or --passes")
         self._outcome = Outcome()
         self._idle_w: tuple[float, ...] = ()
 

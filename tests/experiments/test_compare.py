@@ -303,6 +303,13 @@ def test_a_finished_comparison_is_not_repeated_and_can_grow(tmp_path: Path, digi
     assert all(count == 1 for count in slots(tmp_path).values())
 
 
+def test_an_arm_added_later_is_matched_with_what_is_known_of_the_baseline(tmp_path: Path, digits: Dataset) -> None:
+    comparison(tmp_path, digits, "bp").run()
+    assert comparison(tmp_path, digits, "mf", protocols=("matched",)).run() == Outcome(done=2)
+    (row,) = make_tables(["T4"], collect(tmp_path))[0].rows
+    assert (row["algorithm"], row["n"], row["passes"]) == ("mf", 2, row["baseline_passes"])
+
+
 def test_the_budget_leaves_runs_for_another_call(tmp_path: Path, digits: Dataset) -> None:
     outcome = comparison(tmp_path, digits, conditions=Conditions(budget_s=-1.0)).run()
     assert (outcome.done, outcome.left) == (0, 8)
