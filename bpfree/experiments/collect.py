@@ -108,6 +108,11 @@ class Entry:
     def is_baseline(self) -> bool:
         return self.label == self.analysis.baseline
 
+    @property
+    def metric(self) -> str:
+        """What accuracy is here: "accuracy", or what is in its place for links of graphs or for reconstructions."""
+        return next((run.summary.get("metric", "accuracy") for run in self.all_runs()), "accuracy")
+
     def all_runs(self) -> list[Run]:
         return [run for repeats in self.runs.values() for run in repeats]
 
@@ -164,7 +169,7 @@ def baseline_of(entry: Entry, entries: Iterable[Entry]) -> Entry | None:
     Raises:
         UsageError: several could be meant.
     """
-    here = [other for other in entries if other.place == entry.place and other.runs]
+    here = [other for other in entries if (other.place, other.metric) == (entry.place, entry.metric) and other.runs]
     named = [other for other in here if other.is_baseline]
     alike = [other for other in here if other.config.algorithm == entry.analysis.baseline]
     if not named and len(alike) > 1:

@@ -217,6 +217,24 @@ def test_the_factors_of_a_difference_in_energy(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+def test_what_stands_under_accuracy_is_told_where_it_is_none(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0)
+    make_run(tmp_path, "mf", 0)
+    links = "On cora gcn:2x8 accuracy stands for ROC-AUC, in %."
+    assert links not in one(collect(tmp_path), "T3").notes
+    for rule in ("bp", "fgnn"):
+        make_run(tmp_path, rule, 0, dataset="cora", network="gcn:2x8", metric="ROC-AUC")
+    for name in ("T1", "T3", "T4", "T5", "T6", "T7", "T9"):
+        assert links in one(collect(tmp_path), name).notes
+    assert links not in one(collect(tmp_path), "T2").notes
+
+
+def test_links_and_nodes_of_one_graph_are_not_paired(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0, dataset="cora", network="gcn:2x8")
+    make_run(tmp_path, "fgnn", 0, dataset="cora", network="gcn:2x8", metric="ROC-AUC")
+    assert one(collect(tmp_path), "T3").rows == []
+
+
 def test_factors_are_quotients_of_the_same_runs(tmp_path: Path) -> None:
     """A seed without joules, and slow, would else be in the time that energy is divided by, and so in the watts."""
     for seed, (joules, seconds) in enumerate([(800.0, 5.0), (800.0, 5.0), (None, 500.0)]):
