@@ -12,14 +12,14 @@ from types import NoneType
 from typing import Any, Final
 
 from bpfree.errors import UsageError
-from bpfree.experiments.arms import MATCHED, OWN
+from bpfree.experiments.arms import MATCHED, OWN, TUNED
 from bpfree.experiments.compare import LEDGER, PLAN, RUNS, Analysis, Ledger, Plan, Slot, config_key
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.finished import Run, Say, finished_runs, nothing_to_show, read_or_leave_out
 from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 
 TUNING: Final = "tuning.json"
-TUNED: Final[dict[str, Any]] = {
+STUDY: Final[dict[str, Any]] = {
     **dict.fromkeys(("dataset", "network", "algorithm"), str),
     "bill": {"trials": int, "pruned": int, "failed": int, "seconds": NUMBER, "wh": MAYBE},
     "best": (dict, NoneType),
@@ -285,7 +285,14 @@ def _loose(found: Sequence[Run]) -> list[Entry]:
         protocol = OWN if config.training.passes is None else MATCHED
         label = f"{config.algorithm}, {form}" if form else config.algorithm
         entries.append(Entry(".", label, config, protocol, hardware, runs=dict(sorted(runs.items()))))
+    entries = [replace(entry, protocol=_loose_protocol(entry, entries)) for entry in entries]
     return [replace(entry, label=_loose_label(entry, entries)) for entry in entries]
+
+
+def _loose_protocol(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What of arms beside each other may be said: numbers of passes that were given match if they are the same."""
+    passes = {other.config.training.passes for other in entries if other.place == entry.place}
+    return entry.protocol if len(passes) == 1 else TUNED
 
 
 def _loose_label(entry: Entry, entries: Sequence[Entry]) -> str:
@@ -302,7 +309,7 @@ def tuning_records(root: Path, *, say: Say = warnings.warn) -> list[dict[str, An
     """What `bpfree tune` has recorded under a folder; `say` is told of what cannot be read, and is left out."""
 
     def read(folder: Path) -> dict[str, Any]:
-        return RunFolder(folder).read_json(TUNING, TUNED)
+        return RunFolder(folder).read_json(TUNING, STUDY)
 
     paths = sorted(root.rglob(TUNING))
     found = [read_or_leave_out("study", path.parent, read, say) for path in paths]

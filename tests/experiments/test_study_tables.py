@@ -235,6 +235,16 @@ def test_links_and_nodes_of_one_graph_are_not_paired(tmp_path: Path) -> None:
     assert one(collect(tmp_path), "T3").rows == []
 
 
+def test_runs_of_other_numbers_of_passes_are_not_called_matched(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0, passes=6)
+    make_run(tmp_path, "mf", 0, passes=6)
+    assert [row["algorithm"] for row in one(collect(tmp_path), "T4").rows] == ["mf"]
+    make_run(tmp_path, "ff", 0, passes=3)
+    assert one(collect(tmp_path), "T4").rows == []
+    changes = one(collect(tmp_path), "T3").rows
+    assert {row["algorithm"]: row["protocol"] for row in changes} == {"mf": "tuned", "ff": "tuned"}
+
+
 def test_factors_are_quotients_of_the_same_runs(tmp_path: Path) -> None:
     """A seed without joules, and slow, would else be in the time that energy is divided by, and so in the watts."""
     for seed, (joules, seconds) in enumerate([(800.0, 5.0), (800.0, 5.0), (None, 500.0)]):
