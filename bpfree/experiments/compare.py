@@ -107,6 +107,9 @@ class Plan:
         networks = dict.fromkeys(arm.config.network for arm in self.arms)
         groups = {name: [arm for arm in self.arms if arm.config.network == name] for name in networks}
         unequal = {name: unequal_settings(arms) for name, arms in groups.items()}
+        if TUNED not in self.protocols:  # the others replace the passes of an arm
+            for found in unequal.values():
+                found.pop("passes", None)
         return {**asdict(self), "unequal_settings": {name: found for name, found in unequal.items() if found}}
 
     @classmethod
@@ -321,6 +324,8 @@ class Comparison:
             raise UsageError(f"there is nothing to run: {self._arms[0].label}: {self._arms[0].skipped}")
         self._device = runs.pick_device(self._running[0].config.device)
         networks = dict.fromkeys(arm.config.network for arm in self._running)
+        if self._protocols != [TUNED]:
+            self._refuse_twins()
         for arm in self._running if TUNED in self._protocols else ():
             if arm.config.training.passes is None:
                 raise UsageError(
@@ -350,6 +355,17 @@ class Comparison:
             raise UsageError(f"matched passes are those of {analysis.baseline}, which is no arm; add it, or --passes")
         self._outcome = Outcome()
         self._idle_w: tuple[float, ...] = ()
+
+    def _refuse_twins(self) -> None:
+        """Two arms that differ in their passes alone, which a protocol replaces, would share their runs."""
+        seen: dict[str, Arm] = {}
+        for arm in self._running:
+            twin = seen.setdefault(config_key(arm.run_config(0, None)), arm)
+            if twin is not arm:
+                raise UsageError(
+                    f"{twin.label} and {arm.label} differ in nothing but passes, which only --protocol tuned keeps; "
+                    "leave one out"
+                )
 
     def run(self) -> Outcome:
         """Make the runs that are missing.

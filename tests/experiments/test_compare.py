@@ -280,14 +280,27 @@ def test_tuned_arms_train_for_the_passes_of_their_own_presets(tmp_path: Path, di
     tuned = comparison(root, digits, *texts, protocols=("tuned",), say=said.append)
     assert tuned.run() == Outcome(done=4)
     assert not any("only --protocol tuned" in line for line in said)
+    assert f"note: on mlp:2x16 the arms differ in passes: {texts[0]} 3, bp:passes=2 2" in said
     assert slots(root) == {("mf", 3, seed): 1 for seed in (0, 1)} | {("bp", 2, seed): 1 for seed in (0, 1)}
     (row,) = make_tables(["T3"], collect(root))[0].rows
     assert (row["algorithm"], row["protocol"], row["n"]) == ("mf:passes=3:lr_schedule=cosine", "tuned", 2)
     comparison(root, digits, *texts, seeds=(0,), protocols=("own",), say=said.append).run()
     assert "note: bp:passes=2 is set to 2 passes, which only --protocol tuned keeps" in said
+    said.clear()
+    comparison(tmp_path / "own", digits, *texts, seeds=(0,), protocols=("own",), say=said.append).run()
+    assert not any("differ in passes" in line for line in said)
     with pytest.raises(UsageError, match=r"bp does not say for how many data passes; .* bp:passes=N"):
         comparison(tmp_path / "d", digits, "mf:passes=3", "bp", protocols=("tuned",))
     assert not (tmp_path / "d").exists()
+
+
+def test_arms_that_differ_in_their_passes_alone_are_refused_where_those_are_replaced(
+    tmp_path: Path, digits: Dataset
+) -> None:
+    texts = ("mf:passes=2", "mf:passes=3", "bp:passes=2")
+    with pytest.raises(UsageError, match="mf:passes=2 and mf:passes=3 differ in nothing but passes"):
+        comparison(tmp_path, digits, *texts, protocols=("own",))
+    assert comparison(tmp_path, digits, *texts, seeds=(0,), protocols=("tuned",)).run() == Outcome(done=3)
 
 
 # Going on
