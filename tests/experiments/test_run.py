@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -383,6 +384,13 @@ def stopped(tmp_path: Path) -> RunFolder:
     with pytest.raises(InterruptedRunError):
         run(config, tmp_path, reporter=StopAtOnce())
     return RunFolder(only_run(tmp_path))
+
+
+def test_how_to_go_on_is_told_as_a_shell_takes_it(tmp_path: Path) -> None:
+    config = resolve("mf", network="mlp:1x8", training={"epochs": 3}, device="cpu", energy="none")
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(config, tmp_path / "my runs", reporter=StopAtOnce())
+    assert shlex.split(str(stopped.value))[-4:] == ["bpfree", "run", "--resume", str(only_run(tmp_path / "my runs"))]
 
 
 @pytest.mark.parametrize(
