@@ -255,7 +255,9 @@ def _accuracy_against_joules(entries: Sequence[Entry]) -> Plot:
         axes.set_xlabel("gross energy so far, J (log scale)")
         axes.set_ylabel(f"validation {_metric(entries)}, %")
 
-    return Plot("accuracy-joules", "Accuracy against energy: median and range over seeds", rows, draw)
+    metric = _metric(entries)
+    title = f"{metric[0].upper()}{metric[1:]} against energy: median and range over seeds"
+    return Plot("accuracy-joules", title, rows, draw)
 
 
 def _epochs(entries: Sequence[Entry]) -> Plot:
@@ -273,7 +275,7 @@ def _epochs(entries: Sequence[Entry]) -> Plot:
         axes.set_xlabel("validation (one per epoch, stages one after another)")
         axes.set_ylabel(f"validation {_metric(entries)}, %")
 
-    return Plot("epochs", "Validation accuracy per epoch: median and range over seeds", rows, draw)
+    return Plot("epochs", f"Validation {_metric(entries)} per epoch: median and range over seeds", rows, draw)
 
 
 def _idle_and_dynamic(entries: Sequence[Entry]) -> Plot:
@@ -329,7 +331,8 @@ def _pareto(entries: Sequence[Entry]) -> Plot:
         axes.set_ylabel(f"test {_metric(entries)}, %")
         axes.legend(frameon=False, fontsize="small")
 
-    return Plot("pareto", "Test accuracy against energy: mean ± SD over seeds, and the Pareto front", rows, draw)
+    title = f"Test {_metric(entries)} against energy: mean ± SD over seeds, and the Pareto front"
+    return Plot("pareto", title, rows, draw)
 
 
 def _dominates(a: Row, b: Row) -> bool:
@@ -378,6 +381,7 @@ def _names(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def _metric(entries: Sequence[Entry]) -> str:
+    """What the arms of a figure are rated by."""
     return " or ".join(dict.fromkeys(entry.metric for entry in entries))
 
 
