@@ -44,6 +44,13 @@ def test_result_and_progress(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
+def test_a_study_of_the_baseline_to_convergence_is_confirmed_against_a_rule_at_its_own(tmp_path: Path) -> None:
+    options = ("--network", "mlp:1x8", "--trials", "1", "--device", "cpu", "--protocol", "convergence", "--epochs", "1")
+    *_, preset, _, confirmation = tune(tmp_path, "--algo", "bp", *options).stdout.splitlines()
+    path = preset.split()[-1]
+    assert confirmation == f"bpfree compare --algos bp@{path},mf@ITS_PRESET --protocol own"
+
+
 def test_record_as_json_and_nothing_else(tmp_path: Path) -> None:
     done = tune(tmp_path, "--algo", "bp", *QUICK, "--format", "json", "--quiet", "--name", "mine")
     assert done.stderr == ""

@@ -523,9 +523,10 @@ def test_skips_and_failures_end_nothing_and_are_told(tmp_path: Path) -> None:
     assert skipped["arm"] == "fgnn"
     assert "graph convolutions" in skipped["reason"]
 
+    starts = sum(line["event"] == "started" for line in ledger(tmp_path / "c"))
     again = bpfree(*command, "--results", folder, "--format", "json")  # nothing is tried a second time ...
     assert (again.exit_code, json.loads(again.stdout)) == (1, outcome)
-    starts = sum(line["event"] == "started" for line in ledger(tmp_path / "c"))
+    assert sum(line["event"] == "started" for line in ledger(tmp_path / "c")) == starts
     bpfree(*command, "--results", folder, "--retry-failed")  # ... unless asked for
     assert sum(line["event"] == "started" for line in ledger(tmp_path / "c")) == starts + 4
 

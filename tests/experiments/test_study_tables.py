@@ -217,6 +217,20 @@ def test_the_factors_of_a_difference_in_energy(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+def test_rungs_that_stop_by_another_rule_are_no_part_of_the_ladder(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0)
+    make_run(tmp_path, "mf-joint", 0)
+    make_run(tmp_path, "mf", 0, patience=4)
+    assert [row["algorithm"] for row in one(collect(tmp_path), "T6").rows] == ["mf-joint"]
+
+
+def test_recorded_co2_goes_before_that_of_a_country(tmp_path: Path) -> None:
+    summary = json.loads((path := make_run(tmp_path, "bp", 0) / SUMMARY).read_text())
+    path.write_text(json.dumps({**summary, "carbon": {"g_co2e": 7.5}}))
+    table = one(collect(tmp_path), "T2", intensity={"g_per_kwh": 661.926, "country": "POL"})
+    assert table.rows[0]["co2e_g"] == 7.5
+
+
 def test_what_stands_under_accuracy_is_told_where_it_is_none(tmp_path: Path) -> None:
     make_run(tmp_path, "bp", 0)
     make_run(tmp_path, "mf", 0)
