@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def test_result_and_progress(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
+def test_a_study_of_the_baseline_to_convergence_is_confirmed_against_a_rule_at_its_own(tmp_path: Path) -> None:
+    options = ("--network", "mlp:1x8", "--trials", "1", "--device", "cpu", "--protocol", "convergence", "--epochs", "1")
+    *_, preset, _, confirmation = tune(tmp_path, "--algo", "bp", *options).stdout.splitlines()
+    path = preset.split()[-1]
+    assert confirmation == f"bpfree compare --algos bp@{path},mf@ITS_PRESET --protocol own"
+
+
 def test_record_as_json_and_nothing_else(tmp_path: Path) -> None:
     done = tune(tmp_path, "--algo", "bp", *QUICK, "--format", "json", "--quiet", "--name", "mine")
     assert done.stderr == ""
@@ -54,13 +62,13 @@ def test_record_as_json_and_nothing_else(tmp_path: Path) -> None:
 
 def test_what_two_studies_found_is_confirmed_by_the_command_that_they_print(tmp_path: Path) -> None:
     """Each arm trains for the passes that its study chose, on seeds of its own; T7 has the joules to the target."""
-    presets_of = {}
+    presets_of, studies = {}, tmp_path / "studies: mf, bp"  # commands are printed as a shell takes them
     for rule in ("mf", "bp"):
-        found = tune(tmp_path, "--algo", rule, *QUICK, "--energy", "simulated", "--target", "5")
-        presets_of[rule] = found.stdout.splitlines()[3].split()[-1]
+        found = tune(studies, "--algo", rule, *QUICK, "--energy", "simulated", "--target", "5")
+        presets_of[rule] = shlex.split(found.stdout.splitlines()[3])[-1]
         if rule == "mf":
             command = found.stdout.splitlines()[-1]
-    words = command.replace("bp@ITS_PRESET", f"bp@{presets_of['bp']}").split()
+    words = [word.replace("bp@ITS_PRESET", f'bp@"{presets_of["bp"]}"') for word in shlex.split(command)]
     assert words[-4:] == ["--protocol", "tuned", "--target", "5"]
     options = ["--seeds", "3", "--device", "cpu", "--energy", "simulated", "--warm-up", "0", "--quiet"]
     root = str(tmp_path / "confirmed")
@@ -69,9 +77,9 @@ def test_what_two_studies_found_is_confirmed_by_the_command_that_they_print(tmp_
     table = CliRunner().invoke(cli, ["table", root, "-t", "T7", "-t", "T1", "--format", "json"], catch_exceptions=False)
     to_target, performance = (found["rows"] for found in json.loads(table.stdout))
     (row,) = to_target
-    assert (row["algorithm"], row["network"], row["target"]) == (f"mf@{presets_of['mf']}", "mlp:1x8", 5)
+    assert (row["algorithm"], row["network"], row["target"]) == (f'mf@"{presets_of["mf"]}"', "mlp:1x8", 5)
     assert (row["protocol"], row["n"], row["baseline_n"]) == ("tuned", 3, 3)
-    chosen = {f"{rule}@{path}": read_preset(Path(path)).training["passes"] for rule, path in presets_of.items()}
+    chosen = {f'{rule}@"{path}"': read_preset(Path(path)).training["passes"] for rule, path in presets_of.items()}
     assert {row["algorithm"]: row["passes"] for row in performance} == chosen
     assert all(row["seeds"] == [0, 1, 2] for row in performance)
 

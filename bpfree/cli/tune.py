@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -248,7 +250,7 @@ def _report(record: Mapping[str, Any]) -> str:
         text_table([_row(trial) for trial in shown]),
         f"{spent['trials']} trials ({spent['finished']} finished, {spent['pruned']} pruned, {spent['failed']} failed), "
         f"{spent['passes']} passes, {spent['seconds']:.1f} s, {joules}",
-        *(f"bpfree run --preset {folder / preset}" for preset in record["presets"]),
+        *(shlex.join(["bpfree", "run", "--preset", str(folder / preset)]) for preset in record["presets"]),
         "The best of many trials of one seed looks better than it is; to report, run fresh seeds of all arms:",
         _confirmation(record, folder / record["presets"][0]),
     ]
@@ -259,7 +261,8 @@ def _confirmation(record: Mapping[str, Any], preset: Path) -> str:
     """The command that compares what was found with another arm, on seeds that no study has seen."""
     algorithm, settings = record["algorithm"], record["settings"]
     other = "mf" if algorithm == "bp" else "bp"
-    command = f"bpfree compare --algos {algorithm}@{preset},{other}@ITS_PRESET"
+    path = f'"{preset}"' if re.search(r"[\s,:]", str(preset)) else preset
+    command = shlex.join(["bpfree", "compare", "--algos", f"{algorithm}@{path},{other}@ITS_PRESET"])
     command += " --protocol own" if settings["shared"]["passes"] is None else " --protocol tuned"
     return command + ("" if settings["target"] is None else f" --target {settings['target']:g}")
 

@@ -225,9 +225,18 @@ def checked(arm: Arm, dataset: AnyDataset) -> Arm:
 
 def unequal_settings(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """Training settings in which arms differ, by setting and label: what the rule alone does not explain."""
-    settings = [(arm.label, asdict(arm.config.training)) for arm in arms if arm.skipped is None]
+    settings = [(arm.label, _in_effect(arm.config)) for arm in arms if arm.skipped is None]
     return {
         name: {label: values[name] for label, values in settings}
         for name in (settings[0][1] if settings else {})
         if name != "checkpoint_every" and any(values[name] != settings[0][1][name] for _, values in settings)
     }
+
+
+def _in_effect(config: RunConfig) -> dict[str, Any]:
+    """Training settings, those that are left to the data set as it has them."""
+    settings, entry = asdict(config.training), data.DATASETS.get(config.dataset)
+    if isinstance(entry, data.DatasetInfo):
+        settings["augmentation"] = settings["augmentation"] or entry.augmentation
+        settings["validation"] = settings["validation"] or entry.validation
+    return settings

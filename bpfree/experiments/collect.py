@@ -12,14 +12,14 @@ from types import NoneType
 from typing import Any, Final
 
 from bpfree.errors import UsageError
-from bpfree.experiments.arms import MATCHED, OWN
+from bpfree.experiments.arms import MATCHED, OWN, TUNED
 from bpfree.experiments.compare import LEDGER, PLAN, RUNS, Analysis, Ledger, Plan, Slot, config_key
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.finished import Run, Say, finished_runs, nothing_to_show, read_or_leave_out
 from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 
 TUNING: Final = "tuning.json"
-TUNED: Final[dict[str, Any]] = {
+STUDY: Final[dict[str, Any]] = {
     **dict.fromkeys(("dataset", "network", "algorithm"), str),
     "bill": {"trials": int, "pruned": int, "failed": int, "seconds": NUMBER, "wh": MAYBE},
     "best": (dict, NoneType),
@@ -79,7 +79,7 @@ class Entry:
         study: the comparison's folder, relative to where was looked; "." for runs that belong to none.
         label: name of the arm.
         config: its configuration, whatever the seed.
-        protocol: "own" or "matched".
+        protocol: "own", "matched" or "tuned".
         hardware: the device.
         analysis: what the comparison has fixed beforehand.
         runs: finished runs by seed.
@@ -107,6 +107,11 @@ class Entry:
     @property
     def is_baseline(self) -> bool:
         return self.label == self.analysis.baseline
+
+    @property
+    def metric(self) -> str:
+        """What accuracy is here: "accuracy", or what is in its place for links of graphs or for reconstructions."""
+        return next((run.summary.get("metric", "accuracy") for run in self.all_runs()), "accuracy")
 
     def all_runs(self) -> list[Run]:
         return [run for repeats in self.runs.values() for run in repeats]
@@ -149,8 +154,13 @@ class Entry:
 def pairs(ours: Entry, baseline: Entry, quantity: str) -> tuple[list[float], list[float]]:
     """A quantity of both arms over the seeds for which both have it."""
     a, b = ours.per_seed(quantity), baseline.per_seed(quantity)
-    seeds = sorted(a.keys() & b.keys())
+    seeds = sorted(known_pairs(ours, baseline, quantity))
     return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+
+
+def known_pairs(ours: Entry, baseline: Entry, quantity: str) -> set[int]:
+    """The seeds for which both arms have a quantity."""
+    return ours.per_seed(quantity).keys() & baseline.per_seed(quantity).keys()
 
 
 def baseline_of(entry: Entry, entries: Iterable[Entry]) -> Entry | None:
@@ -159,7 +169,7 @@ def baseline_of(entry: Entry, entries: Iterable[Entry]) -> Entry | None:
     Raises:
         UsageError: several could be meant.
     """
-    here = [other for other in entries if other.place == entry.place and other.runs]
+    here = [other for other in entries if (other.place, other.metric) == (entry.place, entry.metric) and other.runs]
     named = [other for other in here if other.is_baseline]
     alike = [other for other in here if other.config.algorithm == entry.analysis.baseline]
     if not named and len(alike) > 1:
@@ -275,7 +285,14 @@ def _loose(found: Sequence[Run]) -> list[Entry]:
         protocol = OWN if config.training.passes is None else MATCHED
         label = f"{config.algorithm}, {form}" if form else config.algorithm
         entries.append(Entry(".", label, config, protocol, hardware, runs=dict(sorted(runs.items()))))
+    entries = [replace(entry, protocol=_loose_protocol(entry, entries)) for entry in entries]
     return [replace(entry, label=_loose_label(entry, entries)) for entry in entries]
+
+
+def _loose_protocol(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What of arms beside each other may be said: numbers of passes that were given match if they are the same."""
+    passes = {other.config.training.passes for other in entries if other.place == entry.place}
+    return entry.protocol if len(passes) == 1 else TUNED
 
 
 def _loose_label(entry: Entry, entries: Sequence[Entry]) -> str:
@@ -292,7 +309,7 @@ def tuning_records(root: Path, *, say: Say = warnings.warn) -> list[dict[str, An
     """What `bpfree tune` has recorded under a folder; `say` is told of what cannot be read, and is left out."""
 
     def read(folder: Path) -> dict[str, Any]:
-        return RunFolder(folder).read_json(TUNING, TUNED)
+        return RunFolder(folder).read_json(TUNING, STUDY)
 
     paths = sorted(root.rglob(TUNING))
     found = [read_or_leave_out("study", path.parent, read, say) for path in paths]

@@ -107,6 +107,9 @@ class Plan:
         networks = dict.fromkeys(arm.config.network for arm in self.arms)
         groups = {name: [arm for arm in self.arms if arm.config.network == name] for name in networks}
         unequal = {name: unequal_settings(arms) for name, arms in groups.items()}
+        if TUNED not in self.protocols:  # the others replace the passes of an arm
+            for found in unequal.values():
+                found.pop("passes", None)
         return {**asdict(self), "unequal_settings": {name: found for name, found in unequal.items() if found}}
 
     @classmethod
@@ -321,8 +324,8 @@ class Comparison:
             raise UsageError(f"there is nothing to run: {self._arms[0].label}: {self._arms[0].skipped}")
         self._device = runs.pick_device(self._running[0].config.device)
         networks = dict.fromkeys(arm.config.network for arm in self._running)
-        if MATCHED in self._protocols and passes is None and analysis.baseline not in {arm.label for arm in arms}:
-            raise UsageError(f"matched passes are those of {analysis.baseline}, which is no arm; add it, or --passes")
+        if self._protocols != [TUNED]:
+            self._refuse_twins()
         for arm in self._running if TUNED in self._protocols else ():
             if arm.config.training.passes is None:
                 raise UsageError(
@@ -347,8 +350,22 @@ class Comparison:
             if earlier.start_temperature_c is not None and start_c not in (None, earlier.start_temperature_c):
                 raise UsageError(f"runs here start at {earlier.start_temperature_c:g} °C; use another --results")
             self.plan = earlier.joined(asked, mixed_hardware=conditions.mixed_hardware)
+        to_match = networks.keys() - self.plan.matched_passes.keys() if MATCHED in self._protocols else ()
+        if to_match and analysis.baseline not in {arm.label for arm in arms}:
+            raise UsageError(f"matched passes are those of {analysis.baseline}, which is no arm; add it, or --passes")
         self._outcome = Outcome()
         self._idle_w: tuple[float, ...] = ()
+
+    def _refuse_twins(self) -> None:
+        """Two arms that differ in their passes alone, which a protocol replaces, would share their runs."""
+        seen: dict[str, Arm] = {}
+        for arm in self._running:
+            twin = seen.setdefault(config_key(arm.run_config(0, None)), arm)
+            if twin is not arm:
+                raise UsageError(
+                    f"{twin.label} and {arm.label} differ in nothing but passes, which only --protocol tuned keeps; "
+                    "leave one out"
+                )
 
     def run(self) -> Outcome:
         """Make the runs that are missing.

@@ -253,9 +253,11 @@ def _accuracy_against_joules(entries: Sequence[Entry]) -> Plot:
         _draw_bands(axes, entries, rows, "joules")
         axes.set_xscale("log")
         axes.set_xlabel("gross energy so far, J (log scale)")
-        axes.set_ylabel("validation accuracy, %")
+        axes.set_ylabel(f"validation {_metric(entries)}, %")
 
-    return Plot("accuracy-joules", "Accuracy against energy: median and range over seeds", rows, draw)
+    metric = _metric(entries)
+    title = f"{metric[0].upper()}{metric[1:]} against energy: median and range over seeds"
+    return Plot("accuracy-joules", title, rows, draw)
 
 
 def _epochs(entries: Sequence[Entry]) -> Plot:
@@ -271,9 +273,9 @@ def _epochs(entries: Sequence[Entry]) -> Plot:
         _draw_bands(axes, entries, rows, "epoch")
         _whole_numbers(axes)
         axes.set_xlabel("validation (one per epoch, stages one after another)")
-        axes.set_ylabel("validation accuracy, %")
+        axes.set_ylabel(f"validation {_metric(entries)}, %")
 
-    return Plot("epochs", "Validation accuracy per epoch: median and range over seeds", rows, draw)
+    return Plot("epochs", f"Validation {_metric(entries)} per epoch: median and range over seeds", rows, draw)
 
 
 def _idle_and_dynamic(entries: Sequence[Entry]) -> Plot:
@@ -326,10 +328,11 @@ def _pareto(entries: Sequence[Entry]) -> Plot:
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0)
         axes.set_xscale("log")
         axes.set_xlabel("gross energy of training, J (log scale)")
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(f"test {_metric(entries)}, %")
         axes.legend(frameon=False, fontsize="small")
 
-    return Plot("pareto", "Test accuracy against energy: mean ± SD over seeds, and the Pareto front", rows, draw)
+    title = f"Test {_metric(entries)} against energy: mean ± SD over seeds, and the Pareto front"
+    return Plot("pareto", title, rows, draw)
 
 
 def _dominates(a: Row, b: Row) -> bool:
@@ -375,6 +378,11 @@ def _whole_numbers(axes: Axes) -> None:
 
 def _names(rows: Sequence[Row], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _metric(entries: Sequence[Entry]) -> str:
+    """What the arms of a figure are rated by."""
+    return " or ".join(dict.fromkeys(entry.metric for entry in entries))
 
 
 def _point(entry: Entry, n: int, **numbers: Any) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -371,7 +372,7 @@ def _train(
                 running.enter_context(meter.window("total"))
                 progress = trainer.run()
         except InterruptedRunError as error:
-            how = f"the run is saved, go on with: bpfree run --resume {folder.path}"
+            how = f"the run is saved, go on with: {shlex.join(['bpfree', 'run', '--resume', str(folder.path)])}"
             raise InterruptedRunError(f"{error.where} ({stop.name or 'asked by another rank'})", how) from None
         except TrainingError:
             if keep_model and trainer.has_best:

@@ -30,6 +30,7 @@ def make_run(
     idle_w: float | None = 20.0,
     flops: float | None = 3e12,
     flags: Sequence[str] = ("SIMULATED",),
+    metric: str = "accuracy",
     **training: Any,
 ) -> Path:
     """One finished run.
@@ -50,6 +51,7 @@ def make_run(
         idle_w: power of the idle device, W.
         flops: of the whole training.
         flags: of the energy.
+        metric: what accuracy is.
         training: training settings.
     """
     config = resolve(rule, dataset, network, preset="none", seed=seed, training=training)
@@ -83,7 +85,7 @@ def make_run(
         "variant": "",
         "preset": None,
         "seed": seed,
-        "metric": "accuracy",
+        "metric": metric,
         "test_accuracy": accuracy,
         "test_loss": 1.0,
         "test_diagnostics": {},

@@ -188,6 +188,13 @@ def test_settings_that_the_rule_does_not_explain_are_named() -> None:
     assert unequal_settings(arms) == {"patience": {"mf:patience=4": 4, "bp": 20}}
 
 
+def test_the_data_sets_own_setting_is_no_other_one_when_it_is_spelt_out() -> None:
+    spelt_out = "mf:augmentation=crop-flip:validation=5000"
+    assert unequal_settings(make_arms([spelt_out, "bp"], "cifar10", "mlp:2x16")) == {}
+    other = make_arms(["mf:augmentation=none", "bp"], "cifar10", "mlp:2x16")
+    assert unequal_settings(other) == {"augmentation": {"mf:augmentation=none": "none", "bp": "crop-flip"}}
+
+
 # Order
 
 
@@ -273,14 +280,27 @@ def test_tuned_arms_train_for_the_passes_of_their_own_presets(tmp_path: Path, di
     tuned = comparison(root, digits, *texts, protocols=("tuned",), say=said.append)
     assert tuned.run() == Outcome(done=4)
     assert not any("only --protocol tuned" in line for line in said)
+    assert f"note: on mlp:2x16 the arms differ in passes: {texts[0]} 3, bp:passes=2 2" in said
     assert slots(root) == {("mf", 3, seed): 1 for seed in (0, 1)} | {("bp", 2, seed): 1 for seed in (0, 1)}
     (row,) = make_tables(["T3"], collect(root))[0].rows
     assert (row["algorithm"], row["protocol"], row["n"]) == ("mf:passes=3:lr_schedule=cosine", "tuned", 2)
     comparison(root, digits, *texts, seeds=(0,), protocols=("own",), say=said.append).run()
     assert "note: bp:passes=2 is set to 2 passes, which only --protocol tuned keeps" in said
+    said.clear()
+    comparison(tmp_path / "own", digits, *texts, seeds=(0,), protocols=("own",), say=said.append).run()
+    assert not any("differ in passes" in line for line in said)
     with pytest.raises(UsageError, match=r"bp does not say for how many data passes; .* bp:passes=N"):
         comparison(tmp_path / "d", digits, "mf:passes=3", "bp", protocols=("tuned",))
     assert not (tmp_path / "d").exists()
+
+
+def test_arms_that_differ_in_their_passes_alone_are_refused_where_those_are_replaced(
+    tmp_path: Path, digits: Dataset
+) -> None:
+    texts = ("mf:passes=2", "mf:passes=3", "bp:passes=2")
+    with pytest.raises(UsageError, match="mf:passes=2 and mf:passes=3 differ in nothing but passes"):
+        comparison(tmp_path, digits, *texts, protocols=("own",))
+    assert comparison(tmp_path, digits, *texts, seeds=(0,), protocols=("tuned",)).run() == Outcome(done=3)
 
 
 # Going on
@@ -294,6 +314,13 @@ def test_a_finished_comparison_is_not_repeated_and_can_grow(tmp_path: Path, digi
     assert comparison(tmp_path, digits, "mf", "bp", "dfa", passes=1).run() == Outcome(done=12)
     assert {line["arm"] for line in ledger(tmp_path)[len(first) :]} == {"dfa"}
     assert all(count == 1 for count in slots(tmp_path).values())
+
+
+def test_an_arm_added_later_is_matched_with_what_is_known_of_the_baseline(tmp_path: Path, digits: Dataset) -> None:
+    comparison(tmp_path, digits, "bp").run()
+    assert comparison(tmp_path, digits, "mf", protocols=("matched",)).run() == Outcome(done=2)
+    (row,) = make_tables(["T4"], collect(tmp_path))[0].rows
+    assert (row["algorithm"], row["n"], row["passes"]) == ("mf", 2, row["baseline_passes"])
 
 
 def test_the_budget_leaves_runs_for_another_call(tmp_path: Path, digits: Dataset) -> None:
@@ -496,9 +523,10 @@ def test_skips_and_failures_end_nothing_and_are_told(tmp_path: Path) -> None:
     assert skipped["arm"] == "fgnn"
     assert "graph convolutions" in skipped["reason"]
 
+    starts = sum(line["event"] == "started" for line in ledger(tmp_path / "c"))
     again = bpfree(*command, "--results", folder, "--format", "json")  # nothing is tried a second time ...
     assert (again.exit_code, json.loads(again.stdout)) == (1, outcome)
-    starts = sum(line["event"] == "started" for line in ledger(tmp_path / "c"))
+    assert sum(line["event"] == "started" for line in ledger(tmp_path / "c")) == starts
     bpfree(*command, "--results", folder, "--retry-failed")  # ... unless asked for
     assert sum(line["event"] == "started" for line in ledger(tmp_path / "c")) == starts + 4
 

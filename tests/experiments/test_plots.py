@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bpfree.algorithms import ALGORITHMS
@@ -90,6 +91,17 @@ def test_what_is_drawn(plots: list[Plot]) -> None:
     kinds = [f"cifar10-mlp-{depth}x2000-own-NVIDIA-H200-{kind}" for depth in (3, 6) for kind in KINDS]
     assert [plot.name for plot in plots] == [*kinds, "cifar10-own-NVIDIA-H200-memory-depth"]
     assert "simulated energy" in plots[0].title
+
+
+def test_figures_say_what_arms_are_rated_by(plots: list[Plot], tmp_path: Path) -> None:
+    assert "Test accuracy against energy" in named(plots, "3x2000", "pareto").title
+    for rule in ("bp", "fgnn"):
+        make_run(tmp_path, rule, 0, dataset="cora", network="gcn:2x8", metric="ROC-AUC")
+    for plot in make_plots(collect(tmp_path)):
+        if not plot.name.endswith("idle-dynamic"):
+            plot.draw(axes := Figure().add_subplot())
+            assert "ROC-AUC" in plot.title
+            assert "ROC-AUC" in axes.get_ylabel()
 
 
 def test_bands_over_joules(plots: list[Plot]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +22,13 @@ import pytest
 import torch
 
 from bpfree import data
+from bpfree.algorithms.learner import Stage
 from bpfree.data import Dataset
 from bpfree.energy import EnergyMeter
+from bpfree.energy.simulated import SimulatedSource
 from bpfree.errors import CheckpointError, DataError, TrainingError, UsageError
-from bpfree.experiments import records
+from bpfree.experiments import records, train
+from bpfree.experiments import run as runs
 from bpfree.experiments.config import command, resolve
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import Measuring, Reporter, load_batches, resume, run, told_of_memory
@@ -134,14 +140,11 @@ def test_json_result_has_what_is_promised(straight: tuple[Path, dict[str, Any]])
         assert (path / name).is_file()
 
 
-def test_training_and_validation_are_told_apart(straight: tuple[Path, dict[str, Any]]) -> None:
+def test_phases_and_the_curve_of_joules_are_recorded(straight: tuple[Path, dict[str, Any]]) -> None:
     path, summary = straight
     energy = summary["energy"]
-    phases = energy["phases"]
-    assert list(phases) == ["train", "validation"]
-    for phase in phases.values():  # the simulated board takes 100 W
-        assert phase["gross_j"] == pytest.approx(100 * phase["seconds"], rel=1e-2)
-    parts = sum(phase["gross_j"] for phase in phases.values())
+    assert list(energy["phases"]) == ["train", "validation"]
+    parts = sum(phase["gross_j"] for phase in energy["phases"].values())
     assert 0 < parts < energy["gross_j"]  # how much of it is no matter of ours: the machine may be busy
     assert energy["j_per_step"] == pytest.approx(energy["gross_j"] / summary["updates"])
     curve = records.energy_curve(RunFolder.open(path).read_metrics(), summary)
@@ -150,8 +153,35 @@ def test_training_and_validation_are_told_apart(straight: tuple[Path, dict[str, 
     assert joules == sorted(joules)
     assert joules[-1] == energy["gross_j"]
     assert max(accuracy for _, accuracy in curve) >= summary["validation_accuracy"]
-    (row,) = readable(result_rows(path.parent), ("power", "busy"))
-    assert row == {"mean power, W": "100", "GPU busy, %": ""}
+
+
+def test_training_and_validation_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only they move, 1 s a step and 10 s a validation, and not the steps of the rehearsal."""
+    now = 0.0
+
+    def taking(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def taken(*arguments: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*arguments, **options)
+
+        return taken
+
+    monkeypatch.setattr(Stage, "step", taking(1.0, Stage.step))
+    monkeypatch.setattr(train, "rate", taking(10.0, train.rate))
+    source = SimulatedSource(100.0, clock=lambda: now)
+    monkeypatch.setattr(runs, "choose_source", lambda kind, device: source)
+    monkeypatch.setattr(runs, "EnergyMeter", partial(EnergyMeter, clock=lambda: now))
+    settings = {"epochs": 3, "batch_size": 100}
+    config = resolve("mf", "digits", "mlp:1x16", preset="none", training=settings, device="cpu", energy="simulated")
+    summary = run(config, tmp_path, dataset=own_data(), keep_model=False)
+    energy, steps = summary["energy"], summary["updates"]
+    assert (steps, summary["passes"]) == (12, 3)
+    assert energy["phases"]["train"]["gross_j"] == pytest.approx(100 * steps)
+    assert energy["phases"]["validation"]["gross_j"] == pytest.approx(1000 * 3)
+    assert energy["gross_j"] == pytest.approx(100 * steps + 1000 * 3)
+    (row,) = readable(result_rows(tmp_path), ("time", "power", "busy"))
+    assert row == {"time, s": "42.0", "mean power, W": "100", "GPU busy, %": ""}
 
 
 def test_idle_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,6 +385,13 @@ def stopped(tmp_path: Path) -> RunFolder:
     with pytest.raises(InterruptedRunError):
         run(config, tmp_path, reporter=StopAtOnce())
     return RunFolder(only_run(tmp_path))
+
+
+def test_how_to_go_on_is_told_as_a_shell_takes_it(tmp_path: Path) -> None:
+    config = resolve("mf", network="mlp:1x8", training={"epochs": 3}, device="cpu", energy="none")
+    with pytest.raises(InterruptedRunError) as stopped:
+        run(config, tmp_path / "my runs", reporter=StopAtOnce())
+    assert shlex.split(str(stopped.value))[-4:] == ["bpfree", "run", "--resume", str(only_run(tmp_path / "my runs"))]
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,58 @@ def test_the_factors_of_a_difference_in_energy(tmp_path: Path) -> None:
     assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
+def test_rungs_that_stop_by_another_rule_are_no_part_of_the_ladder(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0)
+    make_run(tmp_path, "mf-joint", 0)
+    make_run(tmp_path, "mf", 0, patience=4)
+    assert [row["algorithm"] for row in one(collect(tmp_path), "T6").rows] == ["mf-joint"]
+
+
+def test_recorded_co2_goes_before_that_of_a_country(tmp_path: Path) -> None:
+    summary = json.loads((path := make_run(tmp_path, "bp", 0) / SUMMARY).read_text())
+    path.write_text(json.dumps({**summary, "carbon": {"g_co2e": 7.5}}))
+    table = one(collect(tmp_path), "T2", intensity={"g_per_kwh": 661.926, "country": "POL"})
+    assert table.rows[0]["co2e_g"] == 7.5
+
+
+def test_what_stands_under_accuracy_is_told_where_it_is_none(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0)
+    make_run(tmp_path, "mf", 0)
+    links = "On cora gcn:2x8 accuracy stands for ROC-AUC, in %."
+    assert links not in one(collect(tmp_path), "T3").notes
+    for rule in ("bp", "fgnn"):
+        make_run(tmp_path, rule, 0, dataset="cora", network="gcn:2x8", metric="ROC-AUC")
+    for name in ("T1", "T3", "T4", "T5", "T6", "T7", "T9"):
+        assert links in one(collect(tmp_path), name).notes
+    assert links not in one(collect(tmp_path), "T2").notes
+
+
+def test_links_and_nodes_of_one_graph_are_not_paired(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0, dataset="cora", network="gcn:2x8")
+    make_run(tmp_path, "fgnn", 0, dataset="cora", network="gcn:2x8", metric="ROC-AUC")
+    assert one(collect(tmp_path), "T3").rows == []
+
+
+def test_runs_of_other_numbers_of_passes_are_not_called_matched(tmp_path: Path) -> None:
+    make_run(tmp_path, "bp", 0, passes=6)
+    make_run(tmp_path, "mf", 0, passes=6)
+    assert [row["algorithm"] for row in one(collect(tmp_path), "T4").rows] == ["mf"]
+    make_run(tmp_path, "ff", 0, passes=3)
+    assert one(collect(tmp_path), "T4").rows == []
+    changes = one(collect(tmp_path), "T3").rows
+    assert {row["algorithm"]: row["protocol"] for row in changes} == {"mf": "tuned", "ff": "tuned"}
+
+
+def test_factors_are_quotients_of_the_same_runs(tmp_path: Path) -> None:
+    """A seed without joules, and slow, would else be in the time that energy is divided by, and so in the watts."""
+    for seed, (joules, seconds) in enumerate([(800.0, 5.0), (800.0, 5.0), (None, 500.0)]):
+        make_run(tmp_path, "bp", seed, joules=1000.0, seconds=10.0)
+        make_run(tmp_path, "mf", seed, joules=joules, seconds=seconds)
+    row = row_of(one(collect(tmp_path), "T9"), "mf")
+    expected = {"n": 2, "wh_ratio": 0.8, "pass_seconds_ratio": 0.5, "watts_ratio": 1.6}
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
 def test_factors_that_are_not_known_are_empty(tmp_path: Path) -> None:
     make_run(tmp_path, "bp", 0)
     make_run(tmp_path, "mf", 0, joules=None, flops=None, seconds=5.0)

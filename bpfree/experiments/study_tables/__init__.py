@@ -8,7 +8,8 @@ ratios, with 95 % intervals by paired bootstrap. Published rows have what was pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from bpfree.errors import unknown_name
 from bpfree.experiments.collect import Entry
@@ -21,6 +22,10 @@ from bpfree.experiments.study_tables.table import Table
 from bpfree.experiments.study_tables.to_accuracy import to_accuracy
 
 __all__ = ["COLUMNS", "TITLES", "Table", "make_tables"]
+
+ACCURACY: Final = "accuracy"
+OF_ACCURACY: Final = {"T1", "T3", "T4", "T5", "T6", "T7", "T9"}
+"""Tables with a column of accuracy, or of energy up to one."""
 
 
 def make_tables(
@@ -59,4 +64,12 @@ def make_tables(
     for name in names:
         if name not in makers:
             raise unknown_name("table", name, makers)
-    return [makers[name]() for name in names]
+    tables = [makers[name]() for name in names]
+    other = _other_metrics(entries)
+    return [replace(table, notes=[*table.notes, *other]) if table.name in OF_ACCURACY else table for table in tables]
+
+
+def _other_metrics(entries: Sequence[Entry]) -> list[str]:
+    """What stands under accuracy where it is none."""
+    where = dict.fromkeys((e.metric, f"{e.config.dataset} {e.config.network}") for e in entries if e.metric != ACCURACY)
+    return [f"On {place} accuracy stands for {metric}, in %." for metric, place in where]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bpfree.experiments.collect import Entry
+from bpfree.experiments.collect import Entry, known_pairs
 from bpfree.experiments.statistics import Estimate
 from bpfree.experiments.study_tables.columns import Row
 from bpfree.experiments.study_tables.rows import (
     beside,
     compare,
     estimate_columns,
+    over,
     paired,
     place,
     reference_pairs,
@@ -22,7 +23,7 @@ from bpfree.experiments.study_tables.table import Table
 def factors(entries: Sequence[Entry], with_reference: bool) -> Table:
     """T9."""
     rows = []
-    for entry, baseline in paired(entries):
+    for entry, baseline in (_known_alike(*arms) for arms in paired(entries)):
         energy = compare(entry, baseline, "gross_j")
         changes = {name: compare(entry, baseline, name) for name in ("passes", "seconds", "flops")}
         rows.append(
@@ -56,6 +57,14 @@ def factors(entries: Sequence[Entry], with_reference: bool) -> Table:
         "paired seeds, so that the factors of a row multiply to its energy. --baseline ARM pairs with another arm.",
     ]
     return Table("T9", beside(rows, reference, wanted=with_reference), notes)
+
+
+def _known_alike(ours: Entry, baseline: Entry) -> tuple[Entry, Entry]:
+    """Both arms over the seeds for which whatever is known of any pair is known: a quotient is of the same runs."""
+    seeds = set(ours.runs)
+    for quantity in ("gross_j", "passes", "seconds", "flops"):
+        seeds &= known_pairs(ours, baseline, quantity) or seeds
+    return over(ours, seeds), over(baseline, seeds)
 
 
 def _value(estimate: Estimate | None) -> float | None:
