@@ -80,6 +80,7 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
             "network": entry.network,
             "published, %": "" if entry.published is None else f"{entry.published:.2f}",
             "description": entry.description,
+            **({"source": entry.source, "published in": entry.published_in} if detailed else {}),
         }
         for entry in presets().values()
     ]
