@@ -231,12 +231,19 @@ class SharedStudy:
         """The trial has the value of each objective."""
         self.study.tell(trial, values)
 
-    def abandon(self, trial: optuna.Trial) -> None:
+    def abandon(self, trial: optuna.Trial, shortfall: float | None = None) -> None:
         """The trial has no value: it was pruned, or it failed.
 
         A failure too is told as pruned, since TPE ignores trials that Optuna calls failed and would go on proposing
         learning rates that diverge.
+
+        Args:
+            trial: that has ended.
+            shortfall: how far it stayed from what was sought. TPE ranks pruned trials by it, behind all that have a
+                value; without it they are all alike, and where few trials reach the target it would learn nothing.
         """
+        if shortfall is not None:
+            trial.report(shortfall, 1)
         with warnings.catch_warnings():
             self.study.tell(trial, state=TrialState.PRUNED)
 

@@ -222,6 +222,7 @@ class Watch(Reporter):
 
         self.cost: dict[str, Any] = {"seconds": 0.0, "gross_j": 0.0, "net_j": None, "method": "none", "flags": []}
         self.passes = 0
+        self.best = 0.0
         self._trial, self._observer, self._stop = trial, observer, stop
         self._target, self._ceiling = target, ceiling
         self._reports = REPORTS if judged else 0
@@ -239,6 +240,7 @@ class Watch(Reporter):
     def epoch(self, record: dict[str, Any]) -> None:
         fraction = self._trainer.fraction
         self._observer.trial_progress(fraction, record)
+        self.best = max(self.best, record["validation_accuracy"])
         if self._target is not None:
             self._weigh(record, self._target)
         due = int(self._reports * fraction + 1e-9)
@@ -353,7 +355,7 @@ class Worker:
             defect = error
         finally:
             trial.set_user_attr(WALL_S, trial.user_attrs.get(WALL_S, 0.0) + time.monotonic() - started)
-        self._end(trial, {"hardware": self.hardware, "passes": watch.passes, **watch.cost, **result})
+        self._end(trial, {"hardware": self.hardware, "passes": watch.passes, **watch.cost, **result}, watch.best)
         if defect is not None:
             raise defect
 
@@ -365,8 +367,8 @@ class Worker:
             return runs.resume(left, **options)
         return runs.run(config, self.root, **options)
 
-    def _end(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Record how a trial ended; what a run needs to go on is not needed any more."""
+    def _end(self, trial: Trial, result: dict[str, Any], best: float) -> None:
+        """Record how a trial ended, whose highest accuracy was `best`; what a run needs to go on can be removed."""
         if RUN in trial.user_attrs:
             RunFolder(self.root / trial.user_attrs[RUN]).remove(records.CHECKPOINT)
         rated = "validation_accuracy" in result and "reason" not in result
@@ -376,8 +378,10 @@ class Worker:
         trial.set_user_attr(RESULT, result)
         if rated:
             self.study.finish(trial, self.config.values(result))
-        else:
+        elif FAILED in trial.user_attrs or self.config.target is None:
             self.study.abandon(trial)
+        else:
+            self.study.abandon(trial, shortfall=self.config.target - best)
 
 
 def tune(

@@ -339,8 +339,9 @@ def test_joules_to_a_target_as_objective(tmp_path: Path) -> None:
     """A trial ends with the first validation at the target; what gets there with the fewest joules is the best."""
     target = 80.0
     config = study(trials=14, shared=replace(QUICK, lr=(1e-5, 1.0), passes=(1, 12)), target=target, pruner="none")
-    record = tune(config, tmp_path, dataset=own_data(), storage=IN_MEMORY)
+    record = tune(config, tmp_path, dataset=own_data())
     assert record["objectives"] == ["gross joules to 80 %"]
+    told = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'study' / 'study.db'}").trials
     finished = [trial for trial in record["trials"] if trial["state"] == "finished"]
     others = [trial for trial in record["trials"] if trial["state"] != "finished"]
     assert finished
@@ -351,6 +352,8 @@ def test_joules_to_a_target_as_objective(tmp_path: Path) -> None:
         assert len(course) == trial["passes"] <= trial["values"]["passes"]
         assert all(accuracy < target for accuracy in course[:-1])
         assert (course[-1] >= target) == (trial["state"] == "finished")
+        shortfall = {} if trial["state"] == "finished" else {1: target - max(course)}
+        assert told[trial["number"]].intermediate_values == pytest.approx(shortfall)  # what TPE ranks the others by
     for trial in others:
         assert trial["state"] == "pruned"
         assert "below the target" in trial["reason"]
