@@ -18,7 +18,7 @@ from bpfree.console import Console
 from bpfree.energy import KINDS
 from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import DataError, UsageError
-from bpfree.experiments.arms import BOTH, MATCHED, OWN, PROTOCOLS, TUNED, make_arms, split_arms
+from bpfree.experiments.arms import BOTH, MATCHED, OWN, PROTOCOLS, TUNED, arm_label, make_arms, split_arms
 
 
 @click.command(cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
@@ -166,7 +166,7 @@ def compare(
         loaded,
         protocols=BOTH if protocol == "both" else (protocol,),
         passes=passes,
-        analysis=Analysis(baseline, margin_accuracy, margin_relative, targets),
+        analysis=Analysis(arm_label(baseline), margin_accuracy, margin_relative, targets),
         conditions=Conditions(
             idle_s=idle_seconds,
             carbon=carbon,

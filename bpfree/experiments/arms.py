@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
@@ -45,7 +46,7 @@ class Arm:
     """One arm.
 
     Attributes:
-        label: how the user wrote it, such as "mf" or "mf@preset:patience=4"; with the network it names the arm.
+        label: see `arm_label`, such as "mf" or "mf@preset:patience=4"; with the network it names the arm.
         config: its runs, apart from seed and protocol.
         skipped: why it cannot run; None if it can.
     """
@@ -145,6 +146,7 @@ def make_arms(
     Raises:
         UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
     """
+    baseline = arm_label(baseline)
     presets = [named_preset(preset) for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
     task = _common("task", (preset.task for preset in presets), "classify")
     dataset = dataset or _common("dataset", (preset.dataset for preset in presets), "digits")
@@ -160,7 +162,7 @@ def make_arms(
             if arm.config == other.config:
                 raise UsageError(f"arms {other.label} and {arm.label} are the same configuration; leave one out")
             if arm.key == other.key:
-                raise UsageError(f"two arms are called {arm.label}")
+                raise UsageError(f"two arms are called {arm.label}; give one of their presets another name")
     return arms
 
 
@@ -169,6 +171,12 @@ def _parsed(text: str) -> tuple[str, str, list[str]]:
     head, *settings = _split(text, ":")
     name, _, preset = head.partition("@")
     return name, preset.strip("\"'"), settings
+
+
+def arm_label(text: str) -> str:
+    """An arm as the user wrote it, a preset's file by the name of the preset: where it lies is no part of the arm."""
+    name, preset, settings = _parsed(text)
+    return ":".join([f"{name}@{Path(preset).stem}", *settings]) if preset.endswith(".toml") else text
 
 
 def _common(what: str, values: Iterable[str], usual: str) -> str:
@@ -205,7 +213,7 @@ def _make_arm(
         settled = {**training, **own_training}
         usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in COMMON}
         config = replace(config, training=replace(config.training, **usual))
-    return Arm(text, config)
+    return Arm(arm_label(text), config)
 
 
 def checked(arm: Arm, dataset: AnyDataset) -> Arm:

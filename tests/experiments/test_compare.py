@@ -112,9 +112,13 @@ def test_commas_and_colons_between_quotes_belong_to_a_value(tmp_path: Path) -> N
     )
     texts = split_arms(f"""man@none:ends="3,9":patience=4,man@'{folder}/tuned.toml':k=2""")
     quoted, filed = make_arms(texts, "cifar10", "resnet:20")
-    assert (quoted.label, filed.label) == tuple(texts)
+    assert (quoted.label, filed.label) == (texts[0], "man@tuned:k=2")  # tables and records have no paths
     assert (quoted.config.parameters, quoted.config.training.patience) == ({"ends": "3,9"}, 4)
     assert (filed.config.preset, filed.config.parameters) == ("tuned", {"k": 2})
+    other = tmp_path / "tuned.toml"
+    other.write_text((folder / "tuned.toml").read_text() + "\n[parameters]\nk = 4\n")
+    with pytest.raises(UsageError, match="two arms are called man@tuned; give one"):
+        make_arms([f"man@'{folder}/tuned.toml'", f"man@{other}"], "cifar10", "resnet:20")
 
 
 @pytest.mark.parametrize(
