@@ -5,7 +5,8 @@ unit before its first one, lets its units learn, hands the last one's signal to 
 works on step k while rank r works on step k + 1. Signals are received into two buffers in turn, the next one while a
 step computes, and sent without waiting, so that only the first step of an epoch and its validation find ranks idle.
 Inputs and targets are not sent: every rank has the data, in the same order. Where a unit reads parameters of the next
-one (`LocalUnit.borrows`) that lives on rank r + 1, rank r + 1 sends them as they are when its step begins.
+one (`LocalUnit.borrows`) that lives on rank r + 1, rank r + 1 sends them as they are when its step begins; then both
+messages are exchanged between two steps, and none is under way while ranks learn.
 
 A rule whose units learn independently sends nothing while it learns, and is validated the same way. If frozen parts
 make what they learn from, a rank runs those of its own units, whose outputs are handed on as signals are ("layer"), or
@@ -366,19 +367,14 @@ class LayerTeam(Team):
 
     def _update(self, batch: Batch) -> Metrics:
         """One step of this rank's units; the metrics of others are zero."""
-        kind = "step", len(batch[1])
-        self._lend()
-        signal = self._next_signal(kind)
-        if self._back_before is not None:
-            # taken before this rank fills its device again: the rank before waits for it, and has sent the signal
-            self._back_before.room(0)
+        signal = self._next_signal(("step", len(batch[1])))
         slot, self._steps = self._steps % SLOTS, self._steps + 1
         if self._after is not None:
             self._after.room()
         part = self._part(slot, batch, signal)
         outputs, metrics = part.learn(batch, signal)
         if self._after is not None and outputs:
-            self._after.send(kind, own_memory(outputs, (batch[0], *(signal or ()))))
+            self._after.send(("step", len(batch[1])), own_memory(outputs, (batch[0], *(signal or ()))))
         self._borrow()
         shared = part.end()
         self._to_come -= 1
@@ -396,18 +392,24 @@ class LayerTeam(Team):
         return made
 
     def _next_signal(self, kind: tuple[str, int]) -> Signal | None:
-        """What the unit before this rank's first one handed on; begins to receive the next one as well."""
+        """What the unit before this rank's first one handed on; begins to receive the next one as well.
+
+        Sends the rank before what it borrows, as it is now, if it does.
+        """
         if self._before is None or self._chain.independent:
             return None
-        signal = arrived(self._pending or self._before.receive(kind))
-        self._pending = self._before.receive(kind) if self._to_come > 1 else None
+        if self._back_before is None:
+            signal = arrived(self._pending or self._before.receive(kind))
+            self._pending = self._before.receive(kind) if self._to_come > 1 else None
+            return signal
+        # A kernel that waits for the next signal may hold up this step's in the device's queues, and with them what is
+        # lent, without which the rank before does not go on: two GPUs took turns. So both messages are exchanged
+        # here, signal first as the rank before does, and are over when the step begins.
+        pending = self._before.receive(kind)
+        self._back_before.send("borrowed", (torch.cat([parameter.detach().flatten() for parameter in self._lent]),))
+        signal = arrived(pending)
+        self._back_before.room(0)
         return signal
-
-    def _lend(self) -> None:
-        """Send the rank before what it borrows, as it is now."""
-        if self._back_before is not None:
-            message = torch.cat([parameter.detach().flatten() for parameter in self._lent])
-            self._back_before.send("borrowed", (message,))
 
     def _borrow(self) -> None:
         """Take what the rank behind sends into this rank's copies of its parameters."""
