@@ -108,6 +108,9 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
     metavar="FOLDER",
     help="Plain list: a folder under ROOT that is not looked at, such as that of a search (repeatable).",
 )
+@click.option(
+    "--dataset", "-d", "datasets", multiple=True, metavar="NAME", help="Only runs on this data set (repeatable)."
+)
 @study_options
 @click.option("--target", "targets", type=click.FloatRange(0, 100), multiple=True, help="T7: accuracies to reach, %.")
 @click.option("--carbon", metavar="COUNTRY", help="T2: CO2 equivalents of measured energy; ISO code such as POL.")
@@ -118,6 +121,7 @@ def table(
     columns: str | None,
     with_reference: bool,
     leave_out: tuple[str, ...],
+    datasets: tuple[str, ...],
     baseline: str | None,
     mixed_hardware: bool,
     targets: tuple[float, ...],
@@ -136,7 +140,7 @@ def table(
     ladder, T7 energy to accuracy, T8 tuning bill, T9 the factors of a difference in energy.
     """
     if not names:
-        _list_runs(root, columns, form, with_reference=with_reference, leave_out=leave_out)
+        _list_runs(root, columns, form, with_reference=with_reference, leave_out=leave_out, datasets=datasets)
         return
     from bpfree.experiments.collect import collect, tuning_records
     from bpfree.experiments.study_tables import TITLES, make_tables
@@ -150,9 +154,9 @@ def table(
     for name in chosen:  # before runs are read, which may refuse too
         if name not in TITLES:
             raise unknown_name("table", name, TITLES)
-    tuning = tuning_records(root, say=warn)
-    only_bill = chosen == ["T8"]
-    entries = [] if only_bill else collect(root, baseline=baseline, mixed_hardware=mixed_hardware, say=warn)
+    tuning = [record for record in tuning_records(root, say=warn) if not datasets or record["dataset"] in datasets]
+    shown: dict[str, Any] = {"baseline": baseline, "mixed_hardware": mixed_hardware, "datasets": datasets}
+    entries = [] if chosen == ["T8"] else collect(root, **shown, say=warn)
     made = make_tables(
         chosen,
         entries,
@@ -169,10 +173,18 @@ def table(
     click.echo("\n\n".join(one.render(form) for one in made))
 
 
-def _list_runs(root: Path, columns: str | None, form: str, *, with_reference: bool, leave_out: Sequence[str]) -> None:
+def _list_runs(
+    root: Path,
+    columns: str | None,
+    form: str,
+    *,
+    with_reference: bool,
+    leave_out: Sequence[str],
+    datasets: Sequence[str],
+) -> None:
     if form == "json" and columns is not None:
         raise UsageError("--columns is for tables; --format json has everything")
-    rows = result_rows(root, leave_out=leave_out, say=warn)
+    rows = result_rows(root, leave_out=leave_out, datasets=datasets, say=warn)
     if with_reference:
         rows = [row for row in rows if row["published_accuracy"] is not None]
         if not rows:

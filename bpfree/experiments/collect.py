@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -181,7 +181,12 @@ def baseline_of(entry: Entry, entries: Iterable[Entry]) -> Entry | None:
 
 
 def collect(
-    root: Path, *, baseline: str | None = None, mixed_hardware: bool = False, say: Say = warnings.warn
+    root: Path,
+    *,
+    baseline: str | None = None,
+    mixed_hardware: bool = False,
+    datasets: Collection[str] = (),
+    say: Say = warnings.warn,
 ) -> list[Entry]:
     """Every arm under a folder: of the comparisons there, and of runs that belong to none.
 
@@ -189,6 +194,7 @@ def collect(
         root: where to look.
         baseline: label of the arm to pair with, instead of those that the comparisons name.
         mixed_hardware: allow arms of several kinds of hardware; they are never paired.
+        datasets: whose arms are wanted; none for all.
         say: told of what cannot be read, and is left out.
 
     Raises:
@@ -204,8 +210,9 @@ def collect(
         if study is not None:
             entries += _planned(folder.relative_to(root).as_posix(), *study, own)
     entries += _loose(found)
+    entries = [entry for entry in entries if not datasets or entry.config.dataset in datasets]
     if not entries:
-        raise nothing_to_show(root)
+        raise nothing_to_show(root, datasets)
     hardware = sorted({entry.hardware for entry in entries if entry.runs})
     if len(hardware) > 1 and not mixed_hardware:
         raise UsageError(f"runs of {' and '.join(hardware)} do not belong in one table; --mixed-hardware labels them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,6 +76,9 @@ def read_or_leave_out(what: str, path: Path, read: Callable[[Path], T], say: Say
         return None
 
 
-def nothing_to_show(root: Path) -> DataError:
-    """The error where no run is left."""
-    return DataError(f"no finished run under {root} that can be shown; make some with `bpfree run` or `bpfree compare`")
+def nothing_to_show(root: Path, datasets: Collection[str] = ()) -> DataError:
+    """The error where no run is left, of those data sets if some were asked for."""
+    wanted = f" on {' or '.join(datasets)}" if datasets else ""
+    return DataError(
+        f"no finished run{wanted} under {root} that can be shown; make some with `bpfree run` or `bpfree compare`"
+    )

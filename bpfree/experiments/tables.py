@@ -47,7 +47,9 @@ COLUMNS: Final = {
 """What `readable` shows: the name of a column and its title."""
 
 
-def result_rows(root: Path, *, leave_out: Collection[str] = (), say: Say = warnings.warn) -> list[dict[str, Any]]:
+def result_rows(
+    root: Path, *, leave_out: Collection[str] = (), datasets: Collection[str] = (), say: Say = warnings.warn
+) -> list[dict[str, Any]]:
     """One row per configuration, over its seeds, from the run folders under `root`.
 
     Runs belong to one row when everything but the seed is the same. Runs that repeat a seed count once, by their
@@ -56,6 +58,7 @@ def result_rows(root: Path, *, leave_out: Collection[str] = (), say: Say = warni
     Args:
         root: where to look.
         leave_out: folders under it that are not looked at, relative to it.
+        datasets: whose runs are wanted; none for all.
         say: told of what cannot be read, and is left out.
 
     Raises:
@@ -67,12 +70,14 @@ def result_rows(root: Path, *, leave_out: Collection[str] = (), say: Say = warni
         inside = run.path.relative_to(root)
         if any(inside.is_relative_to(folder) for folder in leave_out):
             continue
+        if datasets and run.config.dataset not in datasets:
+            continue
         config = replace(run.config, seed=0)
         key = json.dumps([config.to_dict(), run.summary["variant"], run.summary["hardware"]], sort_keys=True)
         configs[key] = config
         groups[key].append({**run.summary, "run_dir": inside.as_posix()})
     if not groups:
-        raise nothing_to_show(root)
+        raise nothing_to_show(root, datasets)
     rows = [_row(runs, configs[key]) for key, runs in groups.items()]
     return sorted(rows, key=lambda row: (row["dataset"], row["network"], row["algorithm"], row["variant"]))
 
