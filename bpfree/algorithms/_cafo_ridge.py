@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from bpfree.algorithms.learner import Processes
 from bpfree.errors import TrainingError, UsageError
 
 PANEL: Final = 1024
@@ -44,7 +45,8 @@ class RidgeStatistics(nn.Module):
 
     Samples are kept as they are until there are more of them than features; from then on only sums are: memory is
     min(N, D) D numbers, however many samples come. Sums are in float64, of products in `precision`; any cut of the
-    samples into batches gives the same sums. A state dict holds what has been gathered and not cleared.
+    samples into batches gives the same sums, and any share of them among processes. A state dict holds what has been
+    gathered and not cleared.
 
     Args:
         features: D.
@@ -82,11 +84,49 @@ class RidgeStatistics(nn.Module):
                 self._add_products(*rows)
             self._rows = []
 
+    @torch.no_grad()
+    def merge(self, processes: Processes, device: torch.device) -> None:
+        """Note here what all processes have noted; rows of all, as long as they are no more than features.
+
+        Args:
+            processes: all of them call this.
+            device: where the statistics are to be.
+        """
+        self._move(device)
+        seen = torch.zeros(2, processes.size, dtype=torch.float64, device=device)
+        seen[:, processes.rank] = torch.tensor([self.count, self._epsilon], dtype=torch.float64)
+        counts = processes.sum(seen)[0].long().tolist()
+        self._epsilon, self.count = seen[1].max().item(), sum(counts)
+        if not self.count:
+            return
+        if self.count <= self.features:
+            first = sum(counts[: processes.rank])
+            own = slice(first, first + counts[processes.rank])
+            whole = [torch.zeros(self.count, width, dtype=torch.float64, device=device) for width in self._widths]
+            for position, values in enumerate(whole):
+                if self._rows:
+                    values[own] = torch.cat([rows[position] for rows in self._rows]).double()
+                processes.sum(values)
+            self._rows = [(whole[0], whole[1])]
+            return
+        for rows in self._rows:
+            self._add_products(*rows)
+        self._rows = []
+        self._sums = self._sums or self._no_sums(device)
+        for values in self._sums.values():
+            processes.sum(values)
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        return self.features, self.outputs
+
+    def _no_sums(self, device: torch.device) -> dict[str, Tensor]:
+        D, C = self._widths
+        shapes: dict[str, tuple[int, ...]] = {"gram": (D, D), "cross": (D, C), "x": (D,), "y": (C,)}
+        return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
     def _add_products(self, x: Tensor, y: Tensor) -> None:
-        if not self._sums:
-            D, C = self.features, self.outputs
-            shapes: dict[str, tuple[int, ...]] = {"gram": (D, D), "cross": (D, C), "x": (D,), "y": (C,)}
-            self._sums = {name: x.new_zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self._sums = self._sums or self._no_sums(x.device)
         x, y = x.to(self._dtype), y.to(self._dtype)
         with torch.autocast(x.device.type, enabled=False), exact_products():
             for start in range(0, self.features, PANEL):

@@ -486,6 +486,27 @@ class LooksAtData(Protocol):
         """Look at every training sample once, not augmented."""
 
 
+class Processes(Protocol):
+    """Those that share a training (`bpfree.parallel.Ranks`)."""
+
+    rank: int
+    size: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Put the sum over all processes in place of a tensor, and return it."""
+
+
+@runtime_checkable
+class Collects(Protocol):
+    """A module of a learner that notes samples for a closed form, in any cut into batches (`Stage.finish`)."""
+
+    def merge(self, processes: Processes, device: torch.device) -> None:
+        """Note here what all processes have noted, each of other samples; all of them call this."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+
 @runtime_checkable
 class DrawsNoise(Protocol):
     """A learner whose answer depends on a draw of noise, and which can be asked for more than one answer."""

@@ -474,7 +474,8 @@ class Trainer:
                         FlopCounter() as counter,
                     ):
                         stage.step((stage.prepared(inputs), targets))
-                    progress.flops += counter.get_total_flops()
+                    (flops,) = self.team.add([counter.get_total_flops()])
+                    progress.flops += int(flops or 0)
                     self._count_steps(stage, 1)
             progress.epoch, progress.step = progress.epoch + 1, 0
         with self.meter.phase(VALIDATION):

@@ -3,7 +3,7 @@
 Every rank holds the whole learner and takes its share of the rows of each batch. For rules that are chains of local
 units, the gradients of a unit travel while the next unit computes; for back-propagation, in buckets while the error
 still goes backwards; for others, when their optimiser is about to step. With losses that are means over the batch the
-update is that of one process with the whole batch, but for rounding.
+update is that of one process with the whole batch, but for rounding. What a closed form notes of samples is added up.
 
 What depends on the batch as a whole does not: batch normalisation and other statistics are those of each rank's rows
 (the kept ones are averaged over ranks when they are read), and random numbers are drawn by each rank for its own rows.
@@ -11,7 +11,7 @@ What depends on the batch as a whole does not: batch normalisation and other sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
+from bpfree.algorithms.learner import Batch, Collects, Learner, Metrics, Stage
 from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits
 from bpfree.errors import UsageError
 from bpfree.networks.streams import Stream
@@ -119,7 +119,12 @@ class DataTeam(Team):
 
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         return tuple(
-            replace(stage, update=partial(self._update, stage), scores=partial(self._scores, stage))
+            replace(
+                stage,
+                update=partial(self._update, stage),
+                scores=partial(self._scores, stage),
+                finish=None if stage.finish is None else partial(self._finish, stage.modules, stage.finish),
+            )
             for stage in learner.stages()
         )
 
@@ -135,6 +140,24 @@ class DataTeam(Team):
         parameters = (parameter for module in unit.modules for parameter in module.parameters())
         self._averages.add(parameter for parameter in parameters if id(parameter) not in self._used)
         self._averages.send()
+
+    def _finish(
+        self,
+        modules: Iterable[nn.Module],
+        finish: Callable[[Iterable[Batch]], Metrics],
+        validation: Iterable[Batch],
+    ) -> Metrics:
+        """The closed form of what all ranks have noted, by each of them; the first one's weights count."""
+        self._merge()
+        made = finish(validation)
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            dist.broadcast(parameter.data, self._ranks.among_all(0), group=self._ranks.everyone)
+        return made
+
+    def _merge(self) -> None:
+        for module in self._learner.modules():
+            if isinstance(module, Collects):
+                module.merge(self._ranks, self._ranks.device)
 
     def _scores(self, stage: Stage, inputs: Any) -> Tensor:
         """Scores of all inputs, each rank having answered for some of them."""
@@ -182,12 +205,16 @@ class DataTeam(Team):
 
     def collect(self, learner: Learner) -> None:
         average_statistics(learner.buffers(), self._ranks)
+        self._merge()
+        self.settle(learner)
 
     def collect_copies(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
         return list(copies)
 
     def settle(self, learner: Learner) -> None:
-        pass
+        for module in learner.modules():
+            if isinstance(module, Collects) and not self.leader:
+                module.clear()  # it is the leader's, and would be added up again
 
     def describe(self) -> dict[str, Any]:
         return {"form": "data", "ranks": self.size}
@@ -241,11 +268,6 @@ def check_divides(learner: Learner, batch_size: int, ranks: int) -> None:
     if batch_size % ranks:
         nearest = max(1, batch_size // ranks) * ranks
         raise UsageError(f"batches of {batch_size} do not divide by {ranks} ranks; use --batch-size {nearest}")
-    if any(stage.finish is not None for stage in learner.stages()):
-        raise UsageError(
-            f"{rule} cannot be spread with --parallel data: its closed form has no gradient to average; "
-            "use a loss that descends"
-        )
     if getattr(learner, "clip", 0):
         raise UsageError(
             f"{rule} cannot be spread with --parallel data: it clips gradients before those of other ranks are added; "

@@ -119,6 +119,11 @@ class Ranks:
         """All of these processes, for tensors on their devices."""
         return self._groups[self._everyone]
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Put the sum over these processes in place of a tensor on their devices, and return it."""
+        dist.all_reduce(tensor, group=self.everyone)
+        return tensor
+
     def part(self, control: dist.ProcessGroup, parts: list[list[int]]) -> Ranks:
         """Some of the processes by themselves, numbered from 0; all processes must call this.
 

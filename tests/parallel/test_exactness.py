@@ -202,6 +202,29 @@ def test_parts_of_a_batch_learn_what_the_batch_teaches(name: str, small: bool, p
     assert moved > 1e-6  # there was something to get wrong
 
 
+@pytest.mark.parametrize("network", ["mlp", "cnn"])  # more samples than features, and fewer
+@pytest.mark.parametrize("batch_size", [12, 60])
+def test_a_closed_form_adds_up_what_ranks_have_seen(network: str, batch_size: int, pool: Pool) -> None:
+    job: dict[str, Any] = {"rule": "cafo", "network": network, "form": "data", "training": {"batch_size": batch_size}}
+    expected = jobs.train(None, **job)
+    start = jobs.make_learner("cafo", network, {}).state_dict()
+    found = pool.run(3, jobs.train, **job)
+    for rank in found:
+        for key, value in expected["weights"].items():
+            torch.testing.assert_close(rank["weights"][key], value, rtol=1e-9, atol=1e-9)
+    assert same(found[0]["weights"], found[1]["weights"])
+    solved = "predictors.0.predictors.each.0.weight"
+    assert not torch.allclose(found[0]["weights"][solved], start[solved])
+    first = pool.run(2, jobs.train, **job, stop_after=2)[0]
+    if batch_size == 12:  # half-way through its one pass; nothing is lost, nothing counts twice
+        assert first["stopped"]
+        second = pool.run(3, jobs.train, **job, stop_after=2, state=first["state"])[0]
+        assert second["stopped"]
+        alone = jobs.train(None, **job, state=second["state"])
+        for key, value in expected["weights"].items():
+            torch.testing.assert_close(alone["weights"][key], value, rtol=1e-9, atol=1e-9)
+
+
 TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ff-hard": ("ff", "mlp", {}),
     "ff-collaboration": ("ff", "mlp", {"loss": "collaboration", "negatives": "random"}),
@@ -313,7 +336,6 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
         (2, {"rule": "man", "form": "layer", "ema_update": "after"}, "ema_update=before"),
         (2, {"rule": "noprop", "form": "block", "variant": "ct", "steps": 4}, "one block"),
         (2, {"rule": "noprop", "form": "block", "embeddings": "learned", "steps": 4}, "embeddings=onehot"),
-        (2, {"rule": "cafo", "form": "data"}, "closed form"),
         (2, {"rule": "ccl", "form": "data"}, "clip=0"),
         (2, {"rule": "bp", "form": "data", "dropout": 0.5}, "the same numbers"),
         (4, {"rule": "ff", "form": "data", "cut": (1,)}, "each has all of them"),
