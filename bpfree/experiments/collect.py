@@ -20,7 +20,8 @@ from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 
 TUNING: Final = "tuning.json"
 STUDY: Final[dict[str, Any]] = {
-    **dict.fromkeys(("dataset", "network", "algorithm"), str),
+    **dict.fromkeys(("study", "dataset", "network", "algorithm"), str),
+    "objectives": [str],
     "bill": {"trials": int, "pruned": int, "failed": int, "seconds": NUMBER, "wh": MAYBE},
     "best": (dict, NoneType),
     "environment": {"hardware": str},

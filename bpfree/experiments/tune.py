@@ -105,7 +105,8 @@ class TuneConfig:
         """What is sought, and which way."""
         if self.target is not None:
             return {f"gross joules to {self.target:g} %": "minimize"}
-        return {"validation accuracy": "maximize", **({"gross joules": "minimize"} if self.pareto else {})}
+        metric = "R squared" if self.base.task == "autoencode" else "accuracy"
+        return {f"validation {metric}": "maximize", **({"gross joules": "minimize"} if self.pareto else {})}
 
     @property
     def needs_joules(self) -> bool:

@@ -450,22 +450,28 @@ def test_comparisons_are_paired_within_themselves(tmp_path: Path) -> None:
 
 def test_tuning_bill(tmp_path: Path) -> None:
     record = {
+        "study": "mine",
+        "objectives": ["gross joules to 60 %"],
         "dataset": "cifar10",
         "network": "mlp:3x2000",
         "algorithm": "mf",
         "bill": {"trials": 50, "pruned": 20, "failed": 1, "seconds": 1234.5, "wh": 60.25, "gross_j": 216900.0},
-        "best": {"validation_accuracy": 66.5},
+        "best": {"validation_accuracy": 66.5, "gross_j": 500.25},
         "environment": {"hardware": H200},
     }
     (tmp_path / "tuning.json").write_text(json.dumps(record))
     result = bpfree("table", str(tmp_path), "-t", "T8", "--format", "csv")
     (row,) = csv.DictReader(io.StringIO(result.stdout))
-    assert (row["trials"], row["seconds"], row["wh"], row["best_validation_accuracy"]) == (
+    names = ("study", "sought", "trials", "seconds", "wh", "best_validation", "best_j")
+    assert [row[name] for name in names] == [
+        "mine",
+        "gross joules to 60 %",
         "50",
         "1234.5",
         "60.25",
         "66.5",
-    )
+        "500.25",
+    ]
 
 
 # The command

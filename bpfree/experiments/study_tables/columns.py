@@ -175,12 +175,15 @@ COLUMNS: Final[dict[str, tuple[Column, ...]]] = {
     ),
     "T8": (
         *ALGORITHM,
+        _text("Study", "study"),
+        _text("Sought", "sought"),
         _text("Trials", "trials"),
         _text("Pruned", "pruned"),
         _text("Failed", "failed"),
         _number("GPU-seconds", "seconds", 0),
         _number("Energy, Wh", "wh", 3),
-        _number("Best val acc, %", "best_validation_accuracy", 2),
+        _number("Best trial: val, %", "best_validation", 2),
+        _number("Best trial: J", "best_j", 0),
         _text("Hardware", "hardware"),
     ),
     "T9": (

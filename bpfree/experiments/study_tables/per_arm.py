@@ -109,11 +109,19 @@ def bill(tuning: Sequence[Mapping[str, Any]]) -> Table:
                 "dataset": record["dataset"],
                 "network": record["network"],
                 "algorithm": record["algorithm"],
+                "study": record["study"],
+                "sought": " and ".join(record["objectives"]),
                 **{name: bill[name] for name in ("trials", "pruned", "failed", "seconds", "wh")},
-                "best_validation_accuracy": best.get("validation_accuracy"),
+                "best_validation": best.get("validation_accuracy"),
+                "best_j": best.get("gross_j"),
                 "hardware": record["environment"]["hardware"],
             }
         )
     return Table(
-        "T8", rows, ["Every trial counts, whatever became of it. Seconds and energy are training and validation."]
+        "T8",
+        rows,
+        [
+            "Every trial counts, whatever became of it. Seconds and energy are training and validation. The best trial "
+            "is one of many, with one seed."
+        ],
     )
