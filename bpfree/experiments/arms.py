@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -49,11 +49,13 @@ class Arm:
         label: see `arm_label`, such as "mf" or "mf@preset:patience=4"; with the network it names the arm.
         config: its runs, apart from seed and protocol.
         skipped: why it cannot run; None if it can.
+        tuning_seed: seed of the trials that its preset was chosen by, if that is known.
     """
 
     label: str
     config: RunConfig
     skipped: str | None = None
+    tuning_seed: int | None = field(default=None, compare=False)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -193,10 +195,9 @@ def _make_arm(
 ) -> Arm:
     name, preset, settings = _parsed(text)
     rule = algorithm(name)
-    if preset not in ("", "none"):
-        meant = named_preset(preset).algorithm
-        if algorithm(meant) is not rule:
-            raise UsageError(f"preset {preset} is for {meant}, not for {rule.alias}")
+    named = named_preset(preset) if preset not in ("", "none") else None
+    if named is not None and algorithm(named.algorithm) is not rule:
+        raise UsageError(f"preset {preset} is for {named.algorithm}, not for {rule.alias}")
     parameters, own_training = parse_mixed_settings(tuple(settings), name)
     config = resolve(
         name,
@@ -213,7 +214,7 @@ def _make_arm(
         settled = {**training, **own_training}
         usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in COMMON}
         config = replace(config, training=replace(config.training, **usual))
-    return Arm(arm_label(text), config)
+    return Arm(arm_label(text), config, tuning_seed=None if named is None else named.tuning_seed)
 
 
 def checked(arm: Arm, dataset: AnyDataset) -> Arm:

@@ -322,6 +322,12 @@ class Comparison:
         self._running = [arm for arm in self._arms if arm.skipped is None]
         if not self._running:
             raise UsageError(f"there is nothing to run: {self._arms[0].label}: {self._arms[0].skipped}")
+        for arm in self._running:
+            if arm.tuning_seed in self._seeds:
+                raise UsageError(
+                    f"{arm.label} was chosen by trials with seed {arm.tuning_seed}, which flatters it; compare on "
+                    f"others: --first-seed {max(self._seeds) + 1}"
+                )
         self._device = runs.pick_device(self._running[0].config.device)
         networks = dict.fromkeys(arm.config.network for arm in self._running)
         if self._protocols != [TUNED]:

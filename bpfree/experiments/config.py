@@ -147,6 +147,7 @@ class Preset:
         published: test accuracy, %, that was published for this rule, network and data set; with other hyperparameters,
             splits or stopping rules perhaps, which `source` tells of.
         published_in: where.
+        tuning_seed: of the trials that it was chosen by, which other runs with that seed are not independent of.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Preset:
     task: Task = "classify"
     published: float | None = None
     published_in: str | None = None
+    tuning_seed: int | None = None
 
 
 @cache

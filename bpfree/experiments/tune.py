@@ -715,4 +715,5 @@ def _preset(
         parameters=chosen.parameters,
         training=differing(chosen.training),
         task=config.base.task,
+        tuning_seed=config.base.seed,
     )

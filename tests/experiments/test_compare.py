@@ -298,6 +298,17 @@ def test_tuned_arms_train_for_the_passes_of_their_own_presets(tmp_path: Path, di
     assert not (tmp_path / "d").exists()
 
 
+def test_an_arm_is_not_compared_on_the_seed_that_it_was_tuned_on(tmp_path: Path, digits: Dataset) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'description = ""\nsource = ""\nalgorithm = "mf"\ndataset = "digits"\nnetwork = "mlp:2x16"\ntuning_seed = 1\n'
+    )
+    with pytest.raises(UsageError, match=r"mf@mine was chosen by trials with seed 1, .* --first-seed 2"):
+        comparison(tmp_path / "c", digits, f"mf@{file}", "bp")
+    assert not (tmp_path / "c").exists()
+    assert comparison(tmp_path / "c", digits, f"mf@{file}", "bp", seeds=(2,)).run().done
+
+
 def test_arms_that_differ_in_their_passes_alone_are_refused_where_those_are_replaced(
     tmp_path: Path, digits: Dataset
 ) -> None:

@@ -362,6 +362,7 @@ def test_joules_to_a_target_as_objective(tmp_path: Path) -> None:
     assert record["best"]["gross_j"] == min(trial["gross_j"] for trial in finished)
     preset = read_preset(tmp_path / "study" / "study.toml")
     assert preset.training["passes"] == record["best"]["values"]["passes"]
+    assert preset.tuning_seed == record["seed"]
     assert f"for {record['best']['gross_j']:.0f} J" in preset.description
 
 
