@@ -8,6 +8,7 @@ Shapes: `B` batch, `C` classes, `D` values of an input, `W` = D columns of a row
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, Final
 
@@ -218,6 +219,26 @@ NEGATIVES: Final[dict[str, WrongLabels | type[HybridViews]]] = {
     "random": UniformLabels(),
     "hybrid": HybridViews,
 }
+
+
+def check_views(views: Views, shape: Shape, classes: int, name: str) -> None:
+    """Whether views that were handed in can be made of inputs of this shape; tried on a copy of them.
+
+    Raises:
+        UsageError: they cannot, or rows are not as wide as the views say.
+    """
+    views = copy.deepcopy(views)
+    device = next((buffer.device for buffer in views.buffers()), torch.device("cpu"))
+    features = torch.Size(shape).numel()
+    inputs, targets = torch.zeros(2, features, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    logits = torch.zeros(2, classes, device=device) if views.asks_readout else None
+    try:
+        rows = views.contrast(inputs, targets, logits, views.draw(2))
+    except (RuntimeError, IndexError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{name} negatives cannot be made of inputs of shape {tuple(shape)}: {reason}") from error
+    if rows.shape != (wanted := (4, features + views.appended)):
+        raise UsageError(f"{name} negatives of 2 inputs have shape {tuple(rows.shape)}, and should have {wanted}")
 
 
 def blur_matrix(size: int) -> Tensor:

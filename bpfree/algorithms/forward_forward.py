@@ -55,7 +55,7 @@ from bpfree.algorithms._ff_goodness import (
 from bpfree.algorithms._ff_inference import INFERENCES, Inference, LabelGoodness, SoftmaxReadout, answer
 from bpfree.algorithms._ff_layers import Layer, Parts, labelled_activity, learn_readout, read
 from bpfree.algorithms._ff_losses import HEARD, ContrastiveLoss, LossOptions, contrastive_loss
-from bpfree.algorithms._ff_negatives import NEGATIVES, LabelledViews, Views, WrongLabels
+from bpfree.algorithms._ff_negatives import NEGATIVES, LabelledViews, Views, WrongLabels, check_views
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer
 from bpfree.algorithms._options import chosen, option_name
@@ -246,6 +246,7 @@ class ForwardForward(Learner):
             raise UsageError(f"label options have no effect with {name} negatives; leave out label and label_strength")
         if isinstance(source, Views):
             refuse_idle({"noise_seed": seed}, ("noise_seed",), "negatives that draw for themselves")
+            check_views(source, self.input_shape, self.classes, name)
             return source
         return source(self.input_shape, Stream(seed))
 

@@ -762,6 +762,14 @@ class HalfOfOthers(Views):
         return torch.cat([inputs, torch.cat([inputs[:, :half], inputs.roll(1, 0)[:, half:]], 1)])
 
 
+class WithAnotherColumn(HalfOfOthers):
+    """Rows that are wider than they say."""
+
+    def contrast(self, inputs: Tensor, targets: Tensor, logits: Tensor | None, noise: Tensor) -> Tensor:
+        rows = super().contrast(inputs, targets, logits, noise)
+        return torch.cat([rows, rows[:, :1]], 1)
+
+
 class LastLayer(Inference):
     """The goodness of the last layer alone."""
 
@@ -967,6 +975,14 @@ def test_parts_that_lack_a_method_are_refused_when_they_are_made() -> None:
         ({"loss": SymbaLoss(4.0), "alpha": 2.0}, "the loss SymbaLoss has no alpha"),
         ({"negatives": HalfOfOthers()}, "HalfOfOthers negatives carry no label: they need inference=softmax"),
         ({"negatives": HalfOfOthers(), "inference": "softmax", "noise_seed": 1}, "noise_seed would have no effect"),
+        (
+            {"negatives": HybridViews((1, 3, 3), Stream(0)), "inference": "softmax"},
+            r"HybridViews negatives cannot be made of inputs of shape \(5,\)",
+        ),
+        (
+            {"negatives": WithAnotherColumn(), "inference": "softmax"},
+            r"negatives of 2 inputs have shape \(4, 6\), and should have \(4, 5\)",
+        ),
     ],
     ids=str,
 )
