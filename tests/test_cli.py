@@ -245,7 +245,7 @@ def test_runs_of_presets_are_laid_beside_what_was_published(tmp_path: Path) -> N
         for row in json.loads(bpfree("table", str(tmp_path), "--format", "json", "--leave-out", "searched").stdout)
     )
     assert run.startswith("kept/")
-    assert json.loads(bpfree("table", str(tmp_path), "--format", "json", "--dataset", "digits").stdout)
+    assert json.loads(bpfree("table", str(tmp_path), "--format", "json", "--dataset", "Digits").stdout)
     for table in ((), ("-t", "T1")):
         other = bpfree("table", str(tmp_path), *table, "--dataset", "mnist")
         assert (other.exit_code, "no finished run on mnist under" in other.stderr) == (1, True)

@@ -206,7 +206,7 @@ class CaFo(Learner):
             raise UsageError("block_training=dfa takes an error from the last block to all; use block_training=random")
         group = self._groups[0]
         if not isinstance(group, Descent):
-            raise UsageError("the closed form adds up its statistics in one process; use loss=ce or loss=sl")
+            raise UsageError("the closed form is solved in one place; use loss=ce or loss=sl, or --parallel data")
         if self.schedule == "sequential":
             raise UsageError(
                 "schedule=sequential trains one predictor at a time, so that other ranks would wait; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def table(
     T1 performance, T2 efficiency, T3 changes against the baseline, T4 matched passes, T5 own convergence, T6 ablation
     ladder, T7 energy to accuracy, T8 tuning bill, T9 the factors of a difference in energy.
     """
+    datasets = tuple(_known_dataset(name) for name in datasets)
     if not names:
         _list_runs(root, columns, form, with_reference=with_reference, leave_out=leave_out, datasets=datasets)
         return
@@ -171,6 +173,13 @@ def table(
         click.echo(json.dumps([one.as_dict() for one in made], indent=1, ensure_ascii=False))
         return
     click.echo("\n\n".join(one.render(form) for one in made))
+
+
+def _known_dataset(name: str) -> str:
+    """The data set's own name; what is unknown may be a set of the user's."""
+    with suppress(UsageError):
+        return data.info(name).name
+    return name
 
 
 def _list_runs(

@@ -148,6 +148,7 @@ def make_arms(
     Raises:
         UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
     """
+    given = {arm_label(text): text for text in texts}
     baseline = arm_label(baseline)
     presets = [named_preset(preset) for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
     task = _common("task", (preset.task for preset in presets), "classify")
@@ -158,7 +159,7 @@ def make_arms(
         others = dict.fromkeys(arm.config.network for arm in arms if arm.label != baseline)
         own = [arm for arm in arms if arm.label != baseline]
         if others and len(own) < len(arms):
-            arms = [*own, *(_make_arm(baseline, dataset, name, **shared) for name in others)]
+            arms = [*own, *(_make_arm(given[baseline], dataset, name, **shared) for name in others)]
     for position, arm in enumerate(arms):
         for other in arms[:position]:
             if arm.config == other.config:

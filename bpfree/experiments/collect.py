@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, Final
 
 from bpfree.errors import UsageError
-from bpfree.experiments.arms import MATCHED, OWN, TUNED
+from bpfree.experiments.arms import MATCHED, OWN, TUNED, arm_label
 from bpfree.experiments.compare import LEDGER, PLAN, RUNS, Analysis, Ledger, Plan, Slot, config_key
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.finished import Run, Say, finished_runs, nothing_to_show, read_or_leave_out
@@ -218,6 +218,7 @@ def collect(
     if len(hardware) > 1 and not mixed_hardware:
         raise UsageError(f"runs of {' and '.join(hardware)} do not belong in one table; --mixed-hardware labels them")
     if baseline is not None:
+        baseline = arm_label(baseline)
         if baseline not in {entry.label for entry in entries}:
             raise UsageError(f"no arm is called {baseline}: {', '.join(dict.fromkeys(e.label for e in entries))}")
         entries = [replace(entry, analysis=replace(entry.analysis, baseline=baseline)) for entry in entries]

@@ -122,7 +122,10 @@ class Plan:
         """
         values = RunFolder(folder).read_json(PLAN, PLANNED)
         try:
-            arms = [Arm(arm["label"], RunConfig.from_dict(arm["config"]), arm["skipped"]) for arm in values["arms"]]
+            arms = [
+                Arm(arm["label"], RunConfig.from_dict(arm["config"]), arm["skipped"], arm.get("tuning_seed"))
+                for arm in values["arms"]
+            ]
             analysis = Analysis(**{**values["analysis"], "targets": tuple(values["analysis"]["targets"])})
         except TypeError as error:
             raise RunFolder(folder).damaged(PLAN, str(error)) from error

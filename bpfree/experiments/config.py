@@ -191,9 +191,11 @@ def read_preset(path: Path) -> Preset:
         raise UsageError(f"cannot read the preset {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} does not hold a preset ({error})") from error
-    for key, kind in (("algorithm", str), ("dataset", str), ("network", str), ("parameters", dict), ("training", dict)):
-        if not isinstance(getattr(preset, key), kind):
-            raise UsageError(f"{path} does not hold a preset ({key} must be a {kind.__name__})")
+    texts: dict[str, type] = dict.fromkeys(("algorithm", "dataset", "network"), str)
+    for key, kind in {**texts, "parameters": dict, "training": dict, "tuning_seed": int}.items():
+        value = getattr(preset, key)
+        if not isinstance(value, kind) and (key, value) != ("tuning_seed", None):
+            raise UsageError(f"{path} does not hold a preset ({key} must be of type {kind.__name__})")
     return preset
 
 

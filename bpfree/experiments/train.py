@@ -484,10 +484,12 @@ class Trainer:
             if self.train.device.type == "cuda":
                 torch.cuda.synchronize(self.train.device)  # the passes are over
             started = time.perf_counter()
-            with step_precision(config.precision, self.train.device):
+            with step_precision(config.precision, self.train.device), FlopCounter() as counter:
                 made = finish(validation.in_order(EVALUATION_BATCH))
             found = {name: value.item() for name, value in made.items()}  # waits for the device
             seconds = time.perf_counter() - started
+        (flops,) = self.team.add([counter.get_total_flops()])
+        progress.flops += int(flops or 0)
         with self.meter.phase(VALIDATION):
             rating = rate(stage.scores, validation, config.precision, self.learner).tolist()
         if not math.isfinite(rating[0]):

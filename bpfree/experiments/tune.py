@@ -234,6 +234,7 @@ class Watch(Reporter):
 
     def started(self, config: RunConfig, folder: Path, learner: Learner, trainer: Trainer) -> None:
         self._trainer = trainer
+        self.best = max((record["validation_accuracy"] for record in trainer.progress.history), default=0.0)
         self._trial.set_user_attr(RUN, folder.name)
         if self._stop():  # before the run began to listen
             raise InterruptedRunError(f"stopped by {self._stop.name}")
@@ -381,7 +382,8 @@ class Worker:
             self.study.finish(trial, self.config.values(result))
         elif FAILED in trial.user_attrs or self.config.target is None:
             self.study.abandon(trial)
-        else:
+        else:  # of a run that another worker had ended no epoch has been heard
+            best = max(best, result.get("validation_accuracy", 0.0))
             self.study.abandon(trial, shortfall=self.config.target - best)
 
 

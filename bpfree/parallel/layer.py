@@ -415,6 +415,8 @@ class LayerTeam(Team):
         """Take what the rank behind sends into this rank's copies of its parameters."""
         if self._back_after is not None:
             (message,) = arrived(self._back_after.receive("borrowed"))
+            if self._after is not None:
+                self._after.room(0)
             parts = message.split([parameter.numel() for parameter in self._borrowed])
             for parameter, part in zip(self._borrowed, parts, strict=True):
                 parameter.detach().copy_(part.view(parameter.shape))

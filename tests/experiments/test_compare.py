@@ -24,7 +24,7 @@ from bpfree.errors import CheckpointError, UsageError, WriteError, cannot_write
 from bpfree.experiments import compare as comparisons
 from bpfree.experiments.arms import interleaved, make_arms, split_arms, unequal_settings
 from bpfree.experiments.collect import collect
-from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome
+from bpfree.experiments.compare import Analysis, Comparison, Conditions, Ledger, Outcome, Plan
 from bpfree.experiments.records import CONFIG, METRICS, SUMMARY, RunFolder, find_runs
 from bpfree.experiments.run import Reporter
 from bpfree.experiments.study_tables import make_tables
@@ -306,7 +306,25 @@ def test_an_arm_is_not_compared_on_the_seed_that_it_was_tuned_on(tmp_path: Path,
     with pytest.raises(UsageError, match=r"mf@mine was chosen by trials with seed 1, .* --first-seed 2"):
         comparison(tmp_path / "c", digits, f"mf@{file}", "bp")
     assert not (tmp_path / "c").exists()
-    assert comparison(tmp_path / "c", digits, f"mf@{file}", "bp", seeds=(2,)).run().done
+    for _ in range(2):  # going on is the same comparison
+        assert comparison(tmp_path / "c", digits, f"mf@{file}", "bp", seeds=(2,)).run().done
+        assert [arm.tuning_seed for arm in Plan.read(tmp_path / "c").arms] == [1, None]
+    file.write_text(file.read_text().replace("tuning_seed = 1", 'tuning_seed = "1"'))
+    with pytest.raises(UsageError, match="tuning_seed must be of type int"):
+        make_arms([f"mf@{file}"])
+
+
+def test_a_baseline_from_a_file_stays_what_the_file_says(tmp_path: Path) -> None:
+    """Also where the file is called like a packaged preset, and where the baseline is made for the arms' networks."""
+    mine = 'description = ""\nsource = ""\ndataset = "digits"\n'
+    (tmp_path / "backprop-mnist.toml").write_text(
+        mine + 'algorithm = "bp"\nnetwork = "mlp:1x8"\n[parameters]\nlr = 0.123\n'
+    )
+    (tmp_path / "mf.toml").write_text(mine + 'algorithm = "mf"\nnetwork = "mlp:2x16"\n')
+    baseline = f"bp@{tmp_path / 'backprop-mnist.toml'}"
+    arms = make_arms([f"mf@{tmp_path / 'mf.toml'}", baseline], baseline=baseline)
+    assert [arm.key for arm in arms] == [("mf@mf", "mlp:2x16"), ("bp@backprop-mnist", "mlp:2x16")]
+    assert arms[1].config.parameters["lr"] == 0.123
 
 
 def test_arms_that_differ_in_their_passes_alone_are_refused_where_those_are_replaced(

@@ -378,6 +378,20 @@ def test_a_trial_ends_where_it_cannot_be_the_best(spent: float, accuracy: float,
         watch.epoch(record)
 
 
+def test_a_trial_that_goes_on_remembers_its_best() -> None:
+    trial = optuna.create_study(storage=IN_MEMORY).ask()
+    watch = Watch(trial, Observer(), judged=False, target=80.0, ceiling=10.0, stop=StopRequest())
+    earlier = SimpleNamespace(history=[{"validation_accuracy": value} for value in (60.0, 71.0, 65.0)])
+    watch.started(resolve("mf", "digits"), Path("run"), None, SimpleNamespace(progress=earlier))  # type: ignore[arg-type]
+    assert watch.best == 71.0
+
+
+def test_what_is_sought_has_the_name_of_the_metric() -> None:
+    base = resolve("bp", "digits", "autoencoder", task="autoencode")
+    assert list(TuneConfig("a", base).objectives) == ["validation R squared"]
+    assert list(TuneConfig("a", resolve("bp", "digits")).objectives) == ["validation accuracy"]
+
+
 def test_a_target_excludes_other_ways_of_judging() -> None:
     for options, message in (
         ({"target": 0.0, "pruner": "none"}, "accuracy in percent"),

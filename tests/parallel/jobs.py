@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,35 @@ def order_of_an_epoch(ranks: Ranks) -> list[str]:
         train(ranks, rule="mf", training={"epochs": 2})
     starts = [index for index, name in enumerate(done) if name == "_update" and done[index - 1] == "add"]
     return done[starts[-1] :]
+
+
+def order_of_a_borrowing_step(ranks: Ranks) -> list[str]:
+    """What this rank does in its second step, in order, where the first one's last block borrows from the second's."""
+    done: list[str] = []
+
+    def note(patch: pytest.MonkeyPatch, owner: Any, name: str, words: Callable[..., str]) -> None:
+        method = getattr(owner, name)
+
+        def noted(*given: Any, **options: Any) -> Any:
+            done.append(words(*given, **options))
+            return method(*given, **options)
+
+        patch.setattr(owner, name, noted)
+
+    def kind_of(action: str) -> Callable[..., str]:
+        return lambda link, kind, *rest: f"{action} {kind if isinstance(kind, str) else kind[0]}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        note(patch, LayerTeam, "_update", lambda *given: "step")
+        note(patch, Link, "send", kind_of("send"))
+        note(patch, Link, "receive", kind_of("receive"))
+        note(patch, Link, "room", lambda link, most=None: "room" if most is None else f"room {most}")
+        note(patch, layer, "arrived", lambda pending: "arrived")
+        note(patch, layer._Eager, "learn", lambda *given: "learn")
+        note(patch, layer._Eager, "end", lambda *given: "end")
+        train(ranks, rule="man", options={"host": "greedy", "head": "0c1f", "k": 3}, training={"epochs": 1})
+    steps = [index for index, name in enumerate(done) if name == "step"]
+    return [name for name in done[steps[1] + 1 : steps[2]] if name != "room"]
 
 
 def threads_left(ranks: Ranks, *, form: str, mesh: tuple[int, ...] = ()) -> tuple[int, int]:

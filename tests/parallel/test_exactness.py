@@ -118,6 +118,13 @@ def test_schedules_and_early_stopping_are_those_of_one_process(pool: Pool) -> No
     check(pool.run(2, jobs.train, **job), expected)
 
 
+def test_what_is_borrowed_is_exchanged_between_two_steps(pool: Pool) -> None:
+    """In one order on both sides, and over before either learns."""
+    first, second = pool.run(2, jobs.order_of_a_borrowing_step)
+    assert first == ["learn", "send step", "receive borrowed", "arrived", "room 0", "end"]
+    assert second == ["receive step", "send borrowed", "arrived", "room 0", "learn", "end"]
+
+
 def test_a_rank_validates_without_waiting_for_the_steps_of_others(pool: Pool) -> None:
     for order in pool.run(2, jobs.order_of_an_epoch):
         assert order == ["_update"] * 5 + ["_scores", "share_rating", "share_metrics", "add"]
@@ -210,6 +217,7 @@ def test_a_closed_form_adds_up_what_ranks_have_seen(network: str, batch_size: in
     start = jobs.make_learner("cafo", network, {}).state_dict()
     found = pool.run(3, jobs.train, **job)
     for rank in found:
+        assert rank["flops"] >= expected["flops"]  # all ranks solve
         for key, value in expected["weights"].items():
             torch.testing.assert_close(rank["weights"][key], value, rtol=1e-9, atol=1e-9)
     assert same(found[0]["weights"], found[1]["weights"])
@@ -330,7 +338,7 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
         (2, {"rule": "bp", "form": "layer"}, "from the blocks behind it"),
         (2, {"rule": "ff", "form": "layer"}, "negatives=random"),
         (2, {"rule": "ff", "form": "layer", "negatives": "random", "loss": "collaboration-preceding"}, "adds up"),
-        (2, {"rule": "cafo", "form": "block"}, "in one process; use loss=ce or loss=sl"),
+        (2, {"rule": "cafo", "form": "block"}, "in one place; use loss=ce or loss=sl, or --parallel data"),
         (2, {"rule": "cafo", "form": "layer", "loss": "ce", "block_training": "dfa"}, "block_training=random"),
         (2, {"rule": "cafo", "form": "layer", "loss": "ce", "schedule": "sequential"}, "one predictor at a time"),
         (2, {"rule": "man", "form": "layer", "ema_update": "after"}, "ema_update=before"),
