@@ -462,6 +462,8 @@ def test_tuning_bill(tmp_path: Path) -> None:
     (tmp_path / "tuning.json").write_text(json.dumps(record))
     result = bpfree("table", str(tmp_path), "-t", "T8", "--format", "csv")
     (row,) = csv.DictReader(io.StringIO(result.stdout))
+    other = bpfree("table", str(tmp_path), "-t", "T8", "--dataset", "mnist", "--format", "csv")
+    assert not list(csv.DictReader(io.StringIO(other.stdout)))
     names = ("study", "sought", "trials", "seconds", "wh", "best_validation", "best_j")
     assert [row[name] for name in names] == [
         "mine",
