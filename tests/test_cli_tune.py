@@ -77,9 +77,10 @@ def test_what_two_studies_found_is_confirmed_by_the_command_that_they_print(tmp_
     table = CliRunner().invoke(cli, ["table", root, "-t", "T7", "-t", "T1", "--format", "json"], catch_exceptions=False)
     to_target, performance = (found["rows"] for found in json.loads(table.stdout))
     (row,) = to_target
-    assert (row["algorithm"], row["network"], row["target"]) == (f'mf@"{presets_of["mf"]}"', "mlp:1x8", 5)
+    assert (row["algorithm"], row["network"], row["target"]) == (f"mf@{Path(presets_of['mf']).stem}", "mlp:1x8", 5)
     assert (row["protocol"], row["n"], row["baseline_n"]) == ("tuned", 3, 3)
-    chosen = {f'{rule}@"{path}"': read_preset(Path(path)).training["passes"] for rule, path in presets_of.items()}
+    files = {rule: Path(path) for rule, path in presets_of.items()}
+    chosen = {f"{rule}@{path.stem}": read_preset(path).training["passes"] for rule, path in files.items()}
     assert {row["algorithm"]: row["passes"] for row in performance} == chosen
     assert all(row["seeds"] == [0, 1, 2] for row in performance)
 

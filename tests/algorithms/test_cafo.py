@@ -708,14 +708,15 @@ def test_closed_form_takes_one_pass_and_every_sample() -> None:
 
 
 def test_products_of_a_pass_are_counted() -> None:
-    """Two forward passes (none settles statistics here), the upper half of each Gram matrix and the cross products."""
+    """Two forward passes (none settles statistics here), the upper half of each Gram matrix and the cross products; at
+    the end the biases, mean(Y) - W mean(X)."""
     x, y = torch.randn(40, 5), torch.randint(3, (40,))
     part = Batches(x, y)
     model = CaFo(mlp((5,), (8, 6)), 3, ridge=0.02, input_shape=(5,))
     progress = Trainer(model, part, part, TrainingConfig(batch_size=10)).run()
     forward = 2 * (5 * 8 + 8 * 6)
     sums = 2 * (8 * 8 + 6 * 6 + 3 * (8 + 6))
-    assert progress.flops == 40 * (forward + sums)
+    assert progress.flops == 40 * (forward + sums) + 2 * 3 * (8 + 6)
 
 
 def test_augmented_images_add_up_over_the_epochs() -> None:
