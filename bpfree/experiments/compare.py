@@ -325,6 +325,9 @@ class Comparison:
         self._running = [arm for arm in self._arms if arm.skipped is None]
         if not self._running:
             raise UsageError(f"there is nothing to run: {self._arms[0].label}: {self._arms[0].skipped}")
+        labels = [arm.label for arm in self._arms]
+        if analysis.baseline not in (Analysis.baseline, *labels):
+            raise UsageError(f"no arm is called {analysis.baseline}, to pair the others with: {', '.join(labels)}")
         for arm in self._running:
             if arm.tuning_seed in self._seeds:
                 raise UsageError(

@@ -444,8 +444,15 @@ def tune(
     with told_of_storage():
         record = _search(config, folder, where, dataset, devices, observer or Observer())
     if record["best"] is None:
-        (reason, count), *_ = Counter(trial["reason"] for trial in record["trials"]).most_common()
-        raise TrainingError(f"none of {len(record['trials'])} trials succeeded; {count} of them: {reason}")
+        trials = record["trials"]
+        reached = [trial["validation_accuracy"] for trial in trials if "validation_accuracy" in trial]
+        if config.target is not None and reached:
+            raise TrainingError(
+                f"none of {len(trials)} trials reached {config.target:g} %, the best {max(reached):.2f} %; lower "
+                "--target, or allow more trials or passes"
+            )
+        (reason, count), *_ = Counter(trial["reason"] for trial in trials).most_common()
+        raise TrainingError(f"none of {len(trials)} trials succeeded; {count} of them: {reason}")
     return {**record, "folder": str(folder)}
 
 

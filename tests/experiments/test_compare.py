@@ -298,6 +298,12 @@ def test_tuned_arms_train_for_the_passes_of_their_own_presets(tmp_path: Path, di
     assert not (tmp_path / "d").exists()
 
 
+def test_a_baseline_that_is_no_arm_is_refused(tmp_path: Path, digits: Dataset) -> None:
+    with pytest.raises(UsageError, match=r"no arm is called nope, .*: mf, bp"):
+        comparison(tmp_path / "c", digits, "mf", "bp", analysis=Analysis(baseline="nope"))
+    assert not (tmp_path / "c").exists()
+
+
 def test_an_arm_is_not_compared_on_the_seed_that_it_was_tuned_on(tmp_path: Path, digits: Dataset) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(

@@ -378,6 +378,12 @@ def test_a_trial_ends_where_it_cannot_be_the_best(spent: float, accuracy: float,
         watch.epoch(record)
 
 
+def test_a_target_that_no_trial_reaches_is_named_with_the_best(tmp_path: Path) -> None:
+    config = study(trials=2, shared=replace(QUICK, lr=(1e-6, 1e-6), passes=(1, 1)), target=100.0, pruner="none")
+    with pytest.raises(TrainingError, match=r"none of 2 trials reached 100 %, the best \d+\.\d\d %; lower --target"):
+        tune(config, tmp_path, dataset=own_data(), storage=IN_MEMORY)
+
+
 def test_a_trial_that_goes_on_remembers_its_best() -> None:
     trial = optuna.create_study(storage=IN_MEMORY).ask()
     watch = Watch(trial, Observer(), judged=False, target=80.0, ceiling=10.0, stop=StopRequest())
