@@ -196,7 +196,9 @@ def edges_of(graph: Graph) -> Edges:
 def require_known(graph: Graph) -> None:
     """Refuse a graph without known labels, or a question about pairs."""
     if graph.nodes.ndim != 1:
-        raise UsageError("this variant classifies nodes, the graph asks about pairs; use a link variant")
+        raise UsageError(
+            "this variant classifies nodes, the graph asks about pairs; use a link variant such as link-ce"
+        )
     if not len(graph.known):
         raise UsageError("no label is known in this graph; pass the training nodes as known and their labels")
 

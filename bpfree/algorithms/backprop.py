@@ -147,8 +147,13 @@ class Backprop(Learner):
         if kind in ("linear", "goodness"):
             return Head(shape, self.classes, pool=head_pool, bias=kind == "linear")
         last = self.network[-1]
-        if not isinstance(last, GraphBlock) or (kind == "dot" and self.classes != 2):
-            raise UsageError(f"the read-out {kind} needs graph convolutions as blocks, and dot has 2 classes")
+        if not isinstance(last, GraphBlock):
+            raise UsageError(f"the read-out {kind} needs graph convolutions as blocks")
+        if kind == "dot" and self.classes != 2:
+            raise UsageError(
+                f"the read-out dot tells edges from other pairs of nodes, 2 classes, and here are {self.classes}; ask "
+                "for links by split=edges, or use readout=conv"
+            )
         return ConvolutionHead(last, shape[0], self.classes, pairs=kind == "dot")
 
     def _dropped(self, signal: Any) -> Any:

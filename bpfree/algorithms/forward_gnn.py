@@ -170,8 +170,13 @@ class ForwardGNN(Learner):
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
-        if not tau > 0 or classes < 2 or (variant.startswith("link") and classes != 2):
-            raise UsageError(f"tau must be positive, and links have 2 classes; got tau {tau} and {classes} classes")
+        if not tau > 0 or classes < 2:
+            raise UsageError(f"tau must be positive, and classes 2 or more; got tau {tau} and {classes} classes")
+        if variant.startswith("link") and classes != 2:
+            raise UsageError(
+                f"variant {variant} tells edges from other pairs of nodes, 2 classes, and here are {classes}; ask for "
+                "links by split=edges, or use a variant for nodes such as sf"
+            )
         self.tau, self.theta, self.loss = tau, theta, loss
         self.bidirectional, self.bottom_up = bidirectional, bottom_up
         parts = VARIANTS[variant]

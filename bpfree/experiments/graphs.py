@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bpfree.algorithms import Learner
 from bpfree.data.graph_batches import GraphBatches, GraphParts
 from bpfree.data.graphs import FOLDS, GraphDataset
 from bpfree.errors import UsageError
@@ -19,6 +20,16 @@ LINK_CLASSES = 2
 def task_classes(dataset: GraphDataset, training: TrainingConfig) -> int:
     """Classes of the task that the split sets: those of the nodes, or edge and no edge."""
     return LINK_CLASSES if training.split == "edges" else dataset.classes
+
+
+def check_rates_pairs(learner: Learner) -> None:
+    """Ask a learner about one pair of two nodes, so that one without a read-out for links says so before it trains.
+
+    Raises:
+        UsageError: it rates single nodes only.
+    """
+    both_ways = torch.tensor([[0, 1], [1, 0]])
+    learner.scores(Graph.of(torch.zeros(2, *learner.input_shape), both_ways, both_ways[:, :1]))
 
 
 def graph_parts(

@@ -28,7 +28,7 @@ from bpfree.energy.sources import PowerSource
 from bpfree.errors import CheckpointError, DataError, TrainingError, UsageError
 from bpfree.experiments import records
 from bpfree.experiments.config import RunConfig, command
-from bpfree.experiments.graphs import graph_parts, refuse_graph_settings, revealed_test, task_classes
+from bpfree.experiments.graphs import check_rates_pairs, graph_parts, refuse_graph_settings, revealed_test, task_classes
 from bpfree.experiments.pictures import draw_reconstructions, require_matplotlib
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.signals import StopRequest
@@ -150,6 +150,8 @@ def build_learner(
     if config.training.dropout is not None:
         set_dropout(network, config.training.dropout)
     learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
+    if config.training.split == "edges":
+        check_rates_pairs(learner)
     convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
     return learner.to(device if place is None else place)
 

@@ -235,7 +235,16 @@ class Graph:
 
     @property
     def answers(self) -> Tensor:
-        """(M, F): the features of the nodes that are asked about."""
+        """(M, F): the features of the nodes that are asked about.
+
+        Raises:
+            UsageError: pairs of nodes are asked about.
+        """
+        if self.nodes.ndim != 1:
+            raise UsageError(
+                "the graph asks about pairs of nodes, and this read-out rates single ones; for links use "
+                "back-propagation with readout=dot, or ForwardGNN with variant=link-ce, link-ff or link-t2i"
+            )
         return self.x[self.nodes]
 
     @property
@@ -244,7 +253,12 @@ class Graph:
 
         A node is in many pairs, whose gradients add up in a fixed order: by `index_select` on CPUs, where threads
         would hand those of `x[nodes]` in as they come, and by `x[nodes]` on GPUs, where it is the other way round.
+
+        Raises:
+            UsageError: single nodes are asked about.
         """
+        if self.nodes.ndim != 2:
+            raise UsageError("the graph asks about single nodes, and this read-out rates pairs of nodes")
         first, second = (self.x.index_select(0, n) if n.device.type == "cpu" else self.x[n] for n in self.nodes)
         return first, second
 

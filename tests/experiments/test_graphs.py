@@ -19,6 +19,7 @@ from bpfree.experiments import TrainingConfig
 from bpfree.experiments import run as runs
 from bpfree.experiments.config import RunConfig, command, presets, resolve
 from bpfree.experiments.graphs import graph_parts
+from bpfree.networks import Graph
 
 pytest.importorskip("torch_geometric")
 CPU = torch.device("cpu")
@@ -143,6 +144,51 @@ def test_link_run(cora: data.GraphDataset, tmp_path: Path) -> None:
         assert summary["test_accuracy"] > 55
 
 
+@pytest.mark.parametrize("network", ["gcn:2x8", "sage:1x8", "gat:1x8"])
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        ("bp", []),
+        ("bp", ["readout=conv"]),
+        ("bp-ds", ["readout=dot"]),
+        ("mf", []),
+        ("mf", ["schedule=sequential"]),
+        ("dfa", []),
+        ("cafo", []),
+        ("fgnn", ["variant=sf"]),
+    ],
+)
+def test_rules_that_rate_nodes_refuse_links(
+    rule: str, settings: list[str], network: str, cora: data.GraphDataset, tmp_path: Path
+) -> None:
+    words = ["run", "-a", rule, "-d", "cora", "-n", network, "--preset", "none", "--split", "edges", "--device", "cpu"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    result = CliRunner().invoke(cli, [*words, "--results", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert "pairs" in line
+    assert "link-ce" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rule", "setting"), [("bp", "readout=dot"), ("fgnn", "variant=link-ce")])
+def test_rules_that_rate_pairs_refuse_nodes(rule: str, setting: str, tmp_path: Path) -> None:
+    words = ["run", "-a", rule, "-d", "cora", "-n", "gcn:1x8", "--preset", "none", "--set", setting]
+    result = CliRunner().invoke(cli, [*words, "--device", "cpu", "--results", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert "2 classes, and here are 7" in line
+    assert "split=edges" in line
+    learner = runs.build_learner(
+        config(algorithm_name=rule, parameters=dict([setting.split("=")]), training={"split": "edges"}),
+        data.load_graph("cora"),
+        CPU,
+    )
+    nodes = torch.arange(2)
+    with pytest.raises(UsageError, match="nodes"):
+        learner.scores(Graph.of(torch.zeros(2, *learner.input_shape), nodes.expand(2, 2), nodes))
+
+
 @pytest.mark.parametrize("rule", ["bp", "mf"])
 def test_other_rules_train_graphs(cora: data.GraphDataset, tmp_path: Path, rule: str) -> None:
     parameters = {"dropout": 0.5, "readout": "conv", "lr": 1e-2} if rule == "bp" else {"lr": 1e-2}
@@ -209,7 +255,7 @@ def test_a_run_of_a_graph_repeats_by_its_command() -> None:
         ("cora", {"augmentation": "crop-flip"}, "leave out augmentation"),
         ("digits", {"split": "folds"}, "split is a setting for graphs"),
         ("digits", {"graph_parts": 2}, "graph_parts is a setting for graphs"),
-        ("cora", {"graph_parts": 2, "split": "edges"}, "pairs of nodes"),
+        ("cora", {"graph_parts": 2, "split": "edges"}, "leave out graph_parts"),
         ("digits", {"reveal_validation": True}, "reveal_validation is a setting for graphs"),
     ],
 )
@@ -217,7 +263,9 @@ def test_settings_without_a_meaning_are_refused(
     dataset: str, training: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     graph = dataset == "cora"
-    run = resolve("bp", dataset, "gcn:1x8" if graph else "mlp:1x8", preset="none", training=training, device="cpu")
+    network = "gcn:1x8" if graph else "mlp:1x8"
+    parameters = {"readout": "dot"} if training.get("split") == "edges" else {}
+    run = resolve("bp", dataset, network, preset="none", parameters=parameters, training=training, device="cpu")
     with pytest.raises(UsageError, match=message):
         runs.run(run, tmp_path)
 
