@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import secrets
 import shutil
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ from bpfree.errors import CheckpointError, cannot_write
 CONFIG: Final = "config.json"
 ENVIRONMENT: Final = "environment.json"
 METRICS: Final = "metrics.jsonl"
+PACKED_METRICS: Final = "metrics.jsonl.gz"
 SUMMARY: Final = "summary.json"
 UNTESTED: Final = "untested.json"  # in its place if a run was not tested
 CHECKPOINT: Final = "checkpoint.pt"
@@ -183,17 +186,21 @@ class RunFolder:
             raise cannot_write(self.path / METRICS, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One record per epoch, in order.
+        """One record per epoch, in order. A finished run's may be packed (`gzip metrics.jsonl`), for keeping.
 
         Raises:
             CheckpointError: they are missing or damaged.
         """
+        path = self.path / METRICS
+        packed = path.with_name(PACKED_METRICS)
+        path = packed if packed.is_file() and not path.is_file() else path
         try:
-            epochs = [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+            text = gzip.decompress(path.read_bytes()).decode() if path == packed else path.read_text()
+            epochs = [json.loads(line) for line in text.splitlines()]
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise self.damaged(path.name, str(error)) from error
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path / METRICS}: {error.strerror}") from error
-        except ValueError as error:
-            raise self.damaged(METRICS, str(error)) from error
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         self._check(METRICS, epochs, [EPOCH])
         return epochs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import pickle
 import secrets
@@ -50,6 +51,21 @@ def test_a_damaged_record_is_named_with_a_remedy(tmp_path: Path, text: str) -> N
     (run.path / records.METRICS).write_text("{")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged .*; restore it"):
         run.read_metrics()
+
+
+def test_metrics_that_were_packed_are_read_all_the_same(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    epochs = [{"epoch": n, "steps": n, "validation_accuracy": 50.0 + n, "joules_at_start": None} for n in (1, 2)]
+    run.write_metrics(epochs)
+    packed = run.path / records.PACKED_METRICS
+    packed.write_bytes(gzip.compress((run.path / records.METRICS).read_bytes()))
+    (run.path / records.METRICS).unlink()
+    assert run.read_metrics() == epochs
+    whole = packed.read_bytes()
+    for damaged in (whole[:-9], whole[:12] + b"\xff" * 8 + whole[20:], b"plain text", whole[:5]):
+        packed.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl\.gz is damaged .*; restore it"):
+            run.read_metrics()
 
 
 def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path: Path) -> None:
