@@ -134,7 +134,7 @@ def table(
     \b
     bpfree table results                                a list of everything
     bpfree table results --with-reference               presets as they are, beside what their papers report
-    bpfree table results -t T3                          changes against back-propagation, with intervals
+    bpfree table results -t T3                          changes against the baseline, with intervals
     bpfree table results -t all --with-reference        everything beside the published numbers
 
     T1 performance, T2 efficiency, T3 changes against the baseline, T4 matched passes, T5 own convergence, T6 ablation

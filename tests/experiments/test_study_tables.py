@@ -413,6 +413,37 @@ def test_an_unclear_baseline_must_be_chosen(tmp_path: Path) -> None:
         collect(tmp_path, baseline="nosuch")
 
 
+@pytest.mark.parametrize("name", ["T3", "T4", "T5", "T6", "T7"])
+def test_heads_name_the_baseline_in_effect(study: Path, entries: list[Entry], name: str) -> None:
+    def words(table: Table) -> str:
+        assert table.rows
+        assert Table.from_dict(json.loads(table.render("json"))).cells() == table.cells()
+        return " | ".join([table.title, *table.cells()[0]])
+
+    usual, other = words(one(entries, name)), words(one(collect(study, baseline="mf-joint"), name))
+    assert re.search(r"\bBP\b", usual)
+    assert other == re.sub(r"\bBP\b", "mf-joint", usual)
+
+
+def test_back_propagation_is_called_so_whatever_its_arm_is_called(tmp_path: Path) -> None:
+    for patience in (4, 20):
+        make_run(tmp_path, "bp", 0, patience=patience)
+    make_run(tmp_path, "mf", 0)
+    table = one(collect(tmp_path, baseline="bp@none#1"), "T5")
+    assert {row["baseline"] for row in table.rows} == {"bp@none#1"}
+    assert {"BP acc, %", "Stops after, BP"} < set(table.cells()[0])
+    assert "Against" not in table.cells()[0]
+
+
+def test_rows_say_what_they_are_against_where_heads_cannot(study: Path, entries: list[Entry]) -> None:
+    """Two comparisons with baselines of their own, or published rows below those against another arm."""
+    table = one(collect(study, baseline="mf"), "T3", with_reference=True)
+    assert table.title == "Change against baseline"
+    assert {(row["baseline"], row["source"] == "this work") for row in table.rows} == {("mf", True), ("BP", False)}
+    assert [cells["Against"] for cells in table.cells()] == [row["baseline"] for row in table.rows]
+    assert "Against" not in one(entries, "T3", with_reference=True).cells()[0]
+
+
 # Comparisons
 
 

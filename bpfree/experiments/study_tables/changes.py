@@ -8,7 +8,16 @@ from typing import Final
 from bpfree.experiments.collect import Entry, pairs
 from bpfree.experiments.statistics import FEW_PAIRS, difference_p, equivalent, holm, relative_change
 from bpfree.experiments.study_tables.columns import Row
-from bpfree.experiments.study_tables.rows import beside, compare, estimate_columns, paired, place, reference_pairs
+from bpfree.experiments.study_tables.rows import (
+    AGAINST_BP,
+    against,
+    beside,
+    compare,
+    estimate_columns,
+    paired,
+    place,
+    reference_pairs,
+)
 from bpfree.experiments.study_tables.table import Table
 
 LEVEL: Final = 0.05
@@ -23,7 +32,8 @@ def changes(entries: Sequence[Entry], with_reference: bool) -> Table:
     rows: list[Row] = []
     found: dict[str, list[Row]] = {column: [] for column in CHANGES}  # tests of each column, for Holm's correction
     for entry, baseline in paired(entries):
-        row: Row = {**place(entry), "n": len(entry.runs.keys() & baseline.runs.keys()), "regime": entry.regime()}
+        n = len(entry.runs.keys() & baseline.runs.keys())
+        row: Row = {**place(entry), **against(baseline), "n": n, "regime": entry.regime()}
         for column, quantity in CHANGES.items():
             absolute = column == "accuracy"
             estimate = compare(entry, baseline, quantity, absolute=absolute)
@@ -77,5 +87,5 @@ def _reference_changes() -> list[Row]:
     rows = []
     for row, baseline in reference_pairs():
         change = {name: relative_change(row[name], baseline[name]) for name in ("seconds", "wh", "device_mib")}
-        rows.append({**row, **change, "accuracy": row["accuracy"] - baseline["accuracy"], "n": None})
+        rows.append({**row, **AGAINST_BP, **change, "accuracy": row["accuracy"] - baseline["accuracy"], "n": None})
     return rows

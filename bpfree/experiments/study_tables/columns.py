@@ -14,7 +14,7 @@ class Column:
     """A column as a person reads it.
 
     Attributes:
-        title: with the unit.
+        title: with the unit; "{baseline}" is where the baseline's name goes.
         show: makes its cell from a row.
     """
 
@@ -68,11 +68,13 @@ PLACE: Final = (_text("Dataset", "dataset"), _text("Architecture", "network"))
 ALGORITHM: Final = (*PLACE, _text("Algorithm", "algorithm"))
 SOURCE: Final = (_text("Protocol", "protocol"), _text("Hardware", "hardware"), _text("Source", "source"))
 STATUS: Final = _text("Status", "status")
+AGAINST: Final = _text("Against", "baseline")
+"""Shown where rows have several baselines, so that the table's heads cannot name the one."""
 
 TITLES: Final = {
     "T1": "Performance",
     "T2": "Efficiency",
-    "T3": "Change against back-propagation",
+    "T3": "Change against {baseline}",
     "T4": "Matched data passes",
     "T5": "Own convergence",
     "T6": "Ablation ladder",
@@ -114,6 +116,7 @@ COLUMNS: Final[dict[str, tuple[Column, ...]]] = {
     "T3": (
         _text("Variant", "algorithm"),
         *PLACE,
+        AGAINST,
         _number("Δ acc, pp", "accuracy", 2, sign=True),
         _text("acc", "accuracy_verdict"),
         _number("Δ time, %", "seconds", 2, sign=True),
@@ -128,14 +131,15 @@ COLUMNS: Final[dict[str, tuple[Column, ...]]] = {
     ),
     "T4": (
         *ALGORITHM,
-        _both("Passes BP / alg", "passes", 1),
-        _both("Acc BP / alg, %", "accuracy", 2),
+        AGAINST,
+        _both("Passes {baseline} / alg", "passes", 1),
+        _both("Acc {baseline} / alg, %", "accuracy", 2),
         _number("Δ acc, pp", "accuracy_change", 2, sign=True),
-        _both("Energy BP / alg, Wh", "wh", 3),
+        _both("Energy {baseline} / alg, Wh", "wh", 3),
         _number("Δ energy, %", "wh_change", 1, sign=True),
-        _both("Allocator BP / alg, MiB", "mib", 1),
+        _both("Allocator {baseline} / alg, MiB", "mib", 1),
         _number("Δ mem, %", "mib_change", 1, sign=True),
-        _both("Mean W BP / alg", "w", 1),
+        _both("Mean W {baseline} / alg", "w", 1),
         _number("Δ W, %", "w_change", 1, sign=True),
         _number("Δ time, %", "seconds_change", 1, sign=True),
         _text("Pairs", "n"),
@@ -144,30 +148,35 @@ COLUMNS: Final[dict[str, tuple[Column, ...]]] = {
     ),
     "T5": (
         *ALGORITHM,
+        AGAINST,
         _text("Pairs", "n"),
-        _number("BP acc, %", "baseline_accuracy", 2),
+        _number("{baseline} acc, %", "baseline_accuracy", 2),
         _number("Alg acc, %", "accuracy", 2),
         _number("Δ acc, pp", "accuracy_change", 2, sign=True),
         _number("Time x", "seconds_ratio", 2),
         _number("Energy x", "wh_ratio", 2),
-        _text("Stops after, BP", "baseline_stopping"),
+        _text("Stops after, {baseline}", "baseline_stopping"),
         _text("Stops after, alg", "stopping"),
         _text("Regime", "regime"),
         *SOURCE[1:],
     ),
     "T6": (
         *ALGORITHM,
+        AGAINST,
         _text("Pairs", "n"),
-        _number("Acc vs BP, pp", "accuracy_change", 2, sign=True),
-        _number("Energy, % of BP", "wh_percent", 0),
+        _number("Acc vs {baseline}, pp", "accuracy_change", 2, sign=True),
+        _number("Energy, % of {baseline}", "wh_percent", 0),
         *SOURCE[1:],
     ),
     "T7": (
         *ALGORITHM,
+        AGAINST,
         _number("Target val acc, %", "target", 2),
-        Column("J BP", lambda row: _spent(row, "baseline_")),
+        Column("J {baseline}", lambda row: _spent(row, "baseline_")),
         Column("J alg", lambda row: _spent(row, "")),
-        Column("Reached BP", lambda row: f"{row['baseline_k']} of {row['baseline_n']}" if row["baseline_n"] else ""),
+        Column(
+            "Reached {baseline}", lambda row: f"{row['baseline_k']} of {row['baseline_n']}" if row["baseline_n"] else ""
+        ),
         Column("Reached alg", lambda row: f"{row['k']} of {row['n']}"),
         _number("Energy x", "ratio", 2),
         _text("Unmeasured", "unmeasured"),

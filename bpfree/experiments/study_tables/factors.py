@@ -8,6 +8,8 @@ from bpfree.experiments.collect import Entry, known_pairs
 from bpfree.experiments.statistics import Estimate
 from bpfree.experiments.study_tables.columns import Row
 from bpfree.experiments.study_tables.rows import (
+    AGAINST_BP,
+    against,
     beside,
     compare,
     estimate_columns,
@@ -29,7 +31,7 @@ def factors(entries: Sequence[Entry], with_reference: bool) -> Table:
         rows.append(
             {
                 **place(entry),
-                "baseline": baseline.label,
+                **against(baseline),
                 "stopping": stopping(entry),
                 "baseline_stopping": stopping(baseline),
                 "n": len(entry.runs.keys() & baseline.runs.keys()),
@@ -41,7 +43,7 @@ def factors(entries: Sequence[Entry], with_reference: bool) -> Table:
     reference = [
         {
             **{name: row[name] for name in ("dataset", "network", "algorithm", "source")},
-            "baseline": baseline["algorithm"],
+            **AGAINST_BP,
             "accuracy_change": row["accuracy"] - baseline["accuracy"],
             "wh_ratio": row["wh"] / baseline["wh"],
             **_quotients(

@@ -10,6 +10,8 @@ from bpfree.experiments.arms import MATCHED, OWN
 from bpfree.experiments.collect import Entry
 from bpfree.experiments.study_tables.columns import Row
 from bpfree.experiments.study_tables.rows import (
+    AGAINST_BP,
+    against,
     beside,
     compare,
     estimate_columns,
@@ -29,7 +31,8 @@ def matched(entries: Sequence[Entry], with_reference: bool) -> Table:
     quantities = {"passes": "passes", "accuracy": "accuracy", "wh": "gross_j", "mib": "allocator_mib", "w": "mean_w"}
     rows = []
     for entry, baseline in paired(entries, MATCHED):
-        row: Row = {**place(entry), "n": len(entry.runs.keys() & baseline.runs.keys()), "regime": entry.regime()}
+        n = len(entry.runs.keys() & baseline.runs.keys())
+        row: Row = {**place(entry), **against(baseline), "n": n, "regime": entry.regime()}
         for name, quantity in quantities.items():
             scale = 1 / JOULES_PER_WH if name == "wh" else 1.0
             for whose, arm in (("baseline_", baseline), ("", entry)):
@@ -46,12 +49,13 @@ def matched(entries: Sequence[Entry], with_reference: bool) -> Table:
         seconds_change="seconds_change", stages="stages", epochs="epochs",
     )  # fmt: skip
     for row in reference:
+        row |= AGAINST_BP
         row["passes"] = row.pop("stages") * row.pop("epochs")
         row["accuracy_change"] = row["accuracy"] - row["baseline_accuracy"]
         row["n"] = int(row["n"])
     notes = [
-        "Every arm sees the data as often as the baseline did on average, rounded up in each stage (one pass in closed "
-        "form); no early stopping; best state restored."
+        "Every arm sees the data as often as the comparison's baseline did on average, rounded up in each stage (one "
+        "pass in closed form); no early stopping; best state restored."
     ]
     return Table("T4", beside(rows, reference, wanted=with_reference), notes)
 
@@ -61,6 +65,7 @@ def own_convergence(entries: Sequence[Entry], with_reference: bool) -> Table:
     rows = [
         {
             **place(entry),
+            **against(baseline),
             "n": len(entry.runs.keys() & baseline.runs.keys()),
             "baseline_accuracy": baseline.mean("accuracy"),
             "accuracy": entry.mean("accuracy"),
@@ -76,6 +81,7 @@ def own_convergence(entries: Sequence[Entry], with_reference: bool) -> Table:
     names = ("n", "baseline_accuracy", "accuracy", "accuracy_change", "seconds_ratio", "wh_ratio")
     reference = reference_rows("s3_own", **{name: name for name in names})
     for row in reference:
+        row |= AGAINST_BP
         row["n"] = int(row["n"])
         if row["accuracy_change"] is None:
             row["accuracy_change"] = row["accuracy"] - row["baseline_accuracy"]
@@ -99,14 +105,16 @@ def ladder(entries: Sequence[Entry], with_reference: bool) -> Table:
         rows.append(
             {
                 **place(entry),
+                **against(baseline),
                 "n": len(entry.runs.keys() & baseline.runs.keys()),
                 **estimate_columns("accuracy_change", compare(entry, baseline, "accuracy", absolute=True)),
                 **{name: scaled(value, 100) for name, value in estimate_columns("wh_percent", energy).items()},
             }
         )
-    reference = reference_rows("s3_ladder", accuracy_change="accuracy_change", wh_percent="wh_percent")
+    published = reference_rows("s3_ladder", accuracy_change="accuracy_change", wh_percent="wh_percent")
+    reference = [{**row, **AGAINST_BP} for row in published]
     notes = [
-        "BP, then local heads with global gradients (BP-DS), Mono-Forward's read-out (MF-Joint), then the detach; arms "
-        "that stop by another rule than the baseline are left out."
+        "Rungs from back-propagation to Mono-Forward: local heads with global gradients (BP-DS), its read-out "
+        "(MF-Joint), the detach; arms that stop by another rule than the baseline are left out."
     ]
     return Table("T6", beside(rows, reference, wanted=with_reference), notes)

@@ -13,6 +13,8 @@ from bpfree.experiments.statistics import Estimate, paired_difference, paired_ra
 from bpfree.experiments.study_tables.columns import Row
 
 OURS: Final = "this work"
+AGAINST_BP: Final[Row] = {"baseline": "BP", "baseline_algorithm": "bp"}
+"""`against` of published rows."""
 
 
 def place(entry: Entry) -> Row:
@@ -25,6 +27,11 @@ def place(entry: Entry) -> Row:
         "hardware": entry.hardware,
         "source": OURS,
     }
+
+
+def against(baseline: Entry) -> Row:
+    """The columns that say what a row is compared with; heads are made of them."""
+    return {"baseline": baseline.label, "baseline_algorithm": baseline.config.algorithm}
 
 
 def stopping(entry: Entry) -> str:

@@ -7,11 +7,14 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from bpfree.errors import unknown_name
-from bpfree.experiments.study_tables.columns import COLUMNS, TITLES, Row
+from bpfree.experiments.study_tables.columns import AGAINST, COLUMNS, TITLES, Row
 from bpfree.experiments.tables import latex_table, markdown_table, text_table
+
+SEVERAL: Final = "baseline"
+"""What heads say where rows have different ones."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,22 @@ class Table:
 
     @property
     def title(self) -> str:
-        return TITLES[self.name]
+        return TITLES[self.name].format(baseline=self.baseline)
+
+    @property
+    def baseline(self) -> str:
+        """What heads call the baseline of all rows: "BP" for back-propagation of any kind, or the arm's label."""
+        if {row.get("baseline_algorithm") for row in self.rows} == {"bp"}:
+            return "BP"
+        labels = {str(row.get("baseline", SEVERAL)) for row in self.rows}
+        return labels.pop() if len(labels) == 1 else SEVERAL
 
     def cells(self) -> list[dict[str, str]]:
         """Rows as a person reads them; columns in which nothing is known are left out."""
-        shown = [{column.title: column.show(row) for column in COLUMNS[self.name]} for row in self.rows]
+        baseline = self.baseline
+        columns = [column for column in COLUMNS[self.name] if column is not AGAINST or baseline == SEVERAL]
+        titles = [column.title.format(baseline=baseline) for column in columns]
+        shown = [{title: column.show(row) for title, column in zip(titles, columns, strict=True)} for row in self.rows]
         empty = {title for title in (shown[0] if shown else {}) if not any(cells[title] for cells in shown)}
         return [{title: cell for title, cell in cells.items() if title not in empty} for cells in shown]
 

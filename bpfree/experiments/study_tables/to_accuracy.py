@@ -10,7 +10,7 @@ from typing import Final
 from bpfree.experiments.collect import Entry, baseline_of
 from bpfree.experiments.statistics import Estimate, ToAccuracy, energy_to_accuracy, paired_ratio, reached
 from bpfree.experiments.study_tables.columns import Row
-from bpfree.experiments.study_tables.rows import estimate_columns, over, place
+from bpfree.experiments.study_tables.rows import against, estimate_columns, over, place
 from bpfree.experiments.study_tables.table import Table
 
 FEWEST_HELD_OUT: Final = 100
@@ -30,7 +30,7 @@ def to_accuracy(entries: Sequence[Entry], targets: Sequence[float]) -> Table:
         medians = baseline.values("validation_accuracy")
         baseline = over(baseline, {*entry.runs, *entry.failed})
         for target in targets or entry.analysis.targets or (statistics.median(medians) - 1,):
-            row: Row = {**place(entry), "target": target}
+            row: Row = {**place(entry), **against(baseline), "target": target}
             spent: dict[str, dict[int, ToAccuracy]] = {}
             for whose, arm in (("baseline_", baseline), ("", entry)):
                 spent[whose] = {
