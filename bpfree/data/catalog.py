@@ -157,12 +157,14 @@ class GraphInfo(Entry[RawGraph]):
         edges: number of directed edges: every edge counts twice.
         features: number of features of a node.
         classes: number of classes of nodes.
+        public: whether it comes with a published split.
     """
 
     nodes: int
     edges: int
     features: int
     classes: int
+    public: bool = False
 
     @property
     def size(self) -> str:
@@ -540,6 +542,7 @@ DATASETS: dict[str, DatasetInfo | GraphInfo] = {
             edges=10_556,
             features=1_433,
             classes=7,
+            public=True,
             layouts=(
                 Layout(
                     "",
@@ -676,6 +679,7 @@ DATASETS: dict[str, DatasetInfo | GraphInfo] = {
             edges=9_104,
             features=3_703,
             classes=6,
+            public=True,
             layouts=(_planetoid_layout("CiteSeer", _CITESEER_FILES),),
         ),
         GraphInfo(
@@ -689,6 +693,7 @@ DATASETS: dict[str, DatasetInfo | GraphInfo] = {
             edges=88_648,
             features=500,
             classes=3,
+            public=True,
             layouts=(_planetoid_layout("PubMed", _PUBMED_FILES),),
         ),
         GraphInfo(

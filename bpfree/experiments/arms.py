@@ -18,6 +18,7 @@ from bpfree.algorithms.learner import Task
 from bpfree.data import GraphDataset
 from bpfree.errors import UsageError
 from bpfree.experiments.config import RunConfig, named_preset, parse_mixed_settings, presets_elsewhere, resolve
+from bpfree.experiments.graphs import own_split
 from bpfree.experiments.run import AnyDataset, build_learner
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
@@ -134,7 +135,7 @@ def make_arms(
     an arm takes all but `COMMON`, which is the same for all; on graphs, where an epoch is a step and the usual cap far
     too low, that as well.
 
-    The task is that of the presets that are named.
+    The task and, on graphs, the split are those of the presets that are named.
 
     Args:
         texts: the arms.
@@ -146,14 +147,24 @@ def make_arms(
         energy: see `RunConfig`.
 
     Raises:
-        UsageError: an unknown name, a setting that a rule does not have, or two arms that are the same.
+        UsageError: an unknown name, a setting that a rule does not have, two arms that are the same, presets of
+            different tasks or splits, or arms some of which predict links and others classify nodes.
     """
     given = {arm_label(text): text for text in texts}
     baseline = arm_label(baseline)
     presets = [named_preset(preset) for _, preset, _ in map(_parsed, texts) if preset not in ("", "none")]
     task = _common("task", (preset.task for preset in presets), "classify")
     dataset = dataset or _common("dataset", (preset.dataset for preset in presets), "digits")
-    shared: dict[str, Any] = {"training": training or {}, "device": device, "energy": energy, "task": task}
+    split = None
+    if isinstance(data.info(dataset), data.GraphInfo) and "split" not in (training or {}):
+        split = _common("split", (_split_of(preset.training, dataset) for preset in presets), None)
+    shared: dict[str, Any] = {
+        "training": training or {},
+        "device": device,
+        "energy": energy,
+        "task": task,
+        "split": split,
+    }
     arms = [_make_arm(text, dataset, network, **shared) for text in texts]
     if network is None:
         others = dict.fromkeys(arm.config.network for arm in arms if arm.label != baseline)
@@ -162,6 +173,7 @@ def make_arms(
             arms = [*own, *(_make_arm(given[baseline], dataset, name, **shared) for name in others)]
     for position, arm in enumerate(arms):
         for other in arms[:position]:
+            _refuse_links_with_nodes(arm, other)
             if arm.config == other.config:
                 raise UsageError(f"arms {other.label} and {arm.label} are the same configuration; leave one out")
             if arm.key == other.key:
@@ -182,17 +194,42 @@ def arm_label(text: str) -> str:
     return ":".join([f"{name}@{Path(preset).stem}", *settings]) if preset.endswith(".toml") else text
 
 
-def _common(what: str, values: Iterable[str], usual: str) -> str:
+def _common(what: str, values: Iterable[T], usual: T) -> T:
     """What the presets that arms name have in common; the usual where they name none."""
     found = list(dict.fromkeys(values))
     if len(found) > 1:
-        remedy = "choose with --dataset" if what == "dataset" else "compare arms of one task"
-        raise UsageError(f"the presets of the arms are for {' and '.join(found)}; {remedy}")
+        remedy = "compare arms of one task" if what == "task" else f"choose with --{what}"
+        kinds = "the splits " if what == "split" else ""
+        raise UsageError(f"the presets of the arms are for {kinds}{' and '.join(map(str, found))}; {remedy}")
     return found[0] if found else usual
 
 
+def _split_of(training: Mapping[str, Any], dataset: str) -> str | None:
+    """The split of a graph that these training settings take; None where data sets have no such thing."""
+    entry = data.info(dataset)
+    own = own_split(entry.public) if isinstance(entry, data.GraphInfo) else None
+    return training.get("split") or own
+
+
+def _refuse_links_with_nodes(*arms: Arm) -> None:
+    links = {_split_of(asdict(arm.config.training), arm.config.dataset) == "edges": arm.label for arm in arms}
+    if len(links) > 1:
+        raise UsageError(
+            f"{links[True]} predicts links (split=edges) and {links[False]} classifies nodes; leave out the split of "
+            "single arms and choose one for all with --split"
+        )
+
+
 def _make_arm(
-    text: str, dataset: str, network: str | None, *, training: Mapping[str, Any], task: Task, device: str, energy: str
+    text: str,
+    dataset: str,
+    network: str | None,
+    *,
+    training: Mapping[str, Any],
+    task: Task,
+    split: str | None,
+    device: str,
+    energy: str,
 ) -> Arm:
     name, preset, settings = _parsed(text)
     rule = algorithm(name)
@@ -215,6 +252,8 @@ def _make_arm(
         settled = {**training, **own_training}
         usual = {name: settled.get(name, getattr(TrainingConfig, name)) for name in COMMON}
         config = replace(config, training=replace(config.training, **usual))
+    if split is not None and "split" not in own_training and _split_of(asdict(config.training), dataset) != split:
+        config = replace(config, training=replace(config.training, split=split))
     return Arm(arm_label(text), config, tuning_seed=None if named is None else named.tuning_seed)
 
 
@@ -229,7 +268,10 @@ def checked(arm: Arm, dataset: AnyDataset) -> Arm:
         support = algorithm(arm.config.algorithm).learner.supports(build_network(arm.config.network, tuple(shape)))
         if not support.ok:
             return replace(arm, skipped=support.reason)
-        build_learner(arm.config, dataset, torch.device("cpu"))
+        try:
+            build_learner(arm.config, dataset, torch.device("cpu"))
+        except UsageError as error:
+            raise UsageError(f"{arm.label}: {error}") from error
     return arm
 
 
@@ -246,6 +288,8 @@ def unequal_settings(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
 def _in_effect(config: RunConfig) -> dict[str, Any]:
     """Training settings, those that are left to the data set as it has them."""
     settings, entry = asdict(config.training), data.DATASETS.get(config.dataset)
+    if isinstance(entry, data.GraphInfo):
+        settings["split"] = _split_of(settings, config.dataset)
     if isinstance(entry, data.DatasetInfo):
         settings["augmentation"] = settings["augmentation"] or entry.augmentation
         settings["validation"] = settings["validation"] or entry.validation

@@ -22,6 +22,11 @@ def task_classes(dataset: GraphDataset, training: TrainingConfig) -> int:
     return LINK_CLASSES if training.split == "edges" else dataset.classes
 
 
+def own_split(public: bool) -> str:
+    """The split of a graph when none is asked for: the published one, if there is one."""
+    return "public" if public else "folds"
+
+
 def check_rates_pairs(learner: Learner) -> None:
     """Ask a learner about one pair of two nodes, so that one without a read-out for links says so before it trains.
 
@@ -63,7 +68,7 @@ def graph_parts(
             for edges, part in zip(messages, parts, strict=True)
         )
         return train, validation, test
-    name = training.split or ("folds" if dataset.public is None else "public")
+    name = training.split or own_split(dataset.public is not None)
     nodes = (
         dataset.public_split()
         if name == "public"

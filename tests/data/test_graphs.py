@@ -114,6 +114,9 @@ def test_sizes(name: str, nodes: int, edges: int, features: int, classes: int) -
     assert graph.classes == classes
     assert graph.labels.unique().tolist() == list(range(classes))
     assert {state for _, state in data.verify(name)} == {"ok"}
+    entry = data.info(name)
+    assert isinstance(entry, GraphInfo)
+    assert entry.public == (graph.public is not None)
 
 
 @pytest.mark.data

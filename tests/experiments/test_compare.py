@@ -177,6 +177,39 @@ def test_the_task_is_that_of_the_presets_named() -> None:
         make_arms(["ccl@counter_current-digits-autoencode", "bp@backprop-mnist"])
 
 
+def test_the_split_is_that_of_the_presets_named() -> None:
+    """An arm that classified nodes would be compared by its accuracy with the others' ROC-AUC."""
+    links = "fgnn@forward_gnn-cora-links"
+    arms = make_arms([links, "bp:readout=dot", "mf@none"])
+    assert [arm.config.training.split for arm in arms] == ["edges"] * 3
+    assert [arm.config.training.split for arm in make_arms([links, "bp"], training={"split": "random"})] == [
+        "random"
+    ] * 2
+    for texts in ([links, "bp@backprop-cora"], ["bp@backprop-cora", links]):
+        with pytest.raises(UsageError, match=r"presets .* the splits (edges and public|public and edges); .* --split"):
+            make_arms(texts)
+    with pytest.raises(UsageError, match=f"^{links} predicts links .* and bp:split=folds classifies nodes; .*--split"):
+        make_arms([links, "bp:split=folds"])
+
+
+def test_a_graphs_own_split_is_no_other_one_when_it_is_spelt_out() -> None:
+    arms = make_arms(["fgnn@forward_gnn-cora", "bp@none"])
+    assert [arm.config.training.split for arm in arms] == ["public", None]  # Cora comes with Planetoid's
+    assert "split" not in unequal_settings(arms)
+    other = make_arms(["fgnn@none:split=folds", "bp@none"], "cora")
+    assert unequal_settings(other)["split"] == {"fgnn@none:split=folds": "folds", "bp@none": "public"}
+    assert "split" not in unequal_settings(make_arms(["fgnn@none:split=folds", "bp@none"], "cora_ml"))
+
+
+def test_an_arm_without_a_read_out_for_links_is_named_before_anything_is_started(tmp_path: Path) -> None:
+    pytest.importorskip("torch_geometric")
+    command = ("compare", "--algos", "fgnn@forward_gnn-cora-links,bp:readout=dot,mf", "--device", "cpu", "-q")
+    result = bpfree(*command, "--network", "gcn:1x8", "--results", str(tmp_path / "c"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("bpfree: error: mf: the graph asks about pairs of nodes")
+    assert not (tmp_path / "c").exists()
+
+
 def test_without_a_network_each_rule_has_its_own_and_the_baseline_all() -> None:
     arms = make_arms(["mf", "cafo", "bp"], "digits")
     assert [arm.key for arm in arms] == [
