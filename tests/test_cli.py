@@ -245,6 +245,10 @@ def test_runs_of_presets_are_laid_beside_what_was_published(tmp_path: Path) -> N
         for row in json.loads(bpfree("table", str(tmp_path), "--format", "json", "--leave-out", "searched").stdout)
     )
     assert run.startswith("kept/")
+    for folder in ("nosuch", str(tmp_path.name)):
+        result = bpfree("table", str(tmp_path), "--leave-out", "searched", "--leave-out", folder)
+        assert result.exit_code == 0
+        assert result.stderr == f"bpfree: warning: there is no finished run to leave out in {tmp_path / folder}\n"
     assert json.loads(bpfree("table", str(tmp_path), "--format", "json", "--dataset", "Digits").stdout)
     for table in ((), ("-t", "T1")):
         other = bpfree("table", str(tmp_path), *table, "--dataset", "mnist")

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS
@@ -29,6 +30,16 @@ from bpfree.experiments.tables import (
 from bpfree.networks import describe_networks
 
 KINDS_OF_THINGS = ("algorithms", "datasets", "networks", "presets")
+PLAIN: Final = "the plain list"
+USED_BY: Final = {
+    "columns": (PLAIN,),
+    "leave_out": (PLAIN,),
+    "with_reference": (PLAIN, "T1", "T2", "T3", "T4", "T5", "T6", "T9"),
+    "baseline": ("T3", "T4", "T5", "T6", "T7", "T9"),
+    "targets": ("T7",),
+    "carbon": ("T2",),
+}
+"""Options of `bpfree table` that some tables have no use for."""
 
 
 @click.command("list", cls=Command)
@@ -142,20 +153,18 @@ def table(
     """
     datasets = tuple(_known_dataset(name) for name in datasets)
     if not names:
+        _refuse_unused([PLAIN])
         _list_runs(root, columns, form, with_reference=with_reference, leave_out=leave_out, datasets=datasets)
         return
     from bpfree.experiments.collect import collect, tuning_records
     from bpfree.experiments.study_tables import TITLES, make_tables
 
-    if columns is not None:
-        raise UsageError("--columns is for the plain list; tables T1 to T9 have theirs")
-    if leave_out:
-        raise UsageError("--leave-out is for the plain list; name the folder of a comparison as ROOT")
     every = any(name.lower() == "all" for name in names)
     chosen = list(TITLES) if every else [name.upper() for name in names]
     for name in chosen:  # before runs are read, which may refuse too
         if name not in TITLES:
             raise unknown_name("table", name, TITLES)
+    _refuse_unused(chosen)
     tuning = [record for record in tuning_records(root, say=warn) if not datasets or record["dataset"] in datasets]
     shown: dict[str, Any] = {"baseline": baseline, "mixed_hardware": mixed_hardware, "datasets": datasets}
     entries = [] if chosen == ["T8"] else collect(root, **shown, say=warn)
@@ -173,6 +182,20 @@ def table(
         click.echo(json.dumps([one.as_dict() for one in made], indent=1, ensure_ascii=False))
         return
     click.echo("\n\n".join(one.render(form) for one in made))
+
+
+def _refuse_unused(tables: Sequence[str]) -> None:
+    """Refuse options that none of the tables asked for would use. Variables of the environment may stay set.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        users = USED_BY.get(name, tables)
+        if not set(users) & set(tables) and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{max(parameter.opts, key=len)} is for {', '.join(users)}; leave it out")
 
 
 def _known_dataset(name: str) -> str:

@@ -59,16 +59,18 @@ def result_rows(
         root: where to look.
         leave_out: folders under it that are not looked at, relative to it.
         datasets: whose runs are wanted; none for all.
-        say: told of what cannot be read, and is left out.
+        say: told of what cannot be read, and is left out, and of folders in `leave_out` that have no run.
 
     Raises:
         DataError: no finished run under `root`.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     configs: dict[str, RunConfig] = {}
+    unused = list(leave_out)
     for run in finished_runs(root, say=say):
         inside = run.path.relative_to(root)
-        if any(inside.is_relative_to(folder) for folder in leave_out):
+        if around := [folder for folder in leave_out if inside.is_relative_to(folder)]:
+            unused = [folder for folder in unused if folder not in around]
             continue
         if datasets and run.config.dataset not in datasets:
             continue
@@ -76,6 +78,8 @@ def result_rows(
         key = json.dumps([config.to_dict(), run.summary["variant"], run.summary["hardware"]], sort_keys=True)
         configs[key] = config
         groups[key].append({**run.summary, "run_dir": inside.as_posix()})
+    for folder in unused:  # a folder that is there on other machines may be named
+        say(f"there is no finished run to leave out in {root / folder}")
     if not groups:
         raise nothing_to_show(root, datasets)
     rows = [_row(runs, configs[key]) for key, runs in groups.items()]

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -522,12 +523,45 @@ def test_the_command_prints_what_is_asked_for(study: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("-t", "T10"), "unknown table 'T10'"), (("-t", "T1", "--columns", "seeds"), "--columns is for the plain list")],
+    [
+        (("-t", "T10"), "unknown table 'T10'"),
+        (("-t", "T1", "--columns", "seeds"), "--columns is for the plain list"),
+        (("-t", "T3", "-t", "T9", "--target", "60"), "--target is for T7; leave it out"),
+        (("-t", "T1", "--carbon", "POL"), "--carbon is for T2; leave it out"),
+        (("-t", "T8", "--baseline", "nosuch"), "--baseline is for T3, T4, T5, T6, T7, T9; leave it out"),
+        (("-t", "T7", "--with-reference"), "--with-reference is for the plain list, T1,"),
+        (("-t", "T1", "-t", "T3", "--baseline", "nosuch"), "no arm is called nosuch: "),
+        (("--target", "60"), "--target is for T7; leave it out"),
+        (("--carbon", "POL"), "--carbon is for T2; leave it out"),
+        (("--baseline", "bp"), "--baseline is for T3, T4, T5, T6, T7, T9; leave it out"),
+    ],
 )
 def test_bad_tables(study: Path, arguments: tuple[str, ...], message: str) -> None:
     result = bpfree("table", str(study), *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("option", ["baseline", "targets", "carbon", "with_reference"])
+def test_an_option_is_taken_with_the_tables_that_it_changes(study: Path, entries: list[Entry], option: str) -> None:
+    options: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "baseline": (("--baseline", "mf"), {}),
+        "targets": (("--target", "60"), {"targets": [60.0]}),
+        "carbon": (("--carbon", "POL"), {"intensity": {"g_per_kwh": 661.926, "country": "POL"}}),
+        "with_reference": (("--with-reference",), {"with_reference": True}),
+    }
+    given, made = options[option]
+    arms = collect(study, baseline="mf") if option == "baseline" else entries
+    for name in TITLES:
+        changed = make_tables([name], arms, **made) != make_tables([name], entries)
+        assert bpfree("table", str(study), "-t", name, *given).exit_code == (0 if changed else 2)
+    assert bpfree("table", str(study), "-t", "all", *given).exit_code == 0
+
+
+def test_variables_of_the_environment_may_stay_set(study: Path) -> None:
+    plain = bpfree("table", str(study), "-t", "T1").stdout
+    environment = {"BPFREE_TABLE_BASELINE": "mf", "BPFREE_TABLE_CARBON": "POL", "BPFREE_TABLE_COLUMNS": "seeds"}
+    assert CliRunner().invoke(cli, ["table", str(study), "-t", "T1"], env=environment).stdout == plain
 
 
 def test_an_unknown_table_is_told_before_runs_are_read(tmp_path: Path) -> None:
