@@ -20,6 +20,7 @@ from bpfree.algorithms import Learner, algorithm
 from bpfree.algorithms.learner import DrawsNoise, evaluation_mode
 from bpfree.data import Dataset, GraphDataset, GraphInfo
 from bpfree.data.batches import Batches
+from bpfree.data.fingerprint import fingerprint, same_data
 from bpfree.data.graph_batches import AnyBatches, GraphBatches
 from bpfree.energy import EnergyMeter, EnergyResult, choose_source
 from bpfree.energy.carbon import CarbonTracker, carbon_intensity
@@ -47,6 +48,11 @@ TEST_DRAWS: Final = 5
 
 PICTURED: Final = 10
 """Test images whose reconstructions are drawn."""
+
+DATA: Final = "data"
+"""What the record of a run's environment calls the fingerprint of its data."""
+
+OWN_DATA: Final = "a run on data of your own goes on in Python: bpfree.experiments.run.resume(path, dataset=..)"
 
 POLL_HZ: Final = 5.0
 """Rate at which runs sample power and counter, 1/s: half that of the sensors, since reading the counter takes 3 ms
@@ -220,7 +226,8 @@ def run(
         )
         ranks = 1 if together is None else together.ranks.size
         folder.write_json(records.CONFIG, config.to_dict())
-        folder.write_json(records.ENVIRONMENT, records.environment(device, ranks))
+        surroundings = {**records.environment(device, ranks), DATA: fingerprint(dataset)}
+        folder.write_json(records.ENVIRONMENT, surroundings)
     if together is not None:
         folder = RunFolder(Path(together.ranks.from_leader(str(folder.path) if together.ranks.rank == 0 else "")))
     state, reporter = None, reporter or Reporter()
@@ -264,21 +271,26 @@ def resume(
     the form as well; of several, all must see the run's folder. See `run` for arguments and errors.
 
     Raises:
-        CheckpointError: `path` is not a run folder, or its checkpoint is damaged.
+        CheckpointError: `path` is not a run folder, its checkpoint is damaged, or it began on other data.
     """
     folder = RunFolder.open(path)
     if (path / summary_name(test)).is_file():
         return {**folder.read_summary(summary_name(test)), "run_dir": str(path)}
     config = RunConfig.of_run(folder)
-    folder.read_json(records.ENVIRONMENT, records.SURROUNDINGS)  # which the summary needs, in the end
+    surroundings = folder.read_json(records.ENVIRONMENT, records.SURROUNDINGS)  # which the summary needs, in the end
     if config.task == "autoencode":
         require_matplotlib()
     if dataset is None:
         try:
             dataset = load_dataset(config.dataset, data_root)
         except UsageError as error:
-            how = "a run on data of your own goes on in Python: bpfree.experiments.run.resume(path, dataset=..)"
-            raise UsageError(f"{path}: {error}; {how}") from error
+            raise UsageError(f"{path}: {error}; {OWN_DATA}") from error
+    if DATA in surroundings:  # runs of earlier versions have no fingerprint
+        began = folder.read_json(records.ENVIRONMENT, {DATA: {"digest": str, "sums": [records.NUMBER]}})[DATA]
+        if not same_data(began, fingerprint(dataset)):
+            raise CheckpointError(
+                f"{path} began with other data than {dataset.name} here; go on with those; {OWN_DATA}"
+            )
     device, learner = _learner_of(config, dataset, together)
     # a run that was stopped before its first checkpoint starts over
     state = folder.load(records.CHECKPOINT) if (path / records.CHECKPOINT).is_file() else None

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from bpfree import data
 from bpfree.algorithms.learner import Stage
+from bpfree.cli import cli
 from bpfree.data import Dataset
 from bpfree.energy import EnergyMeter
 from bpfree.energy.simulated import SimulatedSource
@@ -422,8 +424,9 @@ def test_a_checkpoint_of_another_run_is_one_line(key: str, value: str, stopped: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("earlier_version", [False, True])
 def test_a_run_does_not_go_on_with_a_folder_that_holds_other_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    earlier_version: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A relative path means another folder elsewhere."""
     pytest.importorskip("PIL")
@@ -436,10 +439,56 @@ def test_a_run_does_not_go_on_with_a_folder_that_holds_other_images(
         run(config, tmp_path / "runs", reporter=StopAtOnce())
     path = only_run(tmp_path / "runs")
     monkeypatch.chdir(second.parent)
-    with pytest.raises(CheckpointError, match="it is of 36 training and 4 validation samples, and here are 36 and 3"):
+    with pytest.raises(CheckpointError, match="began with other data than folder:pets@8 here"):
         resume(path)
+    if earlier_version:
+        without_fingerprint(RunFolder(path))
+        message = "it is of 36 training and 4 validation samples, and here are 36 and 3"
+        with pytest.raises(CheckpointError, match=message):
+            resume(path)
     monkeypatch.chdir(first.parent)
     assert resume(path)["passes"] == 3
+
+
+def without_fingerprint(run: RunFolder) -> None:
+    environment = run.read_json(records.ENVIRONMENT)
+    del environment["data"]
+    run.write_json(records.ENVIRONMENT, environment)
+
+
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_run_on_own_data_does_not_go_on_with_packaged_data_of_the_same_name_and_sizes(
+    with_checkpoint: bool, tmp_path: Path
+) -> None:
+    digits = data.load("digits")
+    labels = (digits.train.targets + 1) % 10
+    own = replace(digits, train=replace(digits.train, targets=labels))
+    config = resolve("mf", network="mlp:1x8", training={"epochs": 3}, device="cpu", energy="none")
+    with pytest.raises(InterruptedRunError):
+        run(config, tmp_path, dataset=own, reporter=StopAtOnce())
+    folder = RunFolder(only_run(tmp_path))
+    if not with_checkpoint:  # killed before its first
+        folder.remove(records.CHECKPOINT)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    result = CliRunner().invoke(cli, ["run", "--resume", str(folder.path)])
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "began with other data than digits here" in line
+    assert "resume(path, dataset=..)" in line
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+    assert resume(folder.path, dataset=own)["passes"] == 3
+
+
+def test_a_run_without_a_fingerprint_goes_on(stopped: RunFolder) -> None:
+    without_fingerprint(stopped)
+    assert resume(stopped.path)["passes"] == 3
+
+
+@pytest.mark.parametrize("fingerprint", [3, {"digest": "ab"}, {"digest": "ab", "sums": [None]}])
+def test_a_damaged_fingerprint_is_one_line(fingerprint: object, stopped: RunFolder) -> None:
+    stopped.write_json(records.ENVIRONMENT, {**stopped.read_json(records.ENVIRONMENT), "data": fingerprint})
+    with pytest.raises(CheckpointError, match=r"environment\.json is damaged"):
+        resume(stopped.path)
 
 
 def test_a_run_without_a_record_of_its_environment_is_not_trained_in_vain(stopped: RunFolder) -> None:
