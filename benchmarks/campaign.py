@@ -86,9 +86,9 @@ def main() -> None:
         joules = summary["energy"]["gross_j"]
         print(
             f"{time.monotonic() - started:6.0f} s  {config.preset} {config.parameters} seed {config.seed}: "
-            f"validation {summary['validation_accuracy']:.2f} %, loss {summary['validation_loss']:.4f}, "
-            f"test {summary['test_accuracy']:.2f} %, {summary['passes']} passes, {summary['seconds']:.1f} s, "
-            f"{'-' if joules is None else round(joules)} J",
+            f"{summary['metric']} {summary['validation_accuracy']:.2f} % in validation, "
+            f"loss {summary['validation_loss']:.4f}, {summary['test_accuracy']:.2f} % in the test, "
+            f"{summary['passes']} passes, {summary['seconds']:.1f} s, {'-' if joules is None else round(joules)} J",
             flush=True,
         )
     print(text_table(readable(result_rows(options.out))))

@@ -100,7 +100,7 @@ class TuningConsole(Observer):
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._trials, self._by_cost = 0, False
+        self._trials, self._by_cost, self._metric = 0, False, ""
         self._number = 0
         self._bar: Any = None
         self._last_line = 0.0
@@ -112,6 +112,7 @@ class TuningConsole(Observer):
     def started(self, config: TuneConfig, folder: Path, space: Mapping[str, Any], done: int) -> None:
         self._trials, self._by_cost = config.trials, config.target is not None
         base = config.base
+        self._metric = base.metric
         self._say(f"tuning {base.algorithm} on {base.dataset} with {base.network}, {config.trials} trials -> {folder}")
         if done:
             self._say(f"{done} of them are done already")
@@ -130,13 +131,13 @@ class TuningConsole(Observer):
         self._bar = tqdm(total=100, desc=f"trial {number}", unit="%", dynamic_ncols=True, leave=False)
 
     def trial_progress(self, fraction: float, record: Mapping[str, Any]) -> None:
-        accuracy = record["validation_accuracy"]
+        words = f"validation {self._metric} {record['validation_accuracy']:.2f} %"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{accuracy:.2f} %", refresh=False)
+            self._bar.set_postfix_str(words, refresh=False)
             self._bar.update(round(100 * fraction) - self._bar.n)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(f"trial {self._number}: {100 * fraction:.0f} % done, validation accuracy {accuracy:.2f} %")
+            self._say(f"trial {self._number}: {100 * fraction:.0f} % done, {words}")
 
     def trial_ended(self, trial: Mapping[str, Any], ended: int, best: Mapping[str, Any] | None) -> None:
         if self._bar is not None:
@@ -145,7 +146,7 @@ class TuningConsole(Observer):
         self._last_line = time.monotonic()
         joules = "" if trial["gross_j"] is None else f", {trial['gross_j']:.0f} J"
         accuracy = trial.get("validation_accuracy")
-        how = trial["reason"] if accuracy is None else f"{accuracy:.2f} %"
+        how = trial["reason"] if accuracy is None else f"{self._metric} {accuracy:.2f} %"
         values = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["values"].items())
         leader = ""
         if best is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from bpfree import console
 from bpfree.cli import cli
 from bpfree.experiments.config import presets, read_preset
 
@@ -108,6 +109,28 @@ def test_a_preset_gives_the_rule_its_parameters_and_not_the_training(tmp_path: P
     assert preset.training
     plain = json.loads(tune(tmp_path, "--algo", "bp", *QUICK, "--format", "json").stdout)["settings"]["base"]
     assert base["training"] == plain["training"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "what"),
+    [
+        ("ROC-AUC", ("--dataset", "cora", "--network", "gcn:1x8", "--split", "edges", "--set", "readout=dot")),
+        ("R2", ("--task", "autoencode", "--network", "autoencoder:4x8")),
+    ],
+)
+def test_progress_and_result_name_the_metric(
+    metric: str, what: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_geometric" if metric == "ROC-AUC" else "matplotlib")
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    quick = ("--preset", "none", "--passes", "2", "2", "--trials", "1", "--device", "cpu")
+    done = tune(tmp_path, "--algo", "bp", *what, *quick)
+    assert f"done, validation {metric} " in done.stderr
+    assert f"trial 0 finished: {metric} " in done.stderr
+    assert f"validation {metric}, %" in done.stdout.splitlines()[0]
+    (preset,) = (read_preset(path) for path in tmp_path.glob("*/*.toml"))
+    assert f"validation {metric} " in preset.description
+    assert "accuracy" not in done.stdout + done.stderr + preset.description
 
 
 @pytest.mark.parametrize("by", ["preset", "task"])

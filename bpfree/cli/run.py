@@ -69,7 +69,9 @@ INFERENCE_ACCURACY = " inference accuracy"  # ends the name of a diagnostic that
 )
 @click.option("--keep-model/--no-keep-model", default=True, help="Keep the trained weights in the run folder.")
 @click.option(
-    "--target-accuracy", type=click.FloatRange(0, 100), help="Exit with code 3 if test accuracy (%) is lower."
+    "--target-accuracy",
+    type=click.FloatRange(0, 100),
+    help="Exit with code 3 if test accuracy (or ROC-AUC, R2), %, is lower.",
 )
 @click.option(
     "--resume",
@@ -238,7 +240,8 @@ def run(
             return
         worst = min(summary["test_accuracy"] for summary in summaries)
         if target_accuracy is not None and worst < target_accuracy:
-            click.echo(f"bpfree: test accuracy {worst:.2f} % is below the target of {target_accuracy:g} %", err=True)
+            metric = summaries[0].get("metric", "accuracy")
+            click.echo(f"bpfree: test {metric} {worst:.2f} % is below the target of {target_accuracy:g} %", err=True)
             sys.exit(EXIT_TARGET_MISSED)
 
 

@@ -226,7 +226,7 @@ def tune_rule(
         apart=nproc is not None,
         observer=TuningConsole(quiet=quiet),
     )
-    click.echo(json.dumps(record, ensure_ascii=False) if form == "json" else _report(record))
+    click.echo(json.dumps(record, ensure_ascii=False) if form == "json" else _report(record, base.metric))
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -240,14 +240,14 @@ def _fitting(config: TuneConfig, dataset: Any) -> tuple[int, ...]:
     return fit_space(config.shared, config.base, dataset).batch_sizes
 
 
-def _report(record: Mapping[str, Any]) -> str:
+def _report(record: Mapping[str, Any], metric: str) -> str:
     """The best trial, the front if joules are an objective, what tuning cost, and how to use the result."""
     best, spent = record["best"], record["bill"]
     shown = [record["trials"][number] for number in record["front"]] or [best]
     joules = "joules not measured" if spent["gross_j"] is None else f"{spent['gross_j']:.0f} J ({spent['method']})"
     folder = Path(record["folder"])
     lines = [
-        text_table([_row(trial) for trial in shown]),
+        text_table([_row(trial, metric) for trial in shown]),
         f"{spent['trials']} trials ({spent['finished']} finished, {spent['pruned']} pruned, {spent['failed']} failed), "
         f"{spent['passes']} passes, {spent['seconds']:.1f} s, {joules}",
         *(shlex.join(["bpfree", "run", "--preset", str(folder / preset)]) for preset in record["presets"]),
@@ -267,12 +267,12 @@ def _confirmation(record: Mapping[str, Any], preset: Path) -> str:
     return command + ("" if settings["target"] is None else f" --target {settings['target']:g}")
 
 
-def _row(trial: Mapping[str, Any]) -> dict[str, str]:
+def _row(trial: Mapping[str, Any], metric: str) -> dict[str, str]:
     values = dict(trial["values"])
     planned = values.pop("passes", trial["passes"])
     return {
         "trial": str(trial["number"]),
-        "validation accuracy, %": f"{trial['validation_accuracy']:.2f}",
+        f"validation {metric}, %": f"{trial['validation_accuracy']:.2f}",
         "passes": str(trial["passes"]) if planned == trial["passes"] else f"{trial['passes']} of {planned}",
         "time, s": f"{trial['seconds']:.1f}",
         "energy, J": "not measured" if trial["gross_j"] is None else f"{trial['gross_j']:.0f}",

@@ -64,6 +64,13 @@ class RunConfig:
         if self.task not in TASKS:
             raise unknown_name("task", self.task, TASKS)
 
+    @property
+    def metric(self) -> str:
+        """What is validated and tested, in percent, as batches call theirs."""
+        if self.task == "autoencode":
+            return "R2"
+        return "ROC-AUC" if self.training.split == "edges" else "accuracy"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to a run folder's config.json."""
         return asdict(self)

@@ -94,7 +94,7 @@ class TuneConfig:
         if self.target is None:
             return
         if not 0 < self.target <= 100:
-            raise UsageError(f"the target is an accuracy in percent, got {self.target:g}")
+            raise UsageError(f"the target is a validation {self.base.metric} in percent, got {self.target:g}")
         if self.pareto:
             raise UsageError("joules to a target are one objective: leave out the target, or the front")
         if self.pruner != "none":
@@ -105,8 +105,10 @@ class TuneConfig:
         """What is sought, and which way."""
         if self.target is not None:
             return {f"gross joules to {self.target:g} %": "minimize"}
-        metric = "R squared" if self.base.task == "autoencode" else "accuracy"
-        return {f"validation {metric}": "maximize", **({"gross joules": "minimize"} if self.pareto else {})}
+        return {
+            f"validation {self.base.metric}": "maximize",
+            **({"gross joules": "minimize"} if self.pareto else {}),
+        }
 
     @property
     def needs_joules(self) -> bool:
@@ -715,7 +717,7 @@ def _preset(
         passes += f" of {chosen.training.passes or chosen.training.epochs}, for {trial['gross_j']:.0f} J"
     return Preset(
         name=name,
-        description=f"Tuned: {trial['validation_accuracy']:.2f} % of validation samples, {passes}",
+        description=f"Tuned: validation {config.base.metric} {trial['validation_accuracy']:.2f} %, {passes}",
         source=f"bpfree tune, trial {trial['number']} of {spent['trials']} (TPE, seed {config.base.seed}, "
         f"{spent['seconds']:.0f} s, {joules}), chosen on validation data",
         algorithm=config.base.algorithm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,29 @@ def test_link_run(cora: data.GraphDataset, tmp_path: Path) -> None:
         summary = runs.run(run, tmp_path, dataset=cora)
         assert summary["metric"] == "ROC-AUC"
         assert summary["test_accuracy"] > 55
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric"),
+    [
+        ({"dataset": "cora", "network": "gcn:1x8", "training": {"split": "edges"}}, "ROC-AUC"),
+        ({"dataset": "cora", "network": "gcn:1x8", "training": {"split": "public"}}, "accuracy"),
+        ({"dataset": "digits", "network": "mlp:1x8"}, "accuracy"),
+        ({"dataset": "digits", "network": "autoencoder:4x8", "task": "autoencode"}, "R2"),
+    ],
+)
+def test_the_metric_has_the_same_name_before_there_are_data(changes: dict[str, Any], metric: str) -> None:
+    run = resolve("bp", preset="none", device="cpu", **changes)
+    parts = runs.load_batches(run, runs.load_dataset(run.dataset), CPU, torch.contiguous_format)
+    assert {run.metric, *(part.metric for part in parts)} == {metric}
+
+
+def test_a_missed_target_names_the_metric(tmp_path: Path) -> None:
+    words = ["run", "-a", "bp", "-d", "cora", "-n", "gcn:1x8", "--preset", "none", "--set", "readout=dot", "-q"]
+    words += ["--split", "edges", "--passes", "1", "--target-accuracy", "100", "--device", "cpu"]
+    result = CliRunner().invoke(cli, [*words, "--results", str(tmp_path)])
+    assert result.exit_code == 3
+    assert re.match(r"bpfree: test ROC-AUC \d+\.\d\d % is below the target of 100 %", result.stderr)
 
 
 @pytest.mark.parametrize("network", ["gcn:2x8", "sage:1x8", "gat:1x8"])

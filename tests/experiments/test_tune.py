@@ -394,8 +394,12 @@ def test_a_trial_that_goes_on_remembers_its_best() -> None:
 
 def test_what_is_sought_has_the_name_of_the_metric() -> None:
     base = resolve("bp", "digits", "autoencoder", task="autoencode")
-    assert list(TuneConfig("a", base).objectives) == ["validation R squared"]
+    assert list(TuneConfig("a", base).objectives) == ["validation R2"]
     assert list(TuneConfig("a", resolve("bp", "digits")).objectives) == ["validation accuracy"]
+    links = resolve("bp", "cora", training={"split": "edges"})
+    assert list(TuneConfig("a", links, pareto=True, pruner="none").objectives) == ["validation ROC-AUC", "gross joules"]
+    with pytest.raises(UsageError, match="a validation ROC-AUC in percent, got 120"):
+        TuneConfig("a", links, target=120.0, pruner="none")
 
 
 def test_a_target_excludes_other_ways_of_judging() -> None:
