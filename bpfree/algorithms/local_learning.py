@@ -43,7 +43,18 @@ from bpfree.algorithms._auxiliary_losses import (
 )
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary, check_parts
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
-from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, accuracy
+from bpfree.algorithms.learner import (
+    Batch,
+    Channel,
+    Learner,
+    Metrics,
+    Paper,
+    Stage,
+    Support,
+    Trial,
+    accuracy,
+    refuse_idle,
+)
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, sample_shape
@@ -110,7 +121,7 @@ class LocalLearning(Learner):
         ema_update: "before" the optimiser's step, so that E_i reads what block i+1 had while block i learnt (and that
             could be sent to it meanwhile), as in the code; or "after" it.
         scale: learn MAN++'s scale between E_i and T_i.
-        head_pool: how feature maps reach the read-out: "gap", "flatten" or "adaptive".
+        head_pool: how feature maps reach the read-out: "gap" (None), "flatten" or "adaptive".
         lr: learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9), or another of `make_optimizer`.
         weight_decay: decay of all weights that are trained.
@@ -154,7 +165,7 @@ class LocalLearning(Learner):
         momentum: float = MOMENTUM,
         ema_update: UpdateTime = "before",
         scale: bool = False,
-        head_pool: str = "gap",
+        head_pool: str | None = None,
         lr: float = 0.1,
         optimizer: str | OptimizerFactory = "sgd",
         weight_decay: float = 0.0,
@@ -190,7 +201,9 @@ class LocalLearning(Learner):
                 self.auxiliaries.append(nn.Identity())
             depth = index / max(1, len(blocks) - 2)
             self.losses.append(make_loss(Place(shape, classes, self.input_shape, depth)))
-        self.readout = Head(shapes[-1], classes, pool=head_pool, bias=True)
+        self.readout = Head(shapes[-1], classes, pool="gap" if head_pool is None else head_pool, bias=True)
+        if head_pool != "flatten" and not self.readout.pool_size:
+            refuse_idle({"head_pool": head_pool}, ("head_pool",), "a network that does not end in feature maps")
         needs_images = any(loss.needs_images for loss in self.losses)
         self.pixels = PixelRange(self.input_shape) if needs_images else None
         parts = zip(

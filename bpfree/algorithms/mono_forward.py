@@ -36,7 +36,18 @@ from torch import Tensor, nn
 from bpfree.algorithms._cross_entropy import encode_targets, softmax_cross_entropy
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
-from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
+from bpfree.algorithms.learner import (
+    Batch,
+    Learner,
+    Metrics,
+    Paper,
+    Stage,
+    Support,
+    Trial,
+    accuracy,
+    evaluation_mode,
+    refuse_idle,
+)
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes, dropout_linear_relu
@@ -65,7 +76,7 @@ class MonoForward(Learner):
         schedule: "simultaneous" trains every block on every batch; "sequential" trains block after block, each
             until it converges, with the blocks before it frozen.
         pass_on: what a block hands to the next one in the simultaneous schedule: its activations from before
-            its update ("pre") or computed again after it ("post").
+            its update ("pre", or None) or computed again after it ("post").
         inference: "last" reads the last block; "sum_logits" adds the goodness of all blocks, "sum_probs" their
             softmax probabilities (so that no block dominates by its scale).
         head_pool: how feature maps reach M_i: "flatten", "gap" or "adaptive".
@@ -73,7 +84,7 @@ class MonoForward(Learner):
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
-        UsageError: a network or value that does not fit.
+        UsageError: a network or value that does not fit, or a value that the other choices leave without effect.
 
     Example:
         >>> blocks = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
@@ -101,7 +112,7 @@ class MonoForward(Learner):
         optimizer: str | OptimizerFactory = "adam",
         weight_decay: float = 0.0,
         schedule: Schedule = "simultaneous",
-        pass_on: PassOn = "pre",
+        pass_on: PassOn | None = None,
         inference: Inference = "last",
         head_pool: str = "flatten",
         input_projection: bool = False,
@@ -110,18 +121,22 @@ class MonoForward(Learner):
         super().__init__(network, classes, input_shape)
         for kind, value, known in (
             ("schedule", schedule, SCHEDULES),
-            ("pass_on", pass_on, PASS_ON),
+            ("pass_on", "pre" if pass_on is None else pass_on, PASS_ON),
             ("inference", inference, INFERENCES),
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
-        self.schedule, self.pass_on, self.inference = schedule, pass_on, inference
+        if schedule == "sequential":
+            refuse_idle({"pass_on": pass_on}, ("pass_on",), "schedule=sequential")
+        self.schedule, self.pass_on, self.inference = schedule, pass_on or "pre", inference
         blocks: list[nn.Module] = list(self.network)
         shapes = block_output_shapes(blocks, self.input_shape)
         names = [f"block {index}" for index in range(len(blocks))]
         if input_projection:  # M_0 is the head of a block that passes its input through
             blocks, shapes, names = [nn.Identity(), *blocks], [self.input_shape, *shapes], ["input", *names]
         heads = [Head(shape, classes, pool=head_pool) for shape in shapes]
+        if head_pool != "flatten" and not any(head.pool_size for head in heads):
+            refuse_idle({"head_pool": head_pool}, ("head_pool",), "a network that has no feature maps")
         self.heads = nn.ModuleList(heads)
         self._units = tuple(
             Unit.of(name, block, head, input_shape)
@@ -129,7 +144,7 @@ class MonoForward(Learner):
                 names, blocks, heads, [self.input_shape, *shapes[:-1]], strict=True
             )
         )
-        together = schedule == "simultaneous" and pass_on == "pre"
+        together = schedule == "simultaneous" and self.pass_on == "pre"
         groups = [self.parameters()] if together else [unit.parameters for unit in self._units]
         self._optimizers = tuple(make_optimizer(group, optimizer, lr=lr, weight_decay=weight_decay) for group in groups)
 
@@ -281,7 +296,8 @@ class MonoForward(Learner):
     @staticmethod
     def search_space(trial: Trial, fixed: Mapping[str, Any]) -> dict[str, Any]:
         """The schedule is the only choice of its own that changes training."""
-        return {"schedule": trial.suggest_categorical("schedule", SCHEDULES)}
+        schedules = SCHEDULES if fixed.get("pass_on") is None else ("simultaneous",)
+        return {"schedule": trial.suggest_categorical("schedule", schedules)}
 
 
 @dataclass(frozen=True, eq=False)

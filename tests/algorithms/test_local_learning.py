@@ -28,7 +28,7 @@ from bpfree.algorithms._auxiliary_losses import (
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary
 from bpfree.algorithms.local_learning import PixelRange, Unit
 from bpfree.errors import UsageError
-from bpfree.networks import build_network, gnn
+from bpfree.networks import build_network, gnn, mlp
 from tests.reference import local_learning as reference
 
 LR = 0.05
@@ -601,3 +601,11 @@ def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) 
 
 def test_graph_networks_are_refused() -> None:
     assert not LocalLearning.supports(gnn("gcn", (5,), (4, 4))).ok
+
+
+def test_nothing_is_pooled_of_vectors() -> None:
+    for pool in (None, "flatten"):
+        learner = LocalLearning(mlp((5,), (6, 4)), CLASSES, head_pool=pool)
+        assert learner.readout.weight.shape == (CLASSES, 4)
+    with pytest.raises(UsageError, match="head_pool would have no effect with a network that does not end in feature"):
+        LocalLearning(mlp((5,), (6, 4)), CLASSES, head_pool="gap")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 
 from bpfree.algorithms import Backprop, MonoForward
 from bpfree.algorithms._cross_entropy import encode_targets
-from bpfree.algorithms.mono_forward import classifier_errors, linear_relu_gradients
+from bpfree.algorithms.learner import Trial
+from bpfree.algorithms.mono_forward import SCHEDULES, classifier_errors, linear_relu_gradients
 from bpfree.errors import UsageError
 from bpfree.networks import cnn, dropout_layers, mlp
 from tests.reference import mono_forward as reference
@@ -137,9 +139,9 @@ def test_closed_form_equals_autograd() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "pass_on"), [("simultaneous", "pre"), ("simultaneous", "post"), ("sequential", "pre")]
+    ("schedule", "pass_on"), [("simultaneous", "pre"), ("simultaneous", "post"), ("sequential", None)]
 )
-def test_closed_form_equals_autograd_behind_dropout(schedule: str, pass_on: str) -> None:
+def test_closed_form_equals_autograd_behind_dropout(schedule: str, pass_on: str | None) -> None:
     """Both draw the same masks, and inference draws none."""
     network = mlp((5,), (8, 8, 8), dropout=0.5)
     options: dict[str, Any] = {"optimizer": sgd, "schedule": schedule, "pass_on": pass_on, "input_shape": (5,)}
@@ -461,3 +463,31 @@ def test_parameter_count_equals_the_published_one() -> None:
 def test_unknown_options_are_refused(option: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"unknown {option}"):
         learner(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "sequential", "pass_on": "post"}, "pass_on would have no effect with schedule=sequential"),
+        ({"schedule": "sequential", "pass_on": "pre"}, "pass_on would have no effect with schedule=sequential"),
+        ({"head_pool": "gap"}, "head_pool would have no effect with a network that has no feature maps"),
+        ({"head_pool": "gap", "input_projection": True}, "head_pool would have no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        learner(**options)
+
+
+def test_vectors_are_flat_and_images_are_maps_to_their_projection() -> None:
+    learner(head_pool="flatten")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), nn.ReLU())
+    model = MonoForward(network, 3, head_pool="gap", input_projection=True, input_shape=(2, 4, 4))
+    assert [head.weight.shape for head in model.heads] == [(3, 2), (3, 8)]
+
+
+@pytest.mark.parametrize(("fixed", "schedules"), [({}, SCHEDULES), ({"pass_on": "post"}, ("simultaneous",))])
+def test_nothing_is_searched_that_would_be_refused(fixed: dict[str, Any], schedules: tuple[str, ...]) -> None:
+    trial = create_autospec(Trial, instance=True)
+    MonoForward.search_space(trial, fixed)
+    trial.suggest_categorical.assert_called_once_with("schedule", schedules)
