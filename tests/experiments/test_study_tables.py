@@ -260,6 +260,30 @@ def test_runs_of_other_numbers_of_passes_are_not_called_matched(tmp_path: Path) 
     assert {row["algorithm"]: row["protocol"] for row in changes} == {"mf": "tuned", "ff": "tuned"}
 
 
+def test_epochs_of_graphs_are_compared_where_they_are_of_as_many_steps(tmp_path: Path) -> None:
+    """20 epochs of 10 full-batch steps beside 20 of 10, and 20 of 5: the latter saw the graph half as often."""
+    graph: dict[str, Any] = {"dataset": "cora_ml", "network": "gcn:2x128", "passes": 20, "curve": [(0.0, 50.0)] * 20}
+    make_run(tmp_path, "bp", 0, joules=1000, **graph)
+    make_run(tmp_path, "mf", 0, joules=500, **graph)
+    make_run(tmp_path, "greedy", 0, joules=500, validate_every=5, **graph)
+    entries = collect(tmp_path)
+    assert [row["algorithm"] for row in one(entries, "T4").rows] == ["mf"]
+    like, unlike = (row_of(one(entries, "T9"), rule, "matched") for rule in ("mf", "greedy"))
+    assert (like["passes_ratio"], unlike["passes_ratio"]) == (1, None)
+    assert like["pass_seconds_ratio"] is not None
+    assert unlike["pass_seconds_ratio"] is unlike["pass_flops_ratio"] is None
+    assert unlike["watts_ratio"] == pytest.approx(0.5)  # same seconds, half the joules
+    assert (unlike["baseline_stopping"], unlike["stopping"]) == ("20 passes", "20 passes of 5 steps")
+
+
+def test_rungs_whose_epochs_are_of_another_length_stop_by_another_rule(tmp_path: Path) -> None:
+    for rule, steps in (("bp", 10), ("mf-joint", 10), ("mf", 5)):
+        make_run(tmp_path, rule, 0, dataset="cora_ml", network="gcn:2x128", validate_every=steps)
+    entries = collect(tmp_path)
+    assert [row["algorithm"] for row in one(entries, "T6").rows] == ["mf-joint"]
+    assert row_of(one(entries, "T5"), "mf")["stopping"] == "20 epochs of 5 steps without gain, at most 100 a stage"
+
+
 def test_factors_are_quotients_of_the_same_runs(tmp_path: Path) -> None:
     """A seed without joules, and slow, would else be in the time that energy is divided by, and so in the watts."""
     for seed, (joules, seconds) in enumerate([(800.0, 5.0), (800.0, 5.0), (None, 500.0)]):

@@ -17,6 +17,7 @@ from bpfree.experiments.study_tables.rows import (
     paired,
     place,
     reference_pairs,
+    same_epochs,
     stopping,
 )
 from bpfree.experiments.study_tables.table import Table
@@ -28,6 +29,8 @@ def factors(entries: Sequence[Entry], with_reference: bool) -> Table:
     for entry, baseline in (_known_alike(*arms) for arms in paired(entries)):
         energy = compare(entry, baseline, "gross_j")
         changes = {name: compare(entry, baseline, name) for name in ("passes", "seconds", "flops")}
+        if not same_epochs(entry, baseline):
+            changes["passes"] = None
         rows.append(
             {
                 **place(entry),
@@ -56,7 +59,8 @@ def factors(entries: Sequence[Entry], with_reference: bool) -> Table:
     ]
     notes = [
         "Energy = passes x time a pass x mean watts; time a pass = FLOPs a pass x time a FLOP. Geometric means over "
-        "paired seeds, so that the factors of a row multiply to its energy. --baseline ARM pairs with another arm.",
+        "paired seeds, so that the factors of a row multiply to its energy. --baseline ARM pairs with another arm. On "
+        "graphs a pass is an epoch, and those of arms with another validate_every than the baseline are not compared.",
     ]
     return Table("T9", beside(rows, reference, wanted=with_reference), notes)
 

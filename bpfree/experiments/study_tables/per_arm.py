@@ -37,7 +37,10 @@ def performance(entries: Sequence[Entry], with_reference: bool) -> Table:
     reference = reference_rows("s1", **{name: name for name in names})
     for row in reference:
         row["n"] = 3
-    notes = ["Accuracy: mean ± standard deviation over seeds. Epochs are data passes, summed over stages."]
+    notes = [
+        "Accuracy: mean ± standard deviation over seeds. Epochs are data passes, summed over stages; on graphs each is "
+        "validate_every passes."
+    ]
     return Table("T1", beside(rows, reference, wanted=with_reference), notes)
 
 

@@ -18,6 +18,7 @@ from bpfree.experiments.study_tables.rows import (
     paired,
     place,
     reference_rows,
+    same_epochs,
     scaled,
     stopping,
 )
@@ -31,6 +32,8 @@ def matched(entries: Sequence[Entry], with_reference: bool) -> Table:
     quantities = {"passes": "passes", "accuracy": "accuracy", "wh": "gross_j", "mib": "allocator_mib", "w": "mean_w"}
     rows = []
     for entry, baseline in paired(entries, MATCHED):
+        if not same_epochs(entry, baseline):
+            continue
         n = len(entry.runs.keys() & baseline.runs.keys())
         row: Row = {**place(entry), **against(baseline), "n": n, "regime": entry.regime()}
         for name, quantity in quantities.items():
@@ -55,7 +58,8 @@ def matched(entries: Sequence[Entry], with_reference: bool) -> Table:
         row["n"] = int(row["n"])
     notes = [
         "Every arm sees the data as often as the comparison's baseline did on average, rounded up in each stage (one "
-        "pass in closed form); no early stopping; best state restored."
+        "pass in closed form); no early stopping; best state restored. On graphs a pass is an epoch of validate_every "
+        "full-batch steps; arms with another number of them than the baseline are left out."
     ]
     return Table("T4", beside(rows, reference, wanted=with_reference), notes)
 

@@ -11,6 +11,7 @@ from bpfree.experiments.collect import Entry, baseline_of, pairs
 from bpfree.experiments.published import SOURCES, number, published
 from bpfree.experiments.statistics import Estimate, paired_difference, paired_ratio
 from bpfree.experiments.study_tables.columns import Row
+from bpfree.experiments.train import TrainingConfig
 
 OURS: Final = "this work"
 AGAINST_BP: Final[Row] = {"baseline": "BP", "baseline_algorithm": "bp"}
@@ -34,12 +35,19 @@ def against(baseline: Entry) -> Row:
     return {"baseline": baseline.label, "baseline_algorithm": baseline.config.algorithm}
 
 
+def same_epochs(entry: Entry, baseline: Entry) -> bool:
+    """Whether passes of both are of one length: on graphs they are epochs, of `validate_every` full-batch steps."""
+    return entry.config.training.validate_every == baseline.config.training.validate_every
+
+
 def stopping(entry: Entry) -> str:
-    """The stopping rule in words."""
+    """The stopping rule in words, with the length of epochs where it is not the usual one."""
     training = entry.config.training
+    steps = training.validate_every
+    length = "" if steps == TrainingConfig.validate_every else f" of {steps} steps"
     if training.passes is not None:
-        return f"{training.passes} passes"
-    return f"{training.patience} epochs without gain, at most {training.epochs} a stage"
+        return f"{training.passes} passes{length}"
+    return f"{training.patience} epochs{length} without gain, at most {training.epochs} a stage"
 
 
 def paired(entries: Sequence[Entry], protocol: str | None = None) -> list[tuple[Entry, Entry]]:
