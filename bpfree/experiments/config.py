@@ -89,6 +89,8 @@ class RunConfig:
                 raise unknown_name("configuration key", name, known)
         kinds: dict[str, type] = dict.fromkeys(("algorithm", "dataset", "network", "device", "energy"), str)
         for key, kind in {**kinds, "seed": int, "parameters": dict, "training": dict}.items():
+            if key in ("algorithm", "dataset", "network") and key not in values:
+                raise TypeError(f"it has no {key}")
             if not isinstance(values.get(key, kind()), kind):
                 raise TypeError(f"{key} is {values[key]!r}")
         return cls(**{**values, "training": training_config(values.get("training", {}))})
@@ -171,6 +173,17 @@ class Preset:
     tuning_seed: int | None = None
 
 
+NEEDED: Final = {
+    "description": "what it is for",
+    "source": "where its values come from",
+    "algorithm": "mf",
+    "dataset": "digits",
+    "network": "mlp:2x100",
+}
+"""What a preset must say, with an example."""
+TABLES: Final = {"parameters": "lr = 0.001", "training": "epochs = 20"}
+
+
 @cache
 def presets() -> dict[str, Preset]:
     """Every packaged preset by name."""
@@ -190,20 +203,44 @@ def read_preset(path: Path) -> Preset:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        for key in values:
-            if key not in (known := [item.name for item in fields(Preset) if item.name != "name"]):
-                raise unknown_name(f"key of the preset {path}:", key, known)
-        preset = Preset(name=path.stem, **values)
     except OSError as error:
         raise UsageError(f"cannot read the preset {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} does not hold a preset ({error})") from error
-    texts: dict[str, type] = dict.fromkeys(("algorithm", "dataset", "network"), str)
-    for key, kind in {**texts, "parameters": dict, "training": dict, "tuning_seed": int}.items():
-        value = getattr(preset, key)
-        if not isinstance(value, kind) and (key, value) != ("tuning_seed", None):
-            raise UsageError(f"{path} does not hold a preset ({key} must be of type {kind.__name__})")
-    return preset
+    except ValueError as error:
+        reason = "no UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise UsageError(f"{path} does not hold a preset: {reason}") from error
+    try:
+        _check_preset(values)
+    except UsageError as error:
+        raise UsageError(f"{path} does not hold a preset: {error}") from error
+    return Preset(name=path.stem, **values)
+
+
+def _check_preset(values: Mapping[str, Any]) -> None:
+    """Refuse what a file holds that is no preset, by names and types.
+
+    Raises:
+        UsageError: a key is unknown or missing, or its value of another type.
+    """
+    hints = {name: hint for name, hint in get_type_hints(Preset).items() if name != "name"}
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_name("key", key, hints)
+        if get_origin(hints[key]) is not dict:
+            _typed(key, value, hints[key], shown=value)
+        elif not isinstance(value, dict):
+            raise UsageError(f"{key} is a table, a line [{key}] with lines such as {TABLES[key]} below, got {value!r}")
+    if lacking := [key for key in NEEDED if key not in values]:
+        lines = ", ".join(f'{key} = "{NEEDED[key]}"' for key in lacking)
+        raise UsageError(f"it lacks {', '.join(lacking)}; add for example: {lines}")
+    rule, task = algorithm(values["algorithm"]), values.get("task", Preset.task)
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    annotations = rule.annotations()
+    for key, value in values.get("parameters", {}).items():
+        if key not in annotations:
+            raise unknown_name(f"parameter of {rule.name}", key, annotations)
+        _typed(key, value, annotations[key], shown=value)
+    training_config({**usual_training(task), **values.get("training", {})})
 
 
 def write_preset(preset: Preset, path: Path) -> None:

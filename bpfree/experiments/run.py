@@ -156,7 +156,7 @@ def build_learner(
     if config.training.dropout is not None:
         set_dropout(network, config.training.dropout)
     learner = algorithm(config.algorithm).build(network, classes, input_shape, **config.parameters)
-    if config.training.split == "edges":
+    if isinstance(dataset, GraphDataset) and config.training.split == "edges":
         check_rates_pairs(learner)
     convert_conv2d_weight_memory_format(learner, preferred_layout(network, device))
     return learner.to(device if place is None else place)

@@ -349,7 +349,7 @@ def test_an_arm_is_not_compared_on_the_seed_that_it_was_tuned_on(tmp_path: Path,
         assert comparison(tmp_path / "c", digits, f"mf@{file}", "bp", seeds=(2,)).run().done
         assert [arm.tuning_seed for arm in Plan.read(tmp_path / "c").arms] == [1, None]
     file.write_text(file.read_text().replace("tuning_seed = 1", 'tuning_seed = "1"'))
-    with pytest.raises(UsageError, match="tuning_seed must be of type int"):
+    with pytest.raises(UsageError, match="tuning_seed takes a whole number"):
         make_arms([f"mf@{file}"])
 
 

@@ -25,12 +25,20 @@ from bpfree.experiments.config import (
     published_accuracy,
     read_preset,
     resolve,
+    write_preset,
 )
 from bpfree.experiments.records import RunFolder
 from bpfree.experiments.run import run
 from bpfree.experiments.train import TrainingConfig
 from bpfree.networks import build_network
 from tests.data.test_image_folders import image_folder
+
+WHOLE_PRESET = """description = "d"
+source = "s"
+algorithm = "mf"
+dataset = "digits"
+network = "mlp:1x8"
+"""
 
 
 @pytest.mark.parametrize("name", presets())
@@ -215,17 +223,50 @@ def test_training_settings_of_an_arm_are_typed() -> None:
         ("[training]\npasses = 'many'", "passes takes a whole number"),
         ("[training]\nmin_delta = nan", "min_delta takes a number"),
         ("[parameters]\nlr = 'fast'", "lr takes a number"),
+        ("[parameters]\nschedule = true", "schedule takes simultaneous or sequential, got True"),
+        ("[parameters]\nlrr = 1", "unknown parameter of mono_forward 'lrr'; did you mean lr"),
+        ("[training]\nepoch = 3", "unknown training setting 'epoch'; did you mean epochs"),
+        ("training = 3", r"training is a table, a line \[training\] with lines such as epochs = 20 below, got 3"),
+        ("parameters = 'lr'", r"parameters is a table, a line \[parameters\] with lines such as lr = 0.001 below"),
+        ("published = 'high'", "published takes a number, got 'high'"),
+        ("tuning_seed = true", "tuning_seed takes a whole number, got True"),
+        ("task = 'autoencoding'", "unknown task 'autoencoding'; did you mean autoencode"),
+        ("networks = 3", "unknown key 'networks'; did you mean network"),
+        ("lr =", r"Invalid value \(at .*line 6, column 5"),
     ],
 )
 def test_presets_with_values_of_another_type(table: str, message: str, tmp_path: Path) -> None:
-    from bpfree.experiments.run import build_learner
-
     path = tmp_path / "mine.toml"
-    path.write_text(
-        f'description = "d"\nsource = "s"\nalgorithm = "mf"\ndataset = "digits"\nnetwork = "mlp:1x8"\n{table}\n'
-    )
-    with pytest.raises(UsageError, match=message):
-        build_learner(resolve(preset=str(path)), data.load("digits"), torch.device("cpu"))
+    path.write_text(f"{WHOLE_PRESET}{table}\n")
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(path))} does not hold a preset: {message}") as caught:
+        resolve(preset=str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lacking", [("algorithm",), ("dataset", "network"), ("description", "source")])
+def test_a_preset_that_lacks_something_is_told_what_to_add(lacking: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    kept = [line for line in WHOLE_PRESET.splitlines() if line.split()[0] not in lacking]
+    path.write_text("\n".join(kept))
+    with pytest.raises(UsageError) as caught:
+        read_preset(path)
+    told, _, example = str(caught.value).partition("; add for example: ")
+    assert told == f"{path} does not hold a preset: it lacks {', '.join(lacking)}"
+    path.write_text("\n".join([*kept, *example.split(", ")]))  # as the message says
+    assert read_preset(path).name == "mine"
+
+
+def test_a_file_that_is_no_text_is_no_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"mine\.toml does not hold a preset: no UTF-8 text$"):
+        read_preset(path)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_packaged_preset_would_do_as_a_file(name: str, tmp_path: Path) -> None:
+    write_preset(presets()[name], tmp_path / f"{name}.toml")
+    assert read_preset(tmp_path / f"{name}.toml") == presets()[name]
 
 
 @pytest.mark.parametrize(
@@ -257,10 +298,19 @@ def test_config_survives_json(tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "config.json") == config
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"algorithm": "mf"}', '{"algorythm": "mf"}'])
-def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not hold"),
+        ("[]", "not an object"),
+        ("{", "does not hold"),
+        ('{"algorithm": "mf"}', "it has no dataset"),
+        ('{"algorythm": "mf"}', "did you mean algorithm"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=message):
         RunConfig.read(tmp_path / "config.json")
 
 
@@ -339,5 +389,5 @@ def test_what_is_no_configuration_gets_one_line(tmp_path: Path, text: str | None
 
 def test_an_unknown_key_of_a_preset_is_named_with_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text('netwrk = "mlp:1x8"')
-    with pytest.raises(UsageError, match=r"unknown key of the preset .*p\.toml: 'netwrk'; did you mean network\?"):
+    with pytest.raises(UsageError, match=r"p\.toml does not hold a preset: unknown key 'netwrk'; did you mean network\?"):
         read_preset(tmp_path / "p.toml")

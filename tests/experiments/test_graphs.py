@@ -278,6 +278,7 @@ def test_a_run_of_a_graph_repeats_by_its_command() -> None:
         ("cora", {"validation": 64}, "leave out validation"),
         ("cora", {"augmentation": "crop-flip"}, "leave out augmentation"),
         ("digits", {"split": "folds"}, "split is a setting for graphs"),
+        ("digits", {"split": "edges"}, "split is a setting for graphs"),
         ("digits", {"graph_parts": 2}, "graph_parts is a setting for graphs"),
         ("cora", {"graph_parts": 2, "split": "edges"}, "leave out graph_parts"),
         ("digits", {"reveal_validation": True}, "reveal_validation is a setting for graphs"),
@@ -288,7 +289,7 @@ def test_settings_without_a_meaning_are_refused(
 ) -> None:
     graph = dataset == "cora"
     network = "gcn:1x8" if graph else "mlp:1x8"
-    parameters = {"readout": "dot"} if training.get("split") == "edges" else {}
+    parameters = {"readout": "dot"} if graph and training.get("split") == "edges" else {}
     run = resolve("bp", dataset, network, preset="none", parameters=parameters, training=training, device="cpu")
     with pytest.raises(UsageError, match=message):
         runs.run(run, tmp_path)
