@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfree.algorithms._cross_entropy import softmax_cross_entropy
+from bpfree.algorithms._whole_batch import WholeBatch
 
 REFERENCE_WIDTH: Final = 256  # of the layers for which the paper's code states the scale of "dot"
 ZERO: Final = 1e-8  # a row shorter than this has no direction
@@ -170,6 +171,7 @@ class CosineObjective(ClassObjective):
     def __init__(self, classes: int, flood: float, scale: float, decorrelation: float) -> None:
         super().__init__(classes, flood)
         self.scale, self.decorrelation = scale, decorrelation
+        self.batch = WholeBatch()
 
     def similarity(
         self, a: Tensor, b: Tensor, indicator: Tensor, *, by_forward: bool
@@ -182,19 +184,28 @@ class CosineObjective(ClassObjective):
         by_p = slope @ q if by_forward else None
         by_q = slope.T @ p
         if self.decorrelation:
-            p_loss, by_p = self._decorrelate(p, by_p)
-            q_loss, by_q_more = self._decorrelate(q, by_q)
+            p_loss, by_p = self._decorrelate(p, *self.batch.rows(p), by_p)
+            q_loss, by_q_more = self._decorrelate(q, q, 0, by_q)
             assert by_q_more is not None
             loss, by_q = loss + self.decorrelation * (p_loss + q_loss), by_q_more
         by_a = None if by_p is None else _by_rows(p, p_inverse, by_p)
         return loss, by_a, _by_rows(q, q_inverse, by_q)
 
-    def _decorrelate(self, p: Tensor, by_p: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """mean((P P^T - I)^2), and `by_p` with its derivative added if there is one."""
-        error = p @ p.T
-        error.diagonal().sub_(1)
+    def _decorrelate(
+        self, p: Tensor, everyone: Tensor, first: int, by_p: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """mean((P P^T - I)^2), and `by_p` with its derivative added if there is one.
+
+        Args:
+            p: the rows of P of this process.
+            everyone: P.
+            first: where the former begin in the latter. Means over processes of what they return are those of P.
+            by_p: what the derivative is added to.
+        """
+        error = p @ everyone.T
+        error.diagonal(first).sub_(1)
         if by_p is not None:
-            by_p = torch.addmm(by_p, error, p, alpha=4 * self.decorrelation / error.numel())
+            by_p = torch.addmm(by_p, error, everyone, alpha=4 * self.decorrelation / error.numel())
         return error.square().mean(), by_p
 
 

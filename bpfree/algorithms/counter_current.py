@@ -49,6 +49,7 @@ from bpfree.algorithms._ccl_objectives import (
 )
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
+from bpfree.algorithms._whole_batch import WholeBatch
 from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
 from bpfree.metrics import linear_cka
@@ -159,6 +160,7 @@ class CounterCurrent(Learner):
         freeze_norms(self.network)
         shapes = [self.input_shape, *block_output_shapes(self.network, self.input_shape)]
         forward = list(self.network)
+        self.batch = WholeBatch()
         self.objective: Objective
         if self.task == "autoencode":
             if (similarity, scale, decorrelation, flood) != ("cosine", 1.0, None, 0.0):
@@ -232,13 +234,17 @@ class CounterCurrent(Learner):
                     self._teach(self._feedback[level], feedback[level].gradients(rating.by_feedback), share)
         lanes.join()
         lanes = Lanes(inputs.device, len(self._optimizers))
+        if self.clip:  # the length is that of the whole batch's gradient
+            self.batch.settle(_parameters(self._optimizers))
         if self.clip and self.clip_scope == "network":
             for index, network in enumerate((self._forward, self._feedback)):
                 with lanes.lane(index):
                     nn.utils.clip_grad_norm_(_parameters(network), self.clip, foreach=True)
             lanes.join()
-        for index, optimizer in enumerate(self._optimizers.values()):
+        for index, (layer, optimizer) in enumerate(self._optimizers.items()):
             with lanes.lane(index):
+                if self.clip and self.clip_scope == "layer":
+                    nn.utils.clip_grad_norm_(layer.parameters, self.clip, foreach=True)
                 optimizer.step()
         lanes.join()
         return metrics
@@ -251,12 +257,10 @@ class CounterCurrent(Learner):
         return (self.steps_taken / self.warmup_steps).clamp(max=1)
 
     def _teach(self, layer: Layer, gradients: list[Tensor], share: Tensor | None) -> None:
-        """Hand a layer its gradients: warmed up, centralised and clipped, in this order."""
+        """Hand a layer its gradients: warmed up, then centralised."""
         set_gradients(layer.parameters, gradients if share is None else [gradient * share for gradient in gradients])
         if self.centralize:
             centralize_gradients(layer.parameters)
-        if self.clip and self.clip_scope == "layer":
-            nn.utils.clip_grad_norm_(layer.parameters, self.clip, foreach=True)
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:

@@ -3,7 +3,8 @@
 Every rank holds the whole learner and takes its share of the rows of each batch. For rules that are chains of local
 units, the gradients of a unit travel while the next unit computes; for back-propagation, in buckets while the error
 still goes backwards; for others, when their optimiser is about to step. With losses that are means over the batch the
-update is that of one process with the whole batch, but for rounding. What a closed form notes of samples is added up.
+update is that of one process with the whole batch, but for rounding. What a closed form notes of samples is added up,
+and a rule that needs more of the whole batch within a step asks for it (`WholeBatch`).
 
 What depends on the batch as a whole does not: batch normalisation and other statistics are those of each rank's rows
 (the kept ones are averaged over ranks when they are read), and random numbers are drawn by each rank for its own rows.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpfree.algorithms._whole_batch import WholeBatch
 from bpfree.algorithms.learner import Batch, Collects, Learner, Metrics, Stage
 from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits
 from bpfree.errors import UsageError
@@ -104,8 +106,12 @@ class DataTeam(Team):
         for optimizer in learner.optimizers():
             optimizer.register_step_pre_hook(self._before_step)
         draw_apart(learner, ranks)
+        for module in learner.modules():
+            if isinstance(module, WholeBatch):
+                module.processes, module.average = ranks, self._average_now
         self._chain = chain_of(learner)
         self._used: set[int] = set()  # parameters whose optimiser has taken this step already
+        self._settled: set[int] = set()  # parameters whose gradients are means before their optimiser's step
         # The error goes backwards in one piece: let gradients go as they come, unless they are changed behind it.
         if learner.locality == "network" and not getattr(learner, "centralize", False):
             for parameter in learner.parameters():
@@ -115,7 +121,14 @@ class DataTeam(Team):
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._used.update(map(id, parameters))
-        self._averages.settle(parameters)
+        self._averages.settle(parameter for parameter in parameters if id(parameter) not in self._settled)
+        self._settled.difference_update(map(id, parameters))
+
+    def _average_now(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make gradients means before an optimiser asks for them, for a learner that clips them first."""
+        clipped = list(parameters)
+        self._averages.settle(clipped)
+        self._settled.update(map(id, clipped))
 
     def stages(self, learner: Learner) -> tuple[Stage, ...]:
         return tuple(
@@ -268,7 +281,7 @@ def check_divides(learner: Learner, batch_size: int, ranks: int) -> None:
     if batch_size % ranks:
         nearest = max(1, batch_size // ranks) * ranks
         raise UsageError(f"batches of {batch_size} do not divide by {ranks} ranks; use --batch-size {nearest}")
-    if getattr(learner, "clip", 0):
+    if getattr(learner, "clip", 0) and not any(isinstance(module, WholeBatch) for module in learner.modules()):
         raise UsageError(
             f"{rule} cannot be spread with --parallel data: it clips gradients before those of other ranks are added; "
             "set clip=0"

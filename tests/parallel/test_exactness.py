@@ -187,6 +187,10 @@ DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dfa": ("dfa", "mlp", {}),
     "cwc": ("cwc", "cnn", {}),
     "cafo-ce": ("cafo", "mlp", {"loss": "ce"}),
+    "ccl": ("ccl", "cnn", {"clip": 0.0}),  # which compares all samples of the batch with each other
+    "ccl-flood": ("ccl", "mlp", {"clip": 0.01, "flood": 0.7, "warmup_steps": 3, "centralize": True}),
+    "ccl-dot": ("ccl", "mlp", {"clip": 0.0, "similarity": "dot", "scale": 0.5}),
+    "ccl-clip": ("ccl", "mlp", {"clip": 0.01, "clip_scope": "network", "similarity": "dot"}),
 }
 
 
@@ -344,7 +348,7 @@ def test_resuming_independent_blocks(pool: Pool) -> None:
         (2, {"rule": "man", "form": "layer", "ema_update": "after"}, "ema_update=before"),
         (2, {"rule": "noprop", "form": "block", "variant": "ct", "steps": 4}, "one block"),
         (2, {"rule": "noprop", "form": "block", "embeddings": "learned", "steps": 4}, "embeddings=onehot"),
-        (2, {"rule": "ccl", "form": "data"}, "clip=0"),
+        (2, {"rule": "bp", "form": "data", "clip": 1.0}, "clip=0"),
         (2, {"rule": "bp", "form": "data", "dropout": 0.5}, "the same numbers"),
         (4, {"rule": "ff", "form": "data", "cut": (1,)}, "each has all of them"),
     ],
