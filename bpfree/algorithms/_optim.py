@@ -14,6 +14,7 @@ from bpfree.errors import UsageError, unknown_name
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 OPTIMIZERS: Final = ("adam", "adamw", "sgd", "momentum", "gd")
 SGD_MOMENTUM: Final = 0.9
+FACTORY: Final = "optimizer is a name, such as adam, or a function from parameters to an optimiser"
 
 
 def make_optimizer(
@@ -36,13 +37,19 @@ def make_optimizer(
         momentum: instead of 0.9, for "sgd" and "momentum".
 
     Raises:
-        UsageError: unknown name, a rate that is not a positive number, or momentum of an optimiser without.
+        UsageError: unknown name, no name or function of this kind, a rate that is not a positive number, or
+            momentum of an optimiser without.
     """
     trained = list(parameters)
     if momentum is not None and not (optimizer in ("sgd", "momentum") and 0 <= momentum < 1):
         raise UsageError(f"momentum is a number from 0 to 1 for optimizer=sgd or momentum, got {momentum}")
     if callable(optimizer):
-        return optimizer(trained)
+        made = optimizer(trained)
+        if not isinstance(made, Optimizer):
+            raise UsageError(f"{FACTORY}, got one that returns a {type(made).__name__}")
+        return made
+    if not isinstance(optimizer, str):
+        raise UsageError(f"{FACTORY}, got {optimizer!r}")
     if not lr > 0 or not weight_decay >= 0:
         raise UsageError(f"lr must be positive and weight_decay not negative, got {lr} and {weight_decay}")
     if optimizer == "adam":

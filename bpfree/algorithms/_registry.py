@@ -70,8 +70,6 @@ class Algorithm:
         for name in parameters:
             if name not in known:
                 raise unknown_name(f"parameter of {self.name}", name, known)
-            if isinstance(known[name], (bool, int, float)) and isinstance(parameters[name], (str, list, dict)):
-                raise UsageError(f"{name} takes a number (default {known[name]!r}), got {parameters[name]!r}")
         support = self.learner.supports(network)
         if not support.ok:
             raise UsageError(f"{self.name} cannot train this network: {support.reason}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpfree.algorithms.learner import Batch, Channel, Learner, Locality
+from bpfree.algorithms.learner import Batch, Channel, Learner, Locality, check_learner
 from bpfree.errors import TrainingError, UsageError
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
@@ -172,7 +172,7 @@ def audit(
         What was found.
 
     Raises:
-        UsageError: no step to watch, no batch for a step before, or batches that do not fit.
+        UsageError: no learner, no step to watch, no batch for a step before, or batches that do not fit.
         TrainingError: the same steps do not give the same bits, so that nothing can be told from bits.
 
     Example:
@@ -183,6 +183,7 @@ def audit(
         >>> found.reach, found.agrees
         (0, True)
     """
+    check_learner(learner, "an audit")
     if not 0 < steps < len(batches):
         raise UsageError(
             f"an audit takes a batch for each of its steps and does not watch the first; got {len(batches)} batches "

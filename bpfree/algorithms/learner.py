@@ -12,20 +12,20 @@ another. A plain loop is all it takes to train one:
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpfree.algorithms._option_types import check_options
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, sample_shape
+from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
 
 Made = TypeVar("Made", bound="Learner")
@@ -182,6 +182,36 @@ def check_inputs(inputs: Any, input_shape: Shape) -> None:
         raise UsageError(f"inputs must be floating point, got {values.dtype}; scale images to [0, 1] first")
 
 
+def check_kind(inputs: Any, *, graphs: bool) -> None:
+    """Refuse a graph where a network takes tensors, and a tensor where it takes graphs.
+
+    Args:
+        inputs: anything; what is neither is for `check_inputs` to refuse.
+        graphs: what the network takes.
+
+    Raises:
+        UsageError: it is the other.
+    """
+    if isinstance(inputs, Graph if not graphs else Tensor):
+        raise UsageError(
+            "the network is made of graph convolutions and takes a Graph, got a tensor; see Graph.of"
+            if graphs
+            else "the network takes tensors, got a Graph; build one of graph convolutions, such as gcn:2x128"
+        )
+
+
+def check_learner(learner: object, what: str) -> None:
+    """Refuse what is no learner, such as the network itself.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(learner, Learner):
+        raise UsageError(
+            f"{what} takes a learner, such as bpfree.Backprop(network, classes=10), got {type(learner).__name__}"
+        )
+
+
 def check_classes(classes: int) -> None:
     """Refuse what is no number of classes.
 
@@ -262,12 +292,14 @@ class Learner(nn.Module, ABC):
         capture_safe: whether `step` can be captured in a CUDA graph.
         channels: ways besides gradients in which later blocks have a say in what earlier ones learn, with the options
             that this learner was made with; the audit shows that there are no others.
+        takes_graphs: whether inputs are `Graph`s, and not tensors.
         tasks: what the rule can learn.
         undivided: why its blocks cannot be spread over processes, for rules whose blocks cannot (others are
             `HasLocalUnits`).
 
     Raises:
-        UsageError: a task that the rule cannot learn, a network that does not fit, or a number that is not finite.
+        UsageError: a task that the rule cannot learn, a network that does not fit, an option of another type, or a
+            number that is not finite.
     """
 
     paper: ClassVar[Paper]
@@ -278,10 +310,8 @@ class Learner(nn.Module, ABC):
     channels: tuple[Channel, ...] = ()
 
     def __new__(cls: type[Made], *args: Any, **options: Any) -> Made:
-        """Refuse what is not a number before any rule makes something of it, for every rule alike."""
-        for name, value in options.items():
-            if isinstance(value, Real) and not math.isfinite(value):
-                raise UsageError(f"{name} must be a finite number, got {value}")
+        """Refuse options of another type before any rule makes something of them, for every rule alike."""
+        check_options(cls, options)
         return super().__new__(cls)
 
     def __init__(
@@ -290,6 +320,7 @@ class Learner(nn.Module, ABC):
         super().__init__()
         check_classes(classes)
         self.network = as_blocks(network)
+        self.takes_graphs = any(isinstance(module, GraphBlock) for module in self.network.modules())
         self.classes = classes
         if self.task not in self.tasks:
             raise UsageError(f"{type(self).__name__} cannot {self.task}; it learns to {' and '.join(self.tasks)}")
@@ -393,6 +424,7 @@ class Learner(nn.Module, ABC):
         """
         stage = self._only_stage()
         inputs, targets = _pair(batch)
+        check_kind(inputs, graphs=self.takes_graphs)
         with self._disagreements_explained(inputs):
             return stage.step((stage.prepared(inputs), targets))
 
@@ -428,6 +460,7 @@ class Learner(nn.Module, ABC):
         Raises:
             UsageError: inputs of a shape or type that does not fit the network.
         """
+        check_kind(inputs, graphs=self.takes_graphs)
         check_inputs(inputs, self.input_shape)
         with evaluation_mode(self), self._disagreements_explained(inputs):
             scores: Tensor = self(inputs)

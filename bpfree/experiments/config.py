@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 
 from bpfree import data
 from bpfree.algorithms import Algorithm, algorithm
+from bpfree.algorithms._option_types import WORDS
 from bpfree.algorithms.learner import TASKS, Task
 from bpfree.errors import UsageError, unknown_name
 from bpfree.experiments.records import CONFIG, RunFolder
@@ -452,7 +453,6 @@ def _parse(settings: tuple[str, ...], known: Mapping[str, Any], kind: str) -> di
 
 
 RECORDED: Final = (str, float, int, list, tuple, dict, type(None))  # bool is an int
-_KINDS: Final[dict[type, str]] = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
 
 def _typed(name: str, value: Any, annotation: Any, *, shown: object) -> Any:
@@ -466,7 +466,7 @@ def _typed(name: str, value: Any, annotation: Any, *, shown: object) -> Any:
         value = float(str(value))  # infinite, and no error, if it is too large
     fits = math.isfinite(value) if type(value) is float else type(value) is not int or -(2**63) <= value < 2**63
     if type(value) not in kinds or not fits:
-        wanted = " or ".join(choices or [_KINDS[kind] for kind in _KINDS if kind in kinds])
+        wanted = " or ".join(choices or [WORDS[kind] for kind in WORDS if kind in kinds])
         raise UsageError(f"{name} takes {wanted}, got {shown!r}")
     return value
 
@@ -482,4 +482,4 @@ def _wanted(annotation: Any) -> tuple[set[type], list[str]]:
     if get_origin(annotation) in (Union, UnionType):
         parts = [_wanted(part) for part in get_args(annotation)]
         return set().union(*(kinds for kinds, _ in parts)), [choice for _, choices in parts for choice in choices]
-    return {annotation} & set(_KINDS), []
+    return {annotation} & set(WORDS), []

@@ -8,14 +8,26 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, Final, Protocol
+from functools import cache, partial
+from typing import Any, Final, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
-from bpfree.algorithms.learner import Batch, DrawsNoise, Learner, LooksAtData, Metrics, Stage, evaluation_mode
-from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches
+from bpfree.algorithms._option_types import check_types
+from bpfree.algorithms.learner import (
+    Batch,
+    DrawsNoise,
+    Learner,
+    LooksAtData,
+    Metrics,
+    Stage,
+    check_kind,
+    check_learner,
+    evaluation_mode,
+)
+from bpfree.data.batches import Batches
+from bpfree.data.graph_batches import VALIDATE_EVERY, AnyBatches, GraphBatches
 from bpfree.energy.result import add_known
 from bpfree.errors import EXIT_STOPPED, BpfreeError, DataError, TrainingError, UsageError, unknown_name
 from bpfree.experiments.schedules import EarlyStopping, learning_rate_factor
@@ -95,6 +107,7 @@ class TrainingConfig:
     dropout: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(_setting_types(), vars(self))
         for name in ("batch_size", "epochs", "patience", "validate_every", "graph_parts"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,6 +127,11 @@ class TrainingConfig:
     def epochs_per_stage(self, stages: int) -> int:
         """The cap on epochs of each of `stages` stages."""
         return self.epochs if self.passes is None else math.ceil(self.passes / stages)
+
+
+@cache
+def _setting_types() -> dict[str, Any]:
+    return get_type_hints(TrainingConfig)
 
 
 class Meter(Protocol):
@@ -215,6 +233,7 @@ class Trainer:
         team: Team | None = None,
         joules_before: float | None = 0.0,
     ) -> None:
+        _check_fit("a trainer", learner, train, validation)
         if not train.steps_per_epoch(config.batch_size):
             raise DataError(
                 f"{len(train)} training samples do not fill one batch of {config.batch_size}; "
@@ -626,6 +645,19 @@ class Trainer:
         }
 
 
+def _check_fit(what: str, learner: Learner, *parts: AnyBatches) -> None:
+    """Refuse what is no learner, no batches, or batches of another kind than the network takes.
+
+    Raises:
+        UsageError: it is.
+    """
+    check_learner(learner, what)
+    for part in parts:
+        if not isinstance(part, (Batches, GraphBatches)):
+            raise UsageError(f"{what} takes bpfree.Batches or bpfree.GraphBatches, got {type(part).__name__}")
+        check_kind(part.graph if isinstance(part, GraphBatches) else part.inputs, graphs=learner.takes_graphs)
+
+
 def _tensors(stage: Stage) -> list[Tensor]:
     """The parameters and buffers of a stage."""
     return [tensor for module in stage.modules for tensor in (*module.parameters(), *module.buffers())]
@@ -654,7 +686,11 @@ def evaluate(learner: Learner, batches: AnyBatches, precision: str) -> dict[str,
 
     Returns:
         "loss", "accuracy" (the batches' metric, in %), and the learner's diagnostics by name (accuracies in %).
+
+    Raises:
+        UsageError: no learner, no batches, or inputs of another kind than the network takes.
     """
+    _check_fit("evaluate", learner, batches)
     with numerics(precision):
         loss, fraction = rate(learner, batches, precision, learner).tolist()
         return {"loss": loss, "accuracy": 100 * fraction, **diagnose(learner, batches, precision)}

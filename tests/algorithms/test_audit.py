@@ -298,3 +298,8 @@ def test_noise_that_nobody_notices_proves_nothing() -> None:
 def test_without_a_first_step_or_one_to_watch_there_is_no_audit(count: int, steps: int) -> None:
     with pytest.raises(UsageError, match="does not watch the first"):
         audit(Toy(), batches(count), steps=steps)
+
+
+def test_a_network_is_no_learner() -> None:
+    with pytest.raises(UsageError, match=r"takes a learner, such as bpfree\.Backprop\(network, .*got Sequential"):
+        audit(nn.Sequential(*linear_blocks(False)), [])  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -427,6 +428,33 @@ def test_numbers_that_are_not_finite_are_refused(rule: str, value: float) -> Non
             learner(BACKBONES["mlp"](), CLASSES, input_shape=SHAPE, **{name: value})
 
 
+@pytest.mark.parametrize("rule", ALIASES)
+def test_options_of_another_type_are_refused_in_one_line(rule: str) -> None:
+    """Whether the class is called or the registry builds it; no number is a text, a truth value or a list."""
+    backbone = backbones(rule)[0]
+    shape = FEATURES if backbone in GRAPHS else SHAPE
+    wrong: dict[str, tuple[Any, ...]] = {
+        "float": ("a", True, [0.1], b"1"),
+        "int": ("a", 1.5, True),
+        "bool": ("yes", 1, 0.0),
+        "str": (3, 0.5, True, ["adam"], b"adam"),
+    }
+    for name, annotation in entry(rule).annotations().items():
+        kinds = {kind for kind in wrong if re.search(rf"\b{kind}\b", str(annotation))}
+        if len(kinds) != 1 or "Callable" in str(annotation) or "bpfree." in str(annotation):  # which have own tests
+            continue
+        for value in wrong[kinds.pop()]:
+            for make in (entry(rule).learner, entry(rule).build):
+                with pytest.raises(UsageError, match=rf"^{name} must be .*, got ") as caught:
+                    make(BACKBONES[backbone](), CLASSES, input_shape=shape, **{name: value})
+                assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    for lr in (1, np.float32(0.1), np.float64(0.1), np.int64(1)):
+        assert build("mf", "mlp", lr=lr).optimizers()[0].param_groups[0]["lr"] == lr
+
+
 class AnyChoice:
     """A tuner's trial that draws."""
 
@@ -586,6 +614,17 @@ def test_what_is_no_batch_gets_a_clear_error(rule: str, wrong: Callable[..., Any
 def test_scores_of_wrong_inputs_get_a_clear_error(rule: str, wrong: Callable[..., Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(rule, "mlp").scores(wrong(batch("mlp")[0]))
+
+
+@pytest.mark.parametrize(("rule", "backbone"), [(r, b) for r in RULES for b in backbones(r) if b in ("mlp", "gcn")])
+def test_a_graph_for_a_network_of_tensors_or_the_other_way_round_gets_a_clear_error(rule: str, backbone: str) -> None:
+    learner = build(rule, backbone)
+    x, y = batch("gcn" if backbone == "mlp" else "mlp")
+    message = "takes tensors, got a Graph" if backbone == "mlp" else "takes a Graph, got a tensor"
+    with pytest.raises(UsageError, match=message):
+        learner.scores(x)
+    with pytest.raises(UsageError, match=message if len(learner.stages()) == 1 else "loop over learner.stages"):
+        learner.step((x, y))
 
 
 @pytest.mark.parametrize("rule", PLAIN)

@@ -579,7 +579,7 @@ def test_variants_tell_rows_apart(build: Callable[[], LocalLearning], expected: 
         ({"host": "predsim", "head": "1c2f"}, "leave out head"),
         ({"reconstruct_first": 1.0}, "weights of infopro"),
         ({"host": "infopro", "classify_first": -1.0}, "from 0 on"),
-        ({"host": "infopro", "classify_first": "much"}, "from 0 on"),
+        ({"host": "infopro", "classify_first": "much"}, "classify_first must be a number"),
         ({"bias": "heavy"}, "unknown bias"),
         ({"bias": "light"}, "needs ema=true"),
         ({"ema": True, "scale": True}, "bias=twin"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,15 @@ def test_any_optimizer_can_be_handed_in() -> None:
     optimizer = make_optimizer(model.parameters(), lambda p: torch.optim.RMSprop(p, lr=0.3), lr=1.0)
     assert isinstance(optimizer, torch.optim.RMSprop)
     assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [(lambda p: list(p), "one that returns a list"), (3, "3"), (None, "None"), (["sgd"], r"\['sgd'\]")],
+)
+def test_what_makes_no_optimizer_is_refused(wrong: Any, got: str) -> None:
+    with pytest.raises(UsageError, match=f"from parameters to an optimiser, got {got}$"):
+        make_optimizer(nn.Linear(5, 3).parameters(), wrong, lr=1.0)
 
 
 @pytest.mark.parametrize(

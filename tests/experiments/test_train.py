@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from bpfree.algorithms import Backprop, Learner, MonoForward
 from bpfree.data.batches import Batches
+from bpfree.data.graph_batches import GraphBatches
 from bpfree.errors import DataError, TrainingError, UsageError
 from bpfree.experiments import InterruptedRunError, Trainer, TrainingConfig, evaluate
-from bpfree.networks import cnn
+from bpfree.networks import Graph, cnn
 
 
 def blobs(count: int, seed: int = 0, noise: float = 1.0, **options: Any) -> Batches:
@@ -291,3 +292,35 @@ def test_what_cannot_be_trained_says_why() -> None:
         TrainingConfig(epochs=0)
     with pytest.raises(UsageError, match="or fp32"):
         Trainer(build(), blobs(20), blobs(10), TrainingConfig(batch_size=10, precision="f32")).run()
+
+
+def test_what_is_no_learner_or_no_batches_gets_one_line() -> None:
+    train, validation = blobs(20), blobs(10)
+    learner = build()
+    graph = GraphBatches(Graph.of(torch.eye(4), torch.tensor([[0, 1], [1, 0]]), torch.arange(2)), torch.arange(2))
+    for wrong, parts, message in (
+        (learner.network, (train, validation), r"takes a learner, such as bpfree\.Backprop.*, got ModuleList"),
+        (learner, ([1, 2], validation), "takes bpfree.Batches or bpfree.GraphBatches, got list"),
+        (learner, (graph, graph), "takes tensors, got a Graph"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Trainer(wrong, *parts, TrainingConfig())  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=message):
+            evaluate(wrong, parts[0], "fp32")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", "64", "batch_size must be a whole number, got '64'"),
+        ("epochs", 2.5, "epochs must be a whole number, got 2.5"),
+        ("patience", None, "patience must be a whole number, got None"),
+        ("min_delta", "small", "min_delta must be a number, got 'small'"),
+        ("standardize", "no", "standardize must be true or false, got 'no'"),
+        ("split", 3, "split must be a name, got 3"),
+        ("monitor", ["loss"], r"monitor must be a name, got \['loss'\]"),
+    ],
+)
+def test_training_settings_of_another_type_get_one_line(name: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainingConfig(**{name: value})
