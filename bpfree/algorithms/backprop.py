@@ -34,7 +34,7 @@ from bpfree.networks.autoencoder import check_reconstructs
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.gnn import GraphBlock
 from bpfree.networks.graph import Graph
-from bpfree.networks.heads import ConvolutionHead, Head
+from bpfree.networks.heads import ConvolutionHead, Head, check_pooled
 
 Readout = Literal["linear", "goodness", "conv", "dot"]
 READOUTS: Final = ("linear", "goodness", "conv", "dot")
@@ -133,6 +133,7 @@ class Backprop(Learner):
         self.heads = nn.ModuleList(
             Head(shape, classes, pool=head_pool) for shape in (supervised if auxiliary_weight > 0 else [])
         )
+        check_pooled(head_pool, [head for head in (self.readout, *self.heads) if isinstance(head, Head)])
         self._optimizer = make_optimizer(
             self.parameters(), optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum
         )

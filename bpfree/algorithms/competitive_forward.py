@@ -49,7 +49,7 @@ from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Sup
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes
 from bpfree.networks.gnn import GraphBlock
-from bpfree.networks.heads import Head
+from bpfree.networks.heads import Head, check_pooled
 from bpfree.networks.residual import ShortcutBlock
 
 __all__ = ["ClassGoodness", "CompetitiveForward"]
@@ -155,6 +155,7 @@ class CompetitiveForward(Learner):
         self.readout = Head(shapes[-1], classes, pool=head_pool, bias=True) if inference == "readout" else None
         if self.readout is None and head_pool != "flatten":
             raise UsageError("head_pool is of the read-out; it needs inference=readout")
+        check_pooled(head_pool, [] if self.readout is None else [self.readout])
         counted = torch.arange(len(shapes)) >= (len(shapes) - 1 if inference == "last" else first_layer)
         self.register_buffer("counted", counted.float())
         parts = iter(zip(range(len(shapes)), self.goodness, strict=True))

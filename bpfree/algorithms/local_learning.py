@@ -53,13 +53,12 @@ from bpfree.algorithms.learner import (
     Support,
     Trial,
     accuracy,
-    refuse_idle,
 )
 from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes, sample_shape
 from bpfree.networks.gnn import GraphBlock
-from bpfree.networks.heads import Head
+from bpfree.networks.heads import Head, check_pooled
 from bpfree.networks.partition import first_unit, partition
 
 UpdateTime = Literal["before", "after"]
@@ -202,8 +201,7 @@ class LocalLearning(Learner):
             depth = index / max(1, len(blocks) - 2)
             self.losses.append(make_loss(Place(shape, classes, self.input_shape, depth)))
         self.readout = Head(shapes[-1], classes, pool="gap" if head_pool is None else head_pool, bias=True)
-        if head_pool != "flatten" and not self.readout.pool_size:
-            refuse_idle({"head_pool": head_pool}, ("head_pool",), "a network that does not end in feature maps")
+        check_pooled(head_pool, [self.readout])
         needs_images = any(loss.needs_images for loss in self.losses)
         self.pixels = PixelRange(self.input_shape) if needs_images else None
         parts = zip(

@@ -52,7 +52,7 @@ from bpfree.algorithms.local_units import LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, block_output_shapes, dropout_linear_relu
 from bpfree.networks.graph import Graph
-from bpfree.networks.heads import Head
+from bpfree.networks.heads import Head, check_pooled
 from bpfree.networks.streams import StreamDropout
 
 Schedule = Literal["simultaneous", "sequential"]
@@ -135,8 +135,7 @@ class MonoForward(Learner):
         if input_projection:  # M_0 is the head of a block that passes its input through
             blocks, shapes, names = [nn.Identity(), *blocks], [self.input_shape, *shapes], ["input", *names]
         heads = [Head(shape, classes, pool=head_pool) for shape in shapes]
-        if head_pool != "flatten" and not any(head.pool_size for head in heads):
-            refuse_idle({"head_pool": head_pool}, ("head_pool",), "a network that has no feature maps")
+        check_pooled(head_pool, heads)
         self.heads = nn.ModuleList(heads)
         self._units = tuple(
             Unit.of(name, block, head, input_shape)

@@ -183,14 +183,12 @@ def subject_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of everything that pairs arms."""
-    for option in (
-        click.option("--mixed-hardware", is_flag=True, help="Allow runs of several kinds of hardware, and label them."),
-        click.option("--baseline", metavar="ARM", help="The arm to pair with.  [default: what the comparison fixed]"),
-    ):
-        function = option(function)
-    return function
+mixed_hardware_option = click.option(
+    "--mixed-hardware", is_flag=True, help="Allow runs of several kinds of hardware, and label them."
+)
+baseline_option = click.option(
+    "--baseline", metavar="ARM", help="The arm to pair with.  [default: what the comparison fixed]"
+)
 
 
 def is_default(parameter: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bpfree.cli.base import Command, study_options, warn
+from bpfree.cli.base import Command, baseline_option, mixed_hardware_option, warn
 
 ROOT = click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("results"))
 
@@ -16,8 +16,8 @@ ROOT = click.argument("root", type=click.Path(exists=True, file_okay=False, path
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Where figures go.  [default: ROOT/figures]"
 )
-@study_options
-def plot(root: Path, out: Path | None, baseline: str | None, mixed_hardware: bool) -> None:
+@mixed_hardware_option
+def plot(root: Path, out: Path | None, mixed_hardware: bool) -> None:
     """Draw the runs recorded under ROOT, as PNG and PDF with their numbers as CSV beside.
 
     Accuracy against joules and per epoch with the range over seeds, idle and dynamic joules, test accuracy against
@@ -27,7 +27,7 @@ def plot(root: Path, out: Path | None, baseline: str | None, mixed_hardware: boo
     from bpfree.experiments.collect import collect
     from bpfree.experiments.plots import make_plots, save
 
-    plots = make_plots(collect(root, baseline=baseline, mixed_hardware=mixed_hardware, say=warn))
+    plots = make_plots(collect(root, mixed_hardware=mixed_hardware, say=warn))
     for path in save(plots, out or root / "figures"):
         click.echo(str(path))
 
@@ -37,7 +37,8 @@ def plot(root: Path, out: Path | None, baseline: str | None, mixed_hardware: boo
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: ROOT/report.html]")
 @click.option("--title", default="Learning rules and their energy", help="Title of the page.")
 @click.option("--with-reference", is_flag=True, help="Lay the published tables beside ours.")
-@study_options
+@baseline_option
+@mixed_hardware_option
 def report(
     root: Path, out: Path | None, title: str, with_reference: bool, baseline: str | None, mixed_hardware: bool
 ) -> None:

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from bpfree import data
 from bpfree.algorithms import ALGORITHMS
-from bpfree.cli.base import Command, format_option, study_options, warn
+from bpfree.cli.base import Command, baseline_option, format_option, mixed_hardware_option, warn
 from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import DataError, UsageError, unknown_name
 from bpfree.experiments.config import presets
@@ -123,7 +123,8 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
 @click.option(
     "--dataset", "-d", "datasets", multiple=True, metavar="NAME", help="Only runs on this data set (repeatable)."
 )
-@study_options
+@baseline_option
+@mixed_hardware_option
 @click.option("--target", "targets", type=click.FloatRange(0, 100), multiple=True, help="T7: accuracies to reach, %.")
 @click.option("--carbon", metavar="COUNTRY", help="T2: CO2 equivalents of measured energy; ISO code such as POL.")
 @format_option("table", "markdown", "csv", "latex", "json")

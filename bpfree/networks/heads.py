@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final, Literal
 
 import torch
@@ -63,6 +64,20 @@ class Head(nn.Module):
         features = self.features(activations)
         with torch.autocast(features.device.type, enabled=False):
             return self.linear(features.to(self.linear.weight.dtype))
+
+
+def check_pooled(pool: str | None, heads: Iterable[Head]) -> None:
+    """Refuse a pool that no head has a use for.
+
+    Args:
+        pool: what was asked for; None if nothing was.
+        heads: those that were made with it.
+
+    Raises:
+        UsageError: "gap" or "adaptive", and all heads read vectors.
+    """
+    if pool not in (None, "flatten") and all(head.pool_size is None for head in heads):
+        raise UsageError("head_pool would have no effect where there are no feature maps to pool; leave out head_pool")
 
 
 class ConvolutionHead(nn.Module):

@@ -92,6 +92,14 @@ def test_bad_values_are_refused() -> None:
         Backprop(blocks(), 3, auxiliary_weight=float("nan"))
 
 
+def test_nothing_is_pooled_of_vectors() -> None:
+    with pytest.raises(UsageError, match="head_pool would have no effect where there are no feature maps"):
+        Backprop(blocks(), 3, head_pool="gap")
+    hidden = nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(36, 5)))
+    model = Backprop(hidden, 3, head_pool="gap", auxiliary_weight=0.5, input_shape=(1, 5, 5))
+    assert [head.weight.shape[1] for head in (*model.heads, model.readout)] == [4, 5, 5]
+
+
 def test_gradients_are_centralised_then_clipped() -> None:
     batch_of_both = batch()
     torch.manual_seed(0)

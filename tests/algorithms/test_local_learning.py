@@ -607,5 +607,5 @@ def test_nothing_is_pooled_of_vectors() -> None:
     for pool in (None, "flatten"):
         learner = LocalLearning(mlp((5,), (6, 4)), CLASSES, head_pool=pool)
         assert learner.readout.weight.shape == (CLASSES, 4)
-    with pytest.raises(UsageError, match="head_pool would have no effect with a network that does not end in feature"):
+    with pytest.raises(UsageError, match="head_pool would have no effect where there are no feature maps"):
         LocalLearning(mlp((5,), (6, 4)), CLASSES, head_pool="gap")

@@ -470,7 +470,7 @@ def test_unknown_options_are_refused(option: str, value: str) -> None:
     [
         ({"schedule": "sequential", "pass_on": "post"}, "pass_on would have no effect with schedule=sequential"),
         ({"schedule": "sequential", "pass_on": "pre"}, "pass_on would have no effect with schedule=sequential"),
-        ({"head_pool": "gap"}, "head_pool would have no effect with a network that has no feature maps"),
+        ({"head_pool": "gap"}, "head_pool would have no effect where there are no feature maps"),
         ({"head_pool": "gap", "input_projection": True}, "head_pool would have no effect"),
     ],
 )
