@@ -16,6 +16,7 @@ from bpfree.experiments.config import RunConfig, command
 from bpfree.experiments.run import Reporter
 from bpfree.experiments.train import Trainer
 from bpfree.experiments.tune import Observer, TuneConfig
+from bpfree.words import count_of
 
 LINE_EVERY_S: Final = 10.0
 
@@ -113,9 +114,10 @@ class TuningConsole(Observer):
         self._trials, self._by_cost = config.trials, config.target is not None
         base = config.base
         self._metric = base.metric
-        self._say(f"tuning {base.algorithm} on {base.dataset} with {base.network}, {config.trials} trials -> {folder}")
+        what = f"{base.algorithm} on {base.dataset} with {base.network}"
+        self._say(f"tuning {what}, {count_of(config.trials, 'trial')} -> {folder}")
         if done:
-            self._say(f"{done} of them are done already")
+            self._say(f"{done} of them done already")
         for name, values in space.items():
             choices = values.get("choices")
             limits = f"{values.get('low')} to {values.get('high')}{' by logarithm' if values.get('log') else ''}"
@@ -153,6 +155,6 @@ class TuningConsole(Observer):
             cost = f" for {best['gross_j']:.0f} J" if self._by_cost else ""
             leader = f"; best {best['validation_accuracy']:.2f} %{cost} (trial {best['number']})"
         self._say(
-            f"[{ended}/{self._trials}] trial {trial['number']} {trial['state']}: {how}, {trial['passes']} passes, "
-            f"{trial['seconds']:.1f} s{joules}: {values}{leader}"
+            f"[{ended}/{self._trials}] trial {trial['number']} {trial['state']}: {how}, "
+            f"{count_of(trial['passes'], 'pass')}, {trial['seconds']:.1f} s{joules}: {values}{leader}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_result_and_progress(tmp_path: Path) -> None:
     assert "fresh seeds" in warning
     assert confirmation == f"bpfree compare --algos mf@{words[3]},bp@ITS_PRESET --protocol tuned"
     again = tune(tmp_path, "--algo", "mf", *QUICK, "--energy", "simulated")
-    assert "2 of them are done already" in again.stderr
+    assert "2 of them done already" in again.stderr
     assert again.stdout == done.stdout
 
 
@@ -50,6 +51,20 @@ def test_a_study_of_the_baseline_to_convergence_is_confirmed_against_a_rule_at_i
     *_, preset, _, confirmation = tune(tmp_path, "--algo", "bp", *options).stdout.splitlines()
     path = preset.split()[-1]
     assert confirmation == f"bpfree compare --algos bp@{path},mf@ITS_PRESET --protocol own"
+
+
+def test_one_pass_of_one_trial_is_told_in_the_singular(tmp_path: Path) -> None:
+    quick = ("--network", "mlp:1x8", "--passes", "1", "1", "--trials", "1", "--device", "cpu")
+    done = tune(tmp_path, "--algo", "bp", *quick)
+    said = done.stdout + done.stderr
+    assert "1 trial -> " in done.stderr
+    assert ", 1 pass, " in done.stderr
+    assert "\n1 trial (1 finished" in done.stdout
+    (preset,) = tmp_path.glob("*/*.toml")
+    assert read_preset(preset).description.endswith(", in 1 pass")
+    command = ["run", "--preset", str(preset), "--device", "cpu", "--results", str(tmp_path / "runs")]
+    said += CliRunner().invoke(cli, command).output
+    assert not re.search(r"\b1 (trials|passes|runs)\b", said)
 
 
 def test_record_as_json_and_nothing_else(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from bpfree.energy import KINDS
 from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import DataError, UsageError
 from bpfree.experiments.arms import BOTH, MATCHED, OWN, PROTOCOLS, TUNED, arm_label, make_arms, split_arms
+from bpfree.words import count_of
 
 
 @click.command(cls=Command, epilog=ENVIRONMENT_NOTE + "\n\n" + EXIT_NOTE)
@@ -186,7 +187,7 @@ def compare(
     else:
         left = f", {outcome.left} left for another call" if outcome.left else ""
         failed = f", {len(outcome.failed)} failed" if outcome.failed else ""
-        click.echo(f"{outcome.done} runs done{failed}{left} -> {folder}")
+        click.echo(f"{count_of(outcome.done, 'run')} done{failed}{left} -> {folder}")
     if outcome.failed:
         for one in outcome.failed if quiet else ():  # nothing has said so yet
             words = f"{one['arm']} on {one['network']}, {one['protocol']}, seed {one['seed']}"

@@ -34,6 +34,7 @@ from bpfree.errors import UsageError
 from bpfree.experiments.config import RunConfig, parse_settings, resolve, training_config
 from bpfree.parallel import FORMS, Ranks, Spread, launched
 from bpfree.parallel.ranks import TIMEOUT_S
+from bpfree.words import count_of
 
 EXIT_TARGET_MISSED = 3
 OF_RANKS = ("nproc", "nnodes", "rdzv_endpoint", "form_of_ranks", "cut", "mesh", "rank_timeout")
@@ -324,7 +325,7 @@ def _print_summary(summary: Mapping[str, Any], form: str) -> None:
         f"{summary['dataset']} {summary['network']} {rule} seed {summary['seed']}: "
         f"test {_error_words(summary)}{summary.get('metric', 'accuracy')} {summary['test_accuracy']:.2f} %"
         f"{_inference_words(summary['test_diagnostics'])}, "
-        f"{summary['passes']} passes, "
+        f"{count_of(summary['passes'], 'pass')}, "
         f"{summary['seconds']:.1f} s, "
         f"{energy_words(summary['energy'])}{_carbon_words(summary.get('carbon'))}, "
         f"peak memory {summary['peak_memory_mib']:.0f} MiB -> {summary['run_dir']}"

@@ -30,6 +30,7 @@ from bpfree.experiments.config import parse_settings, resolve, training_config, 
 from bpfree.experiments.search import SharedSpace
 from bpfree.experiments.tables import text_table
 from bpfree.experiments.tune import PRUNERS, TUNING_SEED, TuneConfig, fit_space, study_name, tune
+from bpfree.words import count_of
 
 SPACE = SharedSpace()
 PROTOCOLS = ("passes", "convergence")
@@ -248,8 +249,8 @@ def _report(record: Mapping[str, Any], metric: str) -> str:
     folder = Path(record["folder"])
     lines = [
         text_table([_row(trial, metric) for trial in shown]),
-        f"{spent['trials']} trials ({spent['finished']} finished, {spent['pruned']} pruned, {spent['failed']} failed), "
-        f"{spent['passes']} passes, {spent['seconds']:.1f} s, {joules}",
+        f"{count_of(spent['trials'], 'trial')} ({spent['finished']} finished, {spent['pruned']} pruned, "
+        f"{spent['failed']} failed), {count_of(spent['passes'], 'pass')}, {spent['seconds']:.1f} s, {joules}",
         *(shlex.join(["bpfree", "run", "--preset", str(folder / preset)]) for preset in record["presets"]),
         "The best of many trials of one seed looks better than it is; to report, run fresh seeds of all arms:",
         _confirmation(record, folder / record["presets"][0]),

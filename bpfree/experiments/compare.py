@@ -40,6 +40,7 @@ from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 from bpfree.experiments.run import AnyDataset, Measuring, Reporter
 from bpfree.experiments.signals import StopRequest
 from bpfree.experiments.train import InterruptedRunError
+from bpfree.words import count_of
 
 PLAN: Final = "comparison.json"
 PLANNED: Final[dict[str, Any]] = {
@@ -400,7 +401,9 @@ class Comparison:
                 self._say(f"{arm.label} on {arm.config.network} takes {arm.origin}{others}")
                 passes = arm.config.training.passes
                 if passes is not None and self._protocols != [TUNED]:
-                    self._say(f"note: {arm.label} is set to {passes} passes, which only --protocol tuned keeps")
+                    self._say(
+                        f"note: {arm.label} is set to {count_of(passes, 'pass')}, which only --protocol tuned keeps"
+                    )
             for network, unequal in self.plan.as_dict()["unequal_settings"].items():
                 for name, values in unequal.items():
                     words = ", ".join(f"{label} {value}" for label, value in values.items())
@@ -492,8 +495,9 @@ class Comparison:
             self._idle_w = tuple(summary["energy"]["source"]["idle_w"][-1:])
         joules = summary["energy"]["gross_j"]
         self._say(
-            f"{what}: test {summary['metric']} {summary['test_accuracy']:.2f} %, {summary['passes']} passes, "
-            f"{summary['seconds']:.1f} s, {'energy not measured' if joules is None else f'{joules:.0f} J'}"
+            f"{what}: test {summary['metric']} {summary['test_accuracy']:.2f} %, "
+            f"{count_of(summary['passes'], 'pass')}, {summary['seconds']:.1f} s, "
+            f"{'energy not measured' if joules is None else f'{joules:.0f} J'}"
         )
         self._recorded[config_key(slot.config)] = Path(summary["run_dir"])
         if stop():

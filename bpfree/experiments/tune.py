@@ -41,6 +41,7 @@ from bpfree.experiments.search import SharedSpace, declare, suggest
 from bpfree.experiments.signals import StopRequest, stop_without
 from bpfree.experiments.train import InterruptedRunError, Trainer
 from bpfree.networks import build_network, dropout_layers
+from bpfree.words import count_of
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -450,11 +451,11 @@ def tune(
         reached = [trial["validation_accuracy"] for trial in trials if "validation_accuracy" in trial]
         if config.target is not None and reached:
             raise TrainingError(
-                f"none of {len(trials)} trials reached {config.target:g} %, the best {max(reached):.2f} %; lower "
-                "--target, or allow more trials or passes"
+                f"none of {count_of(len(trials), 'trial')} reached {config.target:g} %, the best {max(reached):.2f} %; "
+                "lower --target, or allow more trials or passes"
             )
         (reason, count), *_ = Counter(trial["reason"] for trial in trials).most_common()
-        raise TrainingError(f"none of {len(trials)} trials succeeded; {count} of them: {reason}")
+        raise TrainingError(f"none of {count_of(len(trials), 'trial')} succeeded; {count} of them: {reason}")
     return {**record, "folder": str(folder)}
 
 
@@ -474,9 +475,9 @@ def _search(
                 begin = partial(_work_apart, folder=folder, storage=storage, dataset=dataset, observer=observer)
                 _wait_for([partial(begin, _on(config, device), threads=len(devices)) for device in devices], stop)
         if left := study.running():
-            raise TrainingError(f"workers died and left {len(left)} trials; the same command goes on")
+            raise TrainingError(f"workers died and left {count_of(len(left), 'trial')}; the same command goes on")
     except InterruptedRunError as error:
-        done = f"{len(study.ended())} of {config.trials} trials are done"
+        done = f"{len(study.ended())} of {count_of(config.trials, 'trial')} done"
         # a trial is no run to be resumed by itself
         raise InterruptedRunError(error.where, f"{done}, the same command goes on") from None
     finally:
@@ -712,12 +713,12 @@ def _preset(
     chosen = suggest(FixedTrial(frozen.params), config.base, config.shared, config.given)
     spent = record["bill"]
     joules = "joules not measured" if spent["gross_j"] is None else f"{spent['gross_j']:.0f} J"
-    passes = f"in {trial['passes']} passes"
+    length = f"in {count_of(trial['passes'], 'pass')}"
     if config.target is not None:
-        passes += f" of {chosen.training.passes or chosen.training.epochs}, for {trial['gross_j']:.0f} J"
+        length += f" of {chosen.training.passes or chosen.training.epochs}, for {trial['gross_j']:.0f} J"
     return Preset(
         name=name,
-        description=f"Tuned: validation {config.base.metric} {trial['validation_accuracy']:.2f} %, {passes}",
+        description=f"Tuned: validation {config.base.metric} {trial['validation_accuracy']:.2f} %, {length}",
         source=f"bpfree tune, trial {trial['number']} of {spent['trials']} (TPE, seed {config.base.seed}, "
         f"{spent['seconds']:.0f} s, {joules}), chosen on validation data",
         algorithm=config.base.algorithm,

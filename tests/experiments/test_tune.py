@@ -583,7 +583,7 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(
     event: str, n: int, tmp_path: Path, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     stopper = StopAt(event, n, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(InterruptedRunError, match="of 12 trials are done, the same command goes on") as caught:
+    with pytest.raises(InterruptedRunError, match="of 12 trials done, the same command goes on") as caught:
         tune(twelve(), tmp_path, dataset=own_data(), observer=stopper)
     assert "--resume" not in str(caught.value)  # that would test the trial, and leave the study without it
     assert json.loads((tmp_path / "study" / "tuning.json").read_text())["bill"]["finished"] < 12
@@ -693,7 +693,7 @@ class StopParent(Observer):
 
 def test_two_workers_share_one_study_and_end_with_their_parent(tmp_path: Path) -> None:
     config = study(trials=200, pruner="none")
-    with pytest.raises(InterruptedRunError, match=r"stopped by SIGTERM; .* of 200 trials are done"):
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGTERM; .* of 200 trials done"):
         tune(config, tmp_path, dataset=own_data(), workers=2, observer=StopParent(tmp_path / "asked"))
     trials = tmp_path / "study" / "trials"
     begun = len(list(trials.iterdir()))
