@@ -21,7 +21,6 @@ E_i normalises by the batch in training, as in the code; the statistics it keeps
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -404,13 +403,13 @@ def weight_ramp(
     """A weight in the first and in the last auxiliary loss; None if the user leaves both to the host.
 
     Raises:
-        UsageError: a weight that is not a number from 0 on.
+        UsageError: a weight below 0.
     """
     if first is None and last is None:
         return None
     ends = (default[0] if first is None else first, default[1] if last is None else last)
-    if any(type(weight) not in (int, float) or not 0 <= weight < math.inf for weight in ends):
-        raise UsageError(f"{name}_first and {name}_last must be numbers from 0 on, got {first!r} and {last!r}")
+    if min(ends) < 0:
+        raise UsageError(f"{name}_first and {name}_last must be numbers from 0 on, got {first} and {last}")
     return ends
 
 
