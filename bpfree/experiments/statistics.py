@@ -119,6 +119,15 @@ def difference_p(ours: Sequence[float], baseline: Sequence[float], *, relative: 
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
+def constant(ours: Sequence[float], baseline: Sequence[float], *, relative: bool = False) -> bool:
+    """Whether the difference (or ratio) of enough pairs is the same to the last bit, so that nothing is left to test.
+
+    Errors as in `equivalent`.
+    """
+    differences = _differences(ours, baseline, relative=relative)
+    return len(differences) >= MIN_PAIRS and bool(np.ptp(differences) == 0)
+
+
 def equivalent(
     ours: Sequence[float], baseline: Sequence[float], *, margin: float, level: float = 0.05, relative: bool = False
 ) -> Equivalence:
@@ -173,9 +182,10 @@ def energy_to_accuracy(curve: Sequence[tuple[float | None, float]], target: floa
 def reached(runs: Sequence[ToAccuracy]) -> Reached:
     """Summary of one arm without a mean over survivors: the median, by Kaplan-Meier, counts those that never got there.
 
-    It is the smallest number of joules by which half of the runs got there, if a run that stopped short would have
-    gone on like the others. Where only the last run tells, as when most have stopped short before, there is the bound,
-    which needs no such assumption: the (lower) median of the joules spent, of runs that did not fail if most did.
+    If all got there it is their plain median. Otherwise it is the smallest number of joules by which half of the runs
+    got there, if a run that stopped short would have gone on like the others. Where only the last run tells, as when
+    most have stopped short before, there is the bound, which needs no such assumption: the (lower) median of the
+    joules spent, of runs that did not fail if most did.
     """
     k, n = sum(run.reached for run in runs), len(runs)
     measured = [(run.joules, not run.reached) for run in runs if run.joules is not None]
@@ -183,9 +193,11 @@ def reached(runs: Sequence[ToAccuracy]) -> Reached:
     unmeasured = n - len(measured)
     if not finite:
         return Reached(k, n, unmeasured, None, None)
+    spent, censored = zip(*measured, strict=True)
+    if not any(censored):
+        return Reached(k, n, unmeasured, statistics.median(spent), None)
     from scipy.stats import CensoredData, ecdf
 
-    spent, censored = zip(*measured, strict=True)
     seen = [min(joules, max(finite)) for joules in spent]  # nothing is known to happen behind the last of them
     left = ecdf(CensoredData.right_censored(seen, censored)).sf
     halved = left.probabilities <= 0.5 + 1e-9  # a product that is one half may come out above it

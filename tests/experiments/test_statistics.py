@@ -292,6 +292,11 @@ def test_the_median_of_the_leukaemia_trial() -> None:
     assert reached(runs(done=placebo, stopped=[])) == Reached(21, 21, 0, 8.0, None)
 
 
+def test_where_all_got_there_it_is_the_plain_median() -> None:
+    assert reached(runs(done=[10, 20, 40, 80], stopped=[])).median_j == 30
+    assert reached(runs(done=[10, 20, 40], stopped=[15])).median_j == 20  # 3/4, then 3/8 are left
+
+
 def test_a_median_worked_by_hand() -> None:
     """At 2 two of 5 get there (3/5 left), one is stopped, at 4 one of 2 (3/10 left); survivors alone would say 2."""
     assert reached(runs(done=[2, 2, 4], stopped=[3, 5])) == Reached(3, 5, 0, 4.0, None)

@@ -133,6 +133,14 @@ def test_few_pairs_claim_nothing(tmp_path: Path) -> None:
     assert row["wh_verdict"] == "not tested"
 
 
+def test_a_change_that_is_the_same_in_all_pairs_is_not_too_few_pairs(tmp_path: Path) -> None:
+    for seed in range(6):
+        make_run(tmp_path, "bp", seed, joules=1000)
+        make_run(tmp_path, "mf", seed, joules=1200)
+    (row,) = one(collect(tmp_path), "T3").rows
+    assert (row["wh"], row["wh_verdict"]) == (pytest.approx(20), "the same in all pairs")
+
+
 def test_only_shared_seeds_are_paired(tmp_path: Path) -> None:
     for seed in range(8):
         make_run(tmp_path, "bp", seed, joules=1000 + seed)
@@ -171,11 +179,11 @@ def test_energy_to_accuracy_counts_those_that_never_got_there(tmp_path: Path) ->
         make_run(tmp_path, "mf", seed, joules=800 + seed, curve=[(None, 50), (300 + seed, better)])
     (row,) = one(collect(tmp_path), "T7", targets=[58]).rows
     assert (row["baseline_k"], row["baseline_n"], row["k"], row["n"]) == (6, 6, 2, 6)
-    assert row["baseline_median_j"] == 520
+    assert row["baseline_median_j"] == 525
     assert (row["median_j"], row["bound_j"]) == (None, 802)
     assert row["ratio"] is None
     (cells,) = one(collect(tmp_path), "T7", targets=[58]).cells()
-    assert (cells["J BP"], cells["J alg"], cells["Reached alg"]) == ("520.0", "> 802.0", "2 of 6")
+    assert (cells["J BP"], cells["J alg"], cells["Reached alg"]) == ("525.0", "> 802.0", "2 of 6")
     (row,) = one(collect(tmp_path), "T7", targets=[50]).rows
     assert row["ratio"] == pytest.approx(math.exp(statistics.fmean(math.log((300 + s) / 400) for s in range(6))))
     assert row["ratio_high"] < 1

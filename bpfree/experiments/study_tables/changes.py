@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from bpfree.experiments.collect import Entry, pairs
-from bpfree.experiments.statistics import FEW_PAIRS, difference_p, equivalent, holm, relative_change
+from bpfree.experiments.statistics import FEW_PAIRS, constant, difference_p, equivalent, holm, relative_change
 from bpfree.experiments.study_tables.columns import Row
 from bpfree.experiments.study_tables.rows import (
     AGAINST_BP,
@@ -60,7 +60,8 @@ def _tests(ours: Entry, baseline: Entry, quantity: str, *, absolute: bool) -> Ro
     a, b = pairs(ours, baseline, quantity)
     margin = ours.analysis.margin_accuracy if absolute else ours.analysis.margin_relative
     same = equivalent(a, b, margin=margin, relative=not absolute)
-    return {"equal_p": same.p, "differ_p": difference_p(a, b, relative=not absolute)}
+    differ_p = difference_p(a, b, relative=not absolute)
+    return {"equal_p": same.p, "differ_p": differ_p, "constant": constant(a, b, relative=not absolute)}
 
 
 def _verdicts(column: str, tests: Sequence[Row]) -> list[str]:
@@ -72,7 +73,7 @@ def _verdicts(column: str, tests: Sequence[Row]) -> list[str]:
     words = []
     for test in tests:
         if test not in known:
-            words.append("not tested")
+            words.append("the same in all pairs" if test["constant"] else "not tested")
         elif test["equal_p_adjusted"] <= LEVEL:
             words.append("equivalent")
         elif test["differ_p_adjusted"] <= LEVEL:
