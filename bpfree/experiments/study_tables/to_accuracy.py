@@ -44,8 +44,8 @@ def to_accuracy(entries: Sequence[Entry], targets: Sequence[float]) -> Table:
     notes = [
         "Cumulative gross joules up to the first validation at the target, validation included: median over seeds; by "
         "Kaplan-Meier where some ended below the target, as if they would have gone on like the others; runs that "
-        "failed would not. > is a lower bound, where there is no median. Energy x is the ratio over paired seeds, given "
-        "only if all runs of both arms got there.",
+        "failed would not. > is a lower bound, where there is no median. Energy x is the ratio over paired seeds, "
+        "given only if all runs of both arms got there.",
         "Targets were fixed beforehand, or are the baseline's median validation accuracy less one point. Arms that "
         f"hold out fewer than {FEWEST_HELD_OUT} samples are left out.",
     ]
