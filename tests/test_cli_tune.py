@@ -171,6 +171,7 @@ def test_an_autoencoder_stays_one(by: str, tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (("--preset", "backprop-digits-autoencode", "--task", "classify"), 2, "is for the task autoencode"),
+        (("--algo", "bp", "--preset", "mono_forward-digits"), 2, "mono_forward-digits is for mf, not for bp"),
         (("--algo", "mono-fwd"), 2, "unknown algorithm 'mono-fwd'; did you mean mono-forward"),
         ((), 2, "say what to tune"),
         (("--algo", "bp", "--dataset", "digit"), 2, "did you mean digits"),
@@ -181,6 +182,13 @@ def test_an_autoencoder_stays_one(by: str, tmp_path: Path) -> None:
         (("--algo", "bp", "--patience", "3"), 2, "--patience has no meaning with --protocol passes"),
         (("--algo", "bp", "--protocol", "convergence", "--passes", "1", "2"), 2, "--passes has no meaning"),
         (("--algo", "bp", "--lr", "1", "0.1"), 2, "range of lr"),
+        (("--algo", "mf", "--set", "lr=0.1", "--lr", "0.001", "0.002"), 2, "--lr has nothing to search"),
+        (
+            ("--algo", "mf", "--set", "weight_decay=0", "--weight-decay", "1e-5", "1e-3"),
+            2,
+            "--weight-decay has nothing",
+        ),
+        (("--algo", "bp", "--set", "dropout=0.1", "--dropout", "0", "0.3"), 2, "--dropout has nothing to search"),
         (("--algo", "bp", "--lr-schedules", "cosin"), 2, "did you mean cosine"),
         (("--algo", "bp", "--batch-sizes", "64,x"), 2, "--batch-sizes takes whole numbers"),
         (("--algo", "bp", "--batch-sizes", "64,4096"), 2, "batches of 4096 do not fit"),

@@ -195,6 +195,21 @@ def is_default(parameter: str) -> bool:
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.DEFAULT
 
 
+def is_given(parameter: str) -> bool:
+    """Whether an option was written on the command line; variables of the environment may stay set for all."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+
+
+def refuse_idle_measurement(energy: str, seconds: float) -> None:
+    """Refuse to measure the idle device for joules that nobody measures.
+
+    Raises:
+        UsageError: that was asked for.
+    """
+    if energy == "none" and seconds and is_given("idle_seconds"):
+        raise UsageError("--idle-seconds would have no effect with --energy none; leave one of them out")
+
+
 def refuse_others(
     option: str, *, allowed: AbstractSet[str] = frozenset(), refused: AbstractSet[str] = frozenset()
 ) -> None:
@@ -202,9 +217,8 @@ def refuse_others(
 
     Variables of the environment may stay set.
     """
-    context = click.get_current_context()
-    for parameter in context.command.params:
+    for parameter in click.get_current_context().command.params:
         name = parameter.name or ""
         ignored = name in refused if refused else name not in allowed
-        if ignored and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if ignored and is_given(name):
             raise UsageError(f"{option} takes the run as it was recorded; leave out {max(parameter.opts, key=len)}")

@@ -12,7 +12,14 @@ from typing import Any
 
 import click
 
-from bpfree.cli.base import ENVIRONMENT_NOTE, EXIT_NOTE, Command, data_option, format_option
+from bpfree.cli.base import (
+    ENVIRONMENT_NOTE,
+    EXIT_NOTE,
+    Command,
+    data_option,
+    format_option,
+    refuse_idle_measurement,
+)
 from bpfree.cli.training import training_options
 from bpfree.console import Console
 from bpfree.energy import KINDS
@@ -146,6 +153,7 @@ def compare(
         raise UsageError("matched passes alone need --passes, or --results with the baseline's own convergence")
     if idle_seconds and not idle_seconds >= 10:
         raise UsageError("--idle-seconds takes 10 or more, or 0 for none")
+    refuse_idle_measurement(energy, idle_seconds)
     if carbon is not None:
         carbon_intensity(carbon)
     given = {name: value for name, value in training.items() if value is not None}

@@ -23,6 +23,7 @@ from bpfree.cli.base import (
     data_option,
     format_option,
     is_default,
+    refuse_idle_measurement,
     refuse_others,
     subject_options,
 )
@@ -223,6 +224,7 @@ def run(
                     energy=energy,
                     task=task,
                 )
+            refuse_idle_measurement(config.energy, idle_seconds)
             loaded = _loaded(config.dataset, data_root, download, together)
             device_of_rank = None if together is None else together.ranks.device
             idle_w = runs.measure_idle(config, idle_seconds, device_of_rank) if idle_seconds else ()

@@ -20,6 +20,7 @@ from bpfree.cli.base import (
     data_option,
     format_option,
     is_default,
+    is_given,
     task_option,
 )
 from bpfree.cli.training import setting_options
@@ -190,6 +191,10 @@ def tune_rule(
             raise UsageError(f"--{option.replace('_', '-')} has no meaning with --protocol {protocol}; leave it out")
     start = resolve(algorithm_name, dataset, network, preset=preset, task=task, seed=seed, device=device, energy=energy)
     given = parse_settings(settings, start.algorithm)
+    for searched in ("lr", "weight_decay", "dropout"):
+        if searched in given and is_given(searched):
+            option = f"--{searched.replace('_', '-')}"
+            raise UsageError(f"--set fixes {searched}, so that {option} has nothing to search; leave one of them out")
     fixed = {**usual_training(start.task), **{key: value for key, value in training.items() if value is not None}}
     if protocol == "convergence":
         fixed.update(epochs=epochs, patience=patience)

@@ -232,10 +232,7 @@ def _make_arm(
     energy: str,
 ) -> Arm:
     name, preset, settings = _parsed(text)
-    rule = algorithm(name)
     named = named_preset(preset) if preset not in ("", "none") else None
-    if named is not None and algorithm(named.algorithm) is not rule:
-        raise UsageError(f"preset {preset} is for {named.algorithm}, not for {rule.alias}")
     parameters, own_training = parse_mixed_settings(tuple(settings), name)
     config = resolve(
         name,

@@ -333,7 +333,7 @@ def resolve(
             say that they are to be standardised.
 
     Raises:
-        UsageError: an unknown name, or neither a rule nor a preset given.
+        UsageError: an unknown name, neither a rule nor a preset given, or a preset of another rule or task.
     """
     start: Preset | None = None
     if preset not in (None, "none"):
@@ -347,6 +347,8 @@ def resolve(
     network = None if network is None else canonical_name(network)
     if preset is None:
         start = find_preset(rule, chosen, network, asked)
+    elif start is not None and algorithm(start.algorithm) is not rule:
+        raise UsageError(f"preset {start.name} is for {start.algorithm}, not for {rule.alias}")
     elif start is not None and start.task != asked:
         raise UsageError(f"preset {start.name} is for the task {start.task}, not for {asked}")
     usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
@@ -362,11 +364,6 @@ def resolve(
                 f"{name} of a run is recorded and so has a name or a value, got {type(overrides[name]).__name__}; give "
                 "objects to the learner itself, and that to bpfree.Trainer"
             )
-    if start is not None and (alien := start.parameters.keys() - rule.parameters().keys()):
-        raise UsageError(
-            f"preset {start.name} is for {start.algorithm}, and {rule.alias} has no {', '.join(sorted(alien))}; choose "
-            "another preset, or none"
-        )
     return RunConfig(
         algorithm=rule.alias,
         dataset=chosen,

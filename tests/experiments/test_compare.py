@@ -654,6 +654,7 @@ def test_a_defect_in_one_arm_is_a_failure_of_that_arm(
         (("--algos", "bp,man:ends=3,7",), """--algos 'man:ends="3,7"'"""),
         (("--algos", "mf,bp", "--protocol", "own", "--passes", "3"), "--passes belongs to matched"),
         (("--algos", "mf,bp", "--idle-seconds", "3"), "takes 10 or more"),
+        (("--algos", "mf,bp", "--energy", "none", "--idle-seconds", "10"), "no effect with --energy none"),
     ],
 )  # fmt: skip
 def test_bad_input_starts_nothing(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -156,6 +156,13 @@ def test_unknown_names_come_with_the_nearest(arguments: dict[str, object], messa
         resolve(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rule", ["bp", "mf-joint"])
+def test_a_preset_of_another_rule_is_refused_even_if_the_rule_has_all_its_parameters(rule: str) -> None:
+    assert resolve("mono-forward", preset="mono_forward-digits").preset == "mono_forward-digits"
+    with pytest.raises(UsageError, match=f"preset mono_forward-digits is for mf, not for {rule}"):
+        resolve(rule, preset="mono_forward-digits")
+
+
 def test_objects_are_no_settings_of_a_run() -> None:
     with pytest.raises(UsageError, match=r"goodness of a run is recorded .* got SquaredGoodness; .* bpfree\.Trainer"):
         resolve("ff", parameters={"goodness": SquaredGoodness()})
