@@ -273,6 +273,16 @@ class ClosedForm(Group):
             finish=partial(self._solve, outputs),
         )
 
+    def scores(self, outputs: Sequence[Any]) -> Tensor:
+        """See `Group`.
+
+        Raises:
+            UsageError: samples have been collected, and not solved for.
+        """
+        if any(statistics.count for statistics in self._statistics):
+            raise UsageError("what the steps collected is not in the weights yet; call finish() after the pass")
+        return super().scores(outputs)
+
     @torch.no_grad()
     def _gather(self, outputs: Outputs, batch: Batch) -> Metrics:
         inputs, targets = batch

@@ -156,7 +156,9 @@ class CaFo(Learner):
             "block_weight_decay": block_weight_decay,
         }
         chosen = {"loss": loss, "block_training": block_training, "block_lr": block_lr}
-        refuse_idle(given, self.idle(chosen), " and ".join(f"{k}={v}" for k, v in chosen.items() if v is not None))
+        idle = self.idle(chosen)
+        reasons = (f"{k}={v}" for k, v in chosen.items() if v is not None and k not in idle)
+        refuse_idle(given, idle, " and ".join(reasons))
         lr, optimizer = LR if lr is None else lr, "adam" if optimizer is None else optimizer
         for name, number in (("ridge", ridge), ("block_lr", block_lr)):
             if number is not None and (type(number) not in (float, int) or not 0 <= number < math.inf):

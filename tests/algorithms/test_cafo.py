@@ -686,6 +686,18 @@ def test_finishing_forgets_what_was_collected() -> None:
         model.finish()
 
 
+def test_there_is_no_answer_before_the_solution() -> None:
+    model, data = learner(ridge=0.1), batch()
+    model.step(data)
+    with pytest.raises(UsageError, match=r"call finish\(\) after the pass"):
+        model.scores(data[0])
+    model.finish()
+    loaded = learner(ridge=0.1)
+    loaded.step(data)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded.scores(data[0]), model.scores(data[0]))
+
+
 # in the fit loop
 
 
@@ -795,7 +807,7 @@ def test_full_batches_are_served_without_a_copy() -> None:
         ({"gram": "float16"}, "gram"),
         ({"loss": "ce", "ridge": 0.1}, "ridge would have no effect with loss=ce"),
         ({"loss": "sl", "gram": "float64"}, "gram would have no effect with loss=sl"),
-        ({"block_lr": 0.1}, "block_lr would have no effect with .*block_training=random"),
+        ({"block_lr": 0.1}, "block_lr would have no effect with .*block_training=random;"),
         ({"loss": "ce", "block_weight_decay": 0.0}, "block_weight_decay would have no effect"),
         ({"lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0}, "lr and optimizer and weight_decay would have no"),
         ({"block_training": "dfa", "weight_decay": 0.1}, "weight_decay would have no effect with loss=mse"),
