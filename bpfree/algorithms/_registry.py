@@ -63,13 +63,15 @@ class Algorithm:
         """A learner for `network`; 0 classes are the task "autoencode".
 
         Raises:
-            UsageError: a parameter that the rule does not have (with the nearest one it has), a bad value, or a
-                network that the rule cannot train.
+            UsageError: a task that the rule cannot learn, a parameter that it does not have (with the nearest one it
+                has), a bad value, or a network that it cannot train.
         """
         known = self.parameters()
         for name in parameters:
             if name not in known:
                 raise unknown_name(f"parameter of {self.name}", name, known)
+        if classes == 0 and "autoencode" not in self.learner.tasks:
+            raise UsageError(f"{self.name} cannot autoencode; it learns to {' and '.join(self.learner.tasks)}")
         support = self.learner.supports(network)
         if not support.ok:
             raise UsageError(f"{self.name} cannot train this network: {support.reason}")

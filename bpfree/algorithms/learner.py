@@ -153,9 +153,11 @@ class Stage:
             the host is the caller's choice.
 
         Raises:
-            UsageError: shapes or types do not fit the network, or (on the CPU, where looking at values does
-                not stall a device) a target is not a class.
+            UsageError: shapes or types do not fit the network, (on the CPU, where looking at values does not stall a
+                device) a target is not a class, or PyTorch is in inference mode.
         """
+        if torch.is_inference_mode_enabled():
+            raise UsageError("a step learns, which torch.inference_mode() does not allow; leave it for the step")
         check_batch(batch, self.input_shape, self.classes)
         return self.update(batch)
 
@@ -323,7 +325,7 @@ class Learner(nn.Module, ABC):
         self.takes_graphs = any(isinstance(module, GraphBlock) for module in self.network.modules())
         self.classes = classes
         if self.task not in self.tasks:
-            raise UsageError(f"{type(self).__name__} cannot {self.task}; it learns to {' and '.join(self.tasks)}")
+            raise UsageError(f"classes must be at least 2, got {classes}")
         self.input_shape = sample_shape(input_shape, self.blocks())
 
     @abstractmethod

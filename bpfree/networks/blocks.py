@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bpfree.errors import UsageError
 from bpfree.networks.gnn import GraphBlock
@@ -47,11 +48,12 @@ def as_blocks(network: nn.Sequential | Iterable[nn.Module]) -> nn.ModuleList:
         network: an `nn.Sequential`, or any iterable of modules in forward order.
 
     Raises:
-        UsageError: the network is not a sequence of modules, or nothing in it has parameters.
+        UsageError: the network is not a sequence of modules, nothing in it has parameters, or some have no size yet.
     """
     groups: list[list[nn.Module]] = []
     leading: list[nn.Module] = []
     for module in children_of(network):
+        _refuse_lazy(module)
         if any(True for _ in module.parameters()):
             groups.append([*leading, module])
             leading = []
@@ -62,6 +64,14 @@ def as_blocks(network: nn.Sequential | Iterable[nn.Module]) -> nn.ModuleList:
     if not groups:
         raise UsageError("the network has no block with parameters, so there is nothing to train")
     return nn.ModuleList(group[0] if len(group) == 1 else nn.Sequential(*group) for group in groups)
+
+
+def _refuse_lazy(network: nn.Module) -> None:
+    for module in network.modules():
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            raise UsageError(
+                f"the size of a {type(module).__name__} is not known yet; run a batch through the network first"
+            )
 
 
 def infer_input_shape(blocks: Sequence[nn.Module]) -> Shape:

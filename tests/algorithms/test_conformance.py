@@ -315,8 +315,12 @@ def test_rules_that_cannot_autoencode_say_so(rule: str) -> None:
     if "autoencode" in entry(rule).learner.tasks:
         return
     backbone = backbones(rule)[0]
+    shape = FEATURES if backbone in GRAPHS else SHAPE
     with pytest.raises(UsageError, match="cannot autoencode"):
-        entry(rule).build(BACKBONES[backbone](), 0, FEATURES if backbone in GRAPHS else SHAPE)
+        entry(rule).build(BACKBONES[backbone](), 0, shape)
+    if not entry(rule).defaults:
+        with pytest.raises(UsageError, match="classes must be at least 2, got 0"):
+            entry(rule).learner(BACKBONES[backbone](), 0, input_shape=shape)
 
 
 autoencoders = pytest.mark.parametrize("rule", ["bp", "ccl"])
@@ -636,6 +640,15 @@ def test_parts_that_disagree_are_named(rule: str) -> None:
         learner.scores(batch("mlp")[0])
 
 
+@pytest.mark.parametrize("rule", PLAIN)
+def test_a_step_in_inference_mode_gets_a_clear_error(rule: str) -> None:
+    learner = build(rule, "mlp")
+    with torch.inference_mode():
+        learner.scores(batch("mlp")[0])
+        with pytest.raises(UsageError, match=r"torch\.inference_mode\(\) does not allow; leave it"):
+            step(learner, *batch("mlp"))
+
+
 @pytest.mark.parametrize(
     ("error", "mixed"), [(RuntimeError("my own"), False), (torch.OutOfMemoryError("my own"), True)]
 )
@@ -673,6 +686,15 @@ def test_what_is_no_shape_gets_a_clear_error(rule: str, shape: Any) -> None:
 def test_what_is_no_network_gets_a_clear_error(rule: str, network: Any) -> None:
     with pytest.raises(UsageError, match="or a list of modules in forward order"):
         entry(rule).learner(network, CLASSES, input_shape=(4,))
+
+
+@pytest.mark.parametrize("rule", ["mf", "bp", "ff"])
+@pytest.mark.parametrize(
+    "lazy", [nn.LazyLinear(4), nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False))], ids=["own", "within"]
+)
+def test_a_network_without_sizes_gets_a_clear_error(rule: str, lazy: nn.Module) -> None:
+    with pytest.raises(UsageError, match=r"Lazy.* is not known yet; run a batch through the network first"):
+        entry(rule).learner(nn.Sequential(lazy, nn.ReLU()), CLASSES, input_shape=(4,))
 
 
 @pytest.mark.parametrize(
