@@ -77,6 +77,20 @@ class Arm:
         like = [preset for preset in others if preset.network.partition(":")[0] == family]
         return ", ".join(f"{self.config.algorithm}@{preset.name} of {preset.network}" for preset in like)
 
+    @property
+    def stretched(self) -> str:
+        """For an arm whose preset nobody named, what the comparison's cap does to a schedule made for other epochs."""
+        training, name = self.config.training, self.config.preset
+        if name is None or "@" in self.label or training.lr_schedule == "constant" or training.passes is not None:
+            return ""
+        epochs = named_preset(name).training.get("epochs", TrainingConfig.epochs)
+        if epochs == training.epochs:
+            return ""
+        return (
+            f"the {training.lr_schedule} schedule of {name} was made for {epochs} epochs and is over {training.epochs} "
+            f"here; {self.config.algorithm}@{name} keeps its own"
+        )
+
     def run_config(self, seed: int, passes: int | None) -> RunConfig:
         """One run: at its own convergence, or for `passes` data passes."""
         return replace(self.config, seed=seed, training=replace(self.config.training, passes=passes))

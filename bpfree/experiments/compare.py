@@ -399,6 +399,8 @@ class Comparison:
             for arm in self._running:
                 others = f"; there is {arm.elsewhere}" if arm.elsewhere else ""
                 self._say(f"{arm.label} on {arm.config.network} takes {arm.origin}{others}")
+                if arm.stretched:
+                    self._say(f"note: {arm.stretched}")
                 passes = arm.config.training.passes
                 if passes is not None and self._protocols != [TUNED]:
                     self._say(

@@ -523,6 +523,18 @@ def test_where_hyperparameters_come_from_is_told(tmp_path: Path) -> None:
     assert "mf@none:patience=4 on mlp:2x1000 takes the rule's defaults\n" in told
     assert "ff on mlp:2x1000 takes the rule's defaults; there is ff@forward_forward-digits of mlp:3x300\n" in told
     assert "bp on mlp:2x1000 takes the rule's defaults\n" in told
+    assert "schedule" not in told
+
+
+def test_a_schedule_over_other_epochs_than_it_was_made_for_is_told() -> None:
+    def stretched(arm: str, **training: Any) -> str:
+        (made,) = make_arms([arm], "mnist", "mlp:2x1000", baseline="bp", training=training)
+        return made.stretched
+
+    words = "the cosine schedule of backprop-mnist was made for 20 epochs and is over 100 here; bp@backprop-mnist keeps"
+    assert stretched("bp").startswith(words)
+    assert stretched("bp", epochs=20) == stretched("bp@backprop-mnist") == stretched("bp@none") == ""
+    assert stretched("bp:lr_schedule=constant") == ""
 
 
 @pytest.mark.parametrize(
