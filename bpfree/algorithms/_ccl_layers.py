@@ -58,15 +58,19 @@ class DenseTrace(Trace):
     """
 
     def __init__(self, dense: Dense, inputs: Tensor) -> None:
-        self._dense, self._inputs = dense, inputs.flatten(1)
+        self.dense, self._inputs = dense, inputs.flatten(1)
         self._activated = dense.activate(F.linear(self._inputs, dense.linear.weight, dense.linear.bias))
         self.output = self._activated if dense.shape is None else self._activated.unflatten(1, dense.shape)
 
+    def factors(self, towards: Tensor) -> tuple[Tensor, Tensor]:
+        """dz (n, d_out) and the inputs (n, d_in): dW is the transpose of the former times the latter."""
+        return self.dense.derivative(towards.flatten(1).to(self._activated.dtype), self._activated), self._inputs
+
     def gradients(self, towards: Tensor) -> list[Tensor]:
-        """dW = dz^T inputs and, if there is a bias, db = sum over rows of dz."""
-        error = self._dense.derivative(towards.flatten(1).to(self._activated.dtype), self._activated)
-        weight = error.T @ self._inputs
-        return [weight] if self._dense.linear.bias is None else [weight, error.sum(0)]
+        """dW and, if there is a bias, db = sum over rows of dz."""
+        error, inputs = self.factors(towards)
+        weight = error.T @ inputs
+        return [weight] if self.dense.linear.bias is None else [weight, error.sum(0)]
 
 
 class AutogradTrace(Trace):

@@ -20,6 +20,11 @@ class WholeBatch(nn.Module):
     processes: Processes | None = None
     average: Callable[[Iterable[nn.Parameter]], None] | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process has all of the batch."""
+        return self.processes is None
+
     def rows(self, own: Tensor) -> tuple[Tensor, int]:
         """The rows of all processes.
 

@@ -32,6 +32,7 @@ as in the authors' code. A row of zeros has no direction under "cosine" and give
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -39,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._ccl_layers import Layer, Trace, core, feedback_modules, freeze_norms, weighted
+from bpfree.algorithms._ccl_layers import DenseTrace, Layer, Trace, core, feedback_modules, freeze_norms, weighted
 from bpfree.algorithms._ccl_objectives import (
     ClassObjective,
     CosineObjective,
@@ -47,6 +48,7 @@ from bpfree.algorithms._ccl_objectives import (
     Objective,
     ReconstructionObjective,
 )
+from bpfree.algorithms._ccl_updates import ThinUpdate, Update, WrittenUpdate, is_thin, shorten
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
 from bpfree.algorithms._whole_batch import WholeBatch
@@ -61,6 +63,7 @@ ClipScope = Literal["layer", "network"]
 SIMILARITIES: Final = ("cosine", "dot")
 CLIP_SCOPES: Final = ("layer", "network")
 DECORRELATION: Final = 0.5
+FEEDBACK: Final = 0  # the lane of the feedback network
 
 FEEDBACK_STREAM: Final = Channel(
     "feedback stream", "activations of the feedback network, whose layers have learnt from those of later blocks", 1
@@ -188,6 +191,7 @@ class CounterCurrent(Learner):
             for layer in network
             if layer.parameters
         }
+        self._plain_descent = optimizer == "gd"
         self._in_closed_form = all(layer.dense is not None for layer in (*self._forward, *self._feedback))
         self.warmup_steps = warmup_steps
         if warmup_steps:
@@ -211,42 +215,35 @@ class CounterCurrent(Learner):
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
         inputs = inputs.reshape(len(inputs), *self.input_shape)
-        # an autograd graph goes backwards on the stream of its forward pass, so only closed forms fork
-        lanes = Lanes(inputs.device, len(self._forward) + 1 if self._in_closed_form else 0)
-        with lanes.lane(0):
+        # an autograd graph goes backwards on the stream of its forward pass: then only the two networks part
+        levels = Lanes(inputs.device, len(self._forward) + 1)
+        with levels.lane(FEEDBACK):
             feedback = _traces(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
         forward = _traces(self._forward, inputs)
-        lanes.join()
+        levels.join()
         asked = self.objective.asked(targets, forward[-1].output)
         share = self._warmed_up()
         metrics = {}
+        ratings = []  # lanes use them until they are joined
+        updates: dict[Layer, Update] = {}
         activations = [inputs, *(trace.output for trace in forward)]
         for level, activation in enumerate(activations):
-            with lanes.lane(level):  # levels do not wait for each other
+            with levels.lane(level) if self._in_closed_form else nullcontext():  # levels do not wait for each other
                 if level == len(forward):
                     rating = self.objective.rate_output(activation, asked)
                 else:
                     rating = self.objective.rate(activation, feedback[level].output, asked, at_input=not level)
+                ratings.append(rating)
                 metrics[f"level {level} loss"] = rating.loss
                 if rating.by_forward is not None:
-                    self._teach(self._forward[level - 1], forward[level - 1].gradients(rating.by_forward), share)
-                if rating.by_feedback is not None and self._feedback[level].parameters:
-                    self._teach(self._feedback[level], feedback[level].gradients(rating.by_feedback), share)
-        lanes.join()
-        lanes = Lanes(inputs.device, len(self._optimizers))
-        if self.clip:  # the length is that of the whole batch's gradient
-            self.batch.settle(_parameters(self._optimizers))
-        if self.clip and self.clip_scope == "network":
-            for index, network in enumerate((self._forward, self._feedback)):
-                with lanes.lane(index):
-                    nn.utils.clip_grad_norm_(_parameters(network), self.clip, foreach=True)
-            lanes.join()
-        for index, (layer, optimizer) in enumerate(self._optimizers.items()):
-            with lanes.lane(index):
-                if self.clip and self.clip_scope == "layer":
-                    nn.utils.clip_grad_norm_(layer.parameters, self.clip, foreach=True)
-                optimizer.step()
-        lanes.join()
+                    layer = self._forward[level - 1]
+                    updates |= self._taught(layer, forward[level - 1], rating.by_forward, share)
+                if rating.by_feedback is not None:
+                    with nullcontext() if self._in_closed_form else levels.lane(FEEDBACK):
+                        layer = self._feedback[level]
+                        updates |= self._taught(layer, feedback[level], rating.by_feedback, share)
+        levels.join()
+        self._move(updates, Lanes(inputs.device, len(updates)))
         return metrics
 
     def _warmed_up(self) -> Tensor | None:
@@ -256,11 +253,49 @@ class CounterCurrent(Learner):
         self.steps_taken += 1
         return (self.steps_taken / self.warmup_steps).clamp(max=1)
 
-    def _teach(self, layer: Layer, gradients: list[Tensor], share: Tensor | None) -> None:
-        """Hand a layer its gradients: warmed up, then centralised."""
-        set_gradients(layer.parameters, gradients if share is None else [gradient * share for gradient in gradients])
+    def _taught(self, layer: Layer, trace: Trace, towards: Tensor, share: Tensor | None) -> dict[Layer, Update]:
+        """What a layer learns from the derivative of its level's loss: warmed up, then centralised. Nothing if all of
+        it is frozen."""
+        if not layer.parameters:
+            return {}
+        if share is not None:
+            towards = towards * share
+        optimizer = self._optimizers[layer]
+        plain = self._plain_descent and self.batch.alone
+        if plain and isinstance(trace, DenseTrace) and is_thin(trace.dense.linear, rows=len(towards)):
+            errors, inputs = trace.factors(towards)
+            if self.centralize:
+                inputs = inputs - inputs.mean(1, keepdim=True)
+            return {layer: ThinUpdate(trace.dense.linear, errors, inputs, optimizer)}
+        set_gradients(layer.parameters, trace.gradients(towards))
         if self.centralize:
             centralize_gradients(layer.parameters)
+        return {layer: WrittenUpdate(layer.parameters, optimizer)}
+
+    def _move(self, updates: Mapping[Layer, Update], lanes: Lanes) -> None:
+        """Clip, and step."""
+        squared: dict[Layer, Tensor] = {}
+        if self.clip:  # the length is that of the whole batch's gradient
+            self.batch.settle(parameter for layer in updates for parameter in layer.parameters)
+        if self.clip and self.clip_scope == "network":
+            for index, (layer, update) in enumerate(updates.items()):
+                with lanes.lane(index):
+                    squared[layer] = update.squared_length()
+            lanes.join()
+            for index, network in enumerate((self._forward, self._feedback)):
+                with lanes.lane(index):
+                    together = [layer for layer in network if layer in updates]
+                    if together:
+                        shorten(
+                            [updates[layer] for layer in together], self.clip, [squared[layer] for layer in together]
+                        )
+            lanes.join()
+        for index, update in enumerate(updates.values()):
+            with lanes.lane(index):
+                if self.clip and self.clip_scope == "layer":
+                    shorten([update], self.clip)
+                update.take()
+        lanes.join()
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:
@@ -346,10 +381,6 @@ def _traces(layers: Iterable[Layer], signal: Tensor) -> list[Trace]:
         traces.append(layer.trace(signal))
         signal = traces[-1].output
     return traces
-
-
-def _parameters(layers: Iterable[Layer]) -> list[nn.Parameter]:
-    return [parameter for layer in layers for parameter in layer.parameters]
 
 
 def alignment(forward: nn.Module, feedback: nn.Module) -> Tensor:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counter_current import courses, draw_courses, draw_features, features
-from bpfree.algorithms import Backprop, CounterCurrent
+from bpfree.algorithms import Backprop, CounterCurrent, _ccl_updates
 from bpfree.algorithms._ccl_layers import Layer, weighted
 from bpfree.algorithms._ccl_objectives import Asked, CosineObjective, DotObjective
+from bpfree.data import Batches
 from bpfree.errors import CheckpointError, UsageError
+from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.experiments.config import resolve
 from bpfree.experiments.run import run, trained
 from bpfree.metrics import linear_cka
@@ -118,8 +120,9 @@ def test_gradients_and_a_step_equal_the_numpy_reference(similarity: str) -> None
 def test_closed_form_equals_autograd(similarity: str) -> None:
     closed, automatic = learner(similarity), learner(similarity)
     for name in ("_forward", "_feedback"):
-        layers = tuple(Layer(layer.module, layer.parameters, None) for layer in getattr(automatic, name))
-        setattr(automatic, name, layers)
+        layers = {layer: Layer(layer.module, layer.parameters, None) for layer in getattr(automatic, name)}
+        automatic._optimizers |= {new: automatic._optimizers[old] for old, new in layers.items()}
+        setattr(automatic, name, tuple(layers.values()))
     x, y = batch()
     for model in (closed, automatic):
         model.step((x, y))
@@ -250,6 +253,90 @@ def test_clipping_a_network_as_one_is_a_channel_and_the_library_says_so() -> Non
     assert torch.equal(first[0], first[2])
     assert not torch.equal(first[1], first[3])
     assert "clipped by network" in learner(clip=1.0, clip_scope="network").variant
+
+
+# gradients that are never written out
+
+
+WIDE = (40, 48, 44)  # at least four times as wide as the batch of 7 is long
+MOVES: list[dict[str, object]] = [
+    {},
+    {"clip": 0.02},
+    {"clip": 0.02, "clip_scope": "network"},
+    {"clip": 100.0},
+    {"weight_decay": 0.1},
+    {"centralize": True, "clip": 0.02},
+    {"warmup_steps": 4, "clip": 0.02},
+]
+
+
+def wide(bias: bool = False, **options: object) -> tuple[CounterCurrent, Tensor, Tensor]:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(below, above, bias=bias), nn.ELU()) for below, above in itertools.pairwise(WIDE)]
+    settings = {"lr": 0.3, "clip": 0.0, **OPTIONS["dot"], **options}
+    model = CounterCurrent(blocks, CLASSES, **settings).double()  # type: ignore[arg-type]
+    return model, torch.randn(7, WIDE[0], dtype=torch.float64), torch.arange(7) % CLASSES
+
+
+@pytest.mark.parametrize("options", MOVES)
+def test_thin_gradients_move_weights_as_the_numpy_reference_does(options: dict[str, object]) -> None:
+    model, x, y = wide(**options)
+    before = arrays(model)
+    _, *gradients = expected(model, "dot", x, y)
+    for _ in range(1, 3 if "warmup_steps" in options else 2):
+        before = arrays(model)
+        _, *gradients = expected(model, "dot", x, y)
+        model.step((x, y))
+    share = 0.5 if "warmup_steps" in options else 1.0
+    for old, new, network in zip(before, arrays(model), gradients, strict=True):
+        steps = [share * g - (share * g).mean(1, keepdims=True) * bool(options.get("centralize")) for g in network]
+        if options.get("clip_scope") == "network":
+            steps = reference.clipped(steps, options["clip"])
+        elif "clip" in options:
+            steps = [reference.clipped([g], options["clip"])[0] for g in steps]
+        for weight, moved, step in zip(old, new, steps, strict=True):
+            decay = options.get("weight_decay", 0.0) * weight
+            np.testing.assert_allclose(moved, weight - 0.3 * (step + decay), rtol=0, atol=1e-10)
+    unwritten = [[p.grad is None for p in network] for network in matrices(model)]
+    assert unwritten == [[True, True, False], [True, True, False]]  # the two with a side of 3 classes are not wide
+
+
+@pytest.mark.parametrize("options", MOVES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_thin_gradients_do_what_written_ones_and_an_optimiser_do(
+    bias: bool, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for rate in (None, 0.3, torch.tensor(0.3, dtype=torch.float64)):  # a number, or as in a CUDA graph on the device
+        model, x, y = wide(bias, **options)
+        for optimizer in model.optimizers():
+            if rate is None:
+                monkeypatch.setattr(_ccl_updates, "THIN", 10**6)
+            else:
+                monkeypatch.undo()
+                optimizer.param_groups[0]["lr"] = rate
+        for _ in range(3):
+            model.step((x, y))
+        assert (next(model.network.parameters()).grad is None) == (rate is not None)
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    for others in ends[1:]:
+        for a, b in zip(ends[0], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", ["layer", "network"])
+def test_thin_gradients_are_the_same_in_a_graph(scope: str) -> None:
+    ends = []
+    for graph in (False, True):
+        model, x, y = wide(clip=0.02, clip_scope=scope)
+        part = Batches(x.float().repeat(3, 1), y.repeat(3), device="cuda")
+        config = TrainingConfig(batch_size=7, epochs=3, graph=graph, precision="fp32", lr_schedule="cosine")
+        Trainer(model.float().cuda(), part, part, config).run()
+        assert next(model.network.parameters()).grad is None
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 # 5.-8. what the losses mean
@@ -416,7 +503,7 @@ def test_operations_equal_the_papers(network: str, shape: tuple[int, ...], bp: f
     inputs, targets = torch.randn(32, *shape), torch.arange(32) % 10
     make: dict[float, Callable[[nn.Sequential], Backprop | CounterCurrent]] = {
         bp: lambda blocks: Backprop(blocks, 10, readout="goodness"),
-        ccl: lambda blocks: CounterCurrent(blocks, 10, similarity="dot"),
+        ccl: lambda blocks: CounterCurrent(blocks, 10, similarity="dot", clip=0.0),
     }
     for published, build in make.items():
         model = build(build_network(network, shape))

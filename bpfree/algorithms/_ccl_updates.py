@@ -1,0 +1,118 @@
+"""How a layer of counter-current learning moves: a gradient, shortened if it is too long, and one step of descent.
+
+The gradient of a linear layer's weights is a sum over rows, dW = E^T X with E (n, d_out) and X (n, d_in). Where rows
+are few (a feedback layer learns from one per class) and descent is plain, dW is never written out:
+
+    |dW|^2 = sum((E E^T) * (X X^T))          W <- (1 - lr decay) W - lr E^T X
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+THIN: Final = 4
+"""A gradient is left in factors if they have this many times fewer rows than its matrix has rows and columns: two
+Gram matrices then cost less than to write it, read it for its length, scale it and read it again."""
+
+SHORTEST: Final = 1e-6  # added to a length before dividing by it, as torch.nn.utils.clip_grad_norm_ does
+
+
+class Update(ABC):
+    """What one layer is about to do."""
+
+    @abstractmethod
+    def squared_length(self) -> Tensor:
+        """Squared 2-norm of the gradient of all of the layer's parameters, 0-d."""
+
+    @abstractmethod
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the gradient, by 0-d `factor`."""
+
+    @abstractmethod
+    def take(self) -> None:
+        """Change the parameters."""
+
+
+class WrittenUpdate(Update):
+    """A gradient in `.grad` of every parameter, whatever the optimiser.
+
+    Args:
+        parameters: of the layer.
+        optimizer: of these parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
+        self._gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self._optimizer = optimizer
+
+    def squared_length(self) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in self._gradients]).square().sum()
+
+    def scale(self, factor: Tensor) -> None:
+        for gradient in self._gradients:
+            gradient.mul_(factor)
+
+    def take(self) -> None:
+        self._optimizer.step()
+
+
+class ThinUpdate(Update):
+    """Gradient descent by E^T X, which is not written out; `.grad` is left as it is.
+
+    Args:
+        linear: W and, if there is one, b.
+        errors: E, (n, d_out).
+        inputs: X, (n, d_in).
+        optimizer: of plain descent; it holds the rate and the decay.
+    """
+
+    def __init__(self, linear: nn.Linear, errors: Tensor, inputs: Tensor, optimizer: Optimizer) -> None:
+        self._linear, self._optimizer = linear, optimizer
+        self._errors, self._inputs = errors.to(linear.weight.dtype), inputs.to(linear.weight.dtype)
+
+    def squared_length(self) -> Tensor:
+        with torch.autocast(self._errors.device.type, enabled=False):
+            by_rows = (self._errors @ self._errors.T) * (self._inputs @ self._inputs.T)
+        squared = by_rows.sum().clamp(min=0)  # rounding may leave less than nothing of a gradient that cancels
+        return squared if self._linear.bias is None else squared + self._errors.sum(0).square().sum()
+
+    def scale(self, factor: Tensor) -> None:
+        self._errors = self._errors * factor
+
+    def take(self) -> None:
+        (group,) = self._optimizer.param_groups
+        rate, decay = group["lr"], group["weight_decay"]
+        step = self._errors * rate
+        if decay:
+            for parameter in self._linear.parameters():
+                parameter.mul_(1 - rate * decay)
+        weight = self._linear.weight
+        torch.addmm(weight, step.T, self._inputs, alpha=-1, out=weight)  # torch counts no operations of addmm_
+        if self._linear.bias is not None:
+            self._linear.bias.sub_(step.sum(0))
+
+
+def is_thin(linear: nn.Linear, rows: int) -> bool:
+    """Whether a gradient over so many rows is better left in factors."""
+    return THIN * rows <= min(linear.weight.shape)
+
+
+def shorten(updates: Sequence[Update], longest: float, squared_lengths: Sequence[Tensor] | None = None) -> None:
+    """Scale updates together so that their gradient is at most `longest` long.
+
+    Args:
+        updates: what is clipped as one.
+        longest: in the 2-norm.
+        squared_lengths: of the updates, if they are known.
+    """
+    squared = [update.squared_length() for update in updates] if squared_lengths is None else squared_lengths
+    length = torch.stack(list(squared)).sum().sqrt()
+    factor = (longest / (length + SHORTEST)).clamp(max=1)
+    for update in updates:
+        update.scale(factor)
