@@ -7,7 +7,7 @@ feedback activations B = b_l. It returns the loss and its derivatives by A and b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -43,7 +43,13 @@ class Asked:
 
 
 class Objective(nn.Module, ABC):
-    """How levels are rated."""
+    """How levels are rated.
+
+    Attributes:
+        flood: above 0, hidden levels leave out samples whose class has a probability above 1 - flood already.
+    """
+
+    flood: float = 0.0
 
     @abstractmethod
     def feedback_input(self, targets: Tensor) -> Tensor:
@@ -54,8 +60,12 @@ class Objective(nn.Module, ABC):
         """Of feedback activations, the one that belongs to each sample."""
 
     @abstractmethod
-    def asked(self, targets: Tensor, output: Tensor) -> Asked:
-        """Targets of the batch in the form that the ratings need, given the network's output a_L."""
+    def asked(self, targets: Tensor) -> Asked:
+        """Targets of the batch in the form that the ratings need."""
+
+    def flooded(self, asked: Asked, output: Tensor) -> Asked:
+        """The same without the samples, for hidden levels, that the network's output a_L is sure of."""
+        return asked
 
     @abstractmethod
     def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool) -> Rating:
@@ -81,7 +91,7 @@ class ClassObjective(Objective):
 
     Args:
         classes: K.
-        flood: hidden levels leave out samples whose class has a probability of more than 1 - flood already.
+        flood: see `Objective`.
     """
 
     templates: Tensor
@@ -97,13 +107,14 @@ class ClassObjective(Objective):
     def paired(self, feedback: Tensor, targets: Tensor) -> Tensor:
         return feedback[targets]
 
-    def asked(self, targets: Tensor, output: Tensor) -> Asked:
-        indicator = torch.zeros(len(targets), len(self.templates), dtype=self.templates.dtype, device=targets.device)
-        indicator.scatter_(1, targets[:, None], 1)
+    def asked(self, targets: Tensor) -> Asked:
+        return Asked(self.templates[targets])
+
+    def flooded(self, asked: Asked, output: Tensor) -> Asked:
         if not self.flood:
-            return Asked(indicator)
-        probability = output.to(indicator.dtype).softmax(1).gather(1, targets[:, None])
-        return Asked(indicator, (probability <= 1 - self.flood).to(indicator.dtype))
+            return asked
+        probability = (output.to(asked.targets.dtype).softmax(1) * asked.targets).sum(1, keepdim=True)
+        return replace(asked, kept=(probability <= 1 - self.flood).to(asked.targets.dtype))
 
     def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool) -> Rating:
         with torch.autocast(forward.device.type, enabled=False):
@@ -138,7 +149,7 @@ class DotObjective(ClassObjective):
 
     Args:
         classes: K.
-        flood: see `ClassObjective`.
+        flood: see `Objective`.
         scale: s.
     """
 
@@ -163,7 +174,7 @@ class CosineObjective(ClassObjective):
 
     Args:
         classes: K.
-        flood: see `ClassObjective`.
+        flood: see `Objective`.
         scale: s.
         decorrelation: r, the weight against samples (and templates) that are all alike.
     """
@@ -222,7 +233,7 @@ class ReconstructionObjective(Objective):
     def paired(self, feedback: Tensor, targets: Tensor) -> Tensor:
         return feedback
 
-    def asked(self, targets: Tensor, output: Tensor) -> Asked:
+    def asked(self, targets: Tensor) -> Asked:
         return Asked(targets)
 
     def rate(self, forward: Tensor, feedback: Tensor, asked: Asked, *, at_input: bool) -> Rating:

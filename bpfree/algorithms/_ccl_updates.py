@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-THIN: Final = 4
+THIN: Final = 10
 """A gradient is left in factors if they have this many times fewer rows than its matrix has rows and columns: two
 Gram matrices then cost less than to write it, read it for its length, scale it and read it again."""
 
@@ -24,15 +24,25 @@ SHORTEST: Final = 1e-6  # added to a length before dividing by it, as torch.nn.u
 
 
 class Update(ABC):
-    """What one layer is about to do."""
+    """What one layer is about to do.
+
+    Attributes:
+        squared_length: squared 2-norm of the gradient of all of the layer's parameters, 0-d, once it is measured.
+    """
+
+    squared_length: Tensor | None = None
+
+    def measure(self) -> Tensor:
+        """Find out `squared_length`."""
+        self.squared_length = self._measured()
+        return self.squared_length
 
     @abstractmethod
-    def squared_length(self) -> Tensor:
-        """Squared 2-norm of the gradient of all of the layer's parameters, 0-d."""
+    def _measured(self) -> Tensor: ...
 
     @abstractmethod
     def scale(self, factor: Tensor) -> None:
-        """Multiply the gradient, by 0-d `factor`."""
+        """Multiply the gradient in place, by 0-d `factor`: lanes may not give back what others still read."""
 
     @abstractmethod
     def take(self) -> None:
@@ -51,8 +61,9 @@ class WrittenUpdate(Update):
         self._gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         self._optimizer = optimizer
 
-    def squared_length(self) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in self._gradients]).square().sum()
+    def _measured(self) -> Tensor:
+        lengths = [torch.linalg.vector_norm(gradient) for gradient in self._gradients]
+        return lengths[0].square() if len(lengths) == 1 else torch.stack(lengths).square().sum()
 
     def scale(self, factor: Tensor) -> None:
         for gradient in self._gradients:
@@ -67,7 +78,7 @@ class ThinUpdate(Update):
 
     Args:
         linear: W and, if there is one, b.
-        errors: E, (n, d_out).
+        errors: E, (n, d_out); scaled in place.
         inputs: X, (n, d_in).
         optimizer: of plain descent; it holds the rate and the decay.
     """
@@ -76,14 +87,14 @@ class ThinUpdate(Update):
         self._linear, self._optimizer = linear, optimizer
         self._errors, self._inputs = errors.to(linear.weight.dtype), inputs.to(linear.weight.dtype)
 
-    def squared_length(self) -> Tensor:
+    def _measured(self) -> Tensor:
         with torch.autocast(self._errors.device.type, enabled=False):
-            by_rows = (self._errors @ self._errors.T) * (self._inputs @ self._inputs.T)
-        squared = by_rows.sum().clamp(min=0)  # rounding may leave less than nothing of a gradient that cancels
+            grams = [(rows @ rows.T).flatten() for rows in (self._errors, self._inputs)]
+        squared = torch.dot(*grams).clamp(min=0)  # rounding may leave less than nothing of a gradient that cancels
         return squared if self._linear.bias is None else squared + self._errors.sum(0).square().sum()
 
     def scale(self, factor: Tensor) -> None:
-        self._errors = self._errors * factor
+        self._errors.mul_(factor)
 
     def take(self) -> None:
         (group,) = self._optimizer.param_groups
@@ -103,16 +114,12 @@ def is_thin(linear: nn.Linear, rows: int) -> bool:
     return THIN * rows <= min(linear.weight.shape)
 
 
-def shorten(updates: Sequence[Update], longest: float, squared_lengths: Sequence[Tensor] | None = None) -> None:
-    """Scale updates together so that their gradient is at most `longest` long.
-
-    Args:
-        updates: what is clipped as one.
-        longest: in the 2-norm.
-        squared_lengths: of the updates, if they are known.
-    """
-    squared = [update.squared_length() for update in updates] if squared_lengths is None else squared_lengths
-    length = torch.stack(list(squared)).sum().sqrt()
+def shorten(updates: Sequence[Update], longest: float) -> None:
+    """Scale updates together so that their gradient is at most `longest` long, in the 2-norm."""
+    if not updates:
+        return
+    squared = [update.measure() if update.squared_length is None else update.squared_length for update in updates]
+    length = (squared[0] if len(squared) == 1 else torch.stack(squared).sum()).sqrt()
     factor = (longest / (length + SHORTEST)).clamp(max=1)
     for update in updates:
         update.scale(factor)

@@ -37,13 +37,16 @@ class Lanes:
         self._used: list[torch.cuda.Stream] = []
 
     @contextmanager
-    def lane(self, index: int) -> Iterator[None]:
-        """Run the block in lane `index`, after everything that the current stream has been given so far."""
+    def lane(self, index: int, *, after: int | None = None) -> Iterator[None]:
+        """Run the block in lane `index`, after everything that the current stream, and lane `after` if one is named,
+        have been given so far."""
         if not self._streams:
             yield
             return
         stream = self._streams[index]
         stream.wait_stream(torch.cuda.current_stream())
+        if after is not None:
+            stream.wait_stream(self._streams[after])
         self._used.append(stream)
         with torch.cuda.stream(stream):
             yield

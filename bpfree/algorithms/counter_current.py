@@ -31,7 +31,7 @@ as in the authors' code. A row of zeros has no direction under "cosine" and give
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Final, Literal
@@ -215,36 +215,44 @@ class CounterCurrent(Learner):
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
         inputs = inputs.reshape(len(inputs), *self.input_shape)
-        # an autograd graph goes backwards on the stream of its forward pass: then only the two networks part
-        levels = Lanes(inputs.device, len(self._forward) + 1)
-        with levels.lane(FEEDBACK):
-            feedback = _traces(reversed(self._feedback), self.objective.feedback_input(targets))[::-1]
-        forward = _traces(self._forward, inputs)
-        levels.join()
-        asked = self.objective.asked(targets, forward[-1].output)
+        lanes = Lanes(inputs.device, len(self._forward) + 2)
+        with lanes.lane(FEEDBACK):
+            feedback = list(_traces(reversed(self._feedback), self.objective.feedback_input(targets)))[::-1]
+            asked = self.objective.asked(targets)
         share = self._warmed_up()
-        metrics = {}
-        ratings = []  # lanes use them until they are joined
+        # A level waits for its two activations and for nothing else, unless it hears what the output is sure of. An
+        # autograd graph goes backwards on the stream of its forward pass: then only the two networks go side by side.
+        forward: Iterable[Trace] = _traces(self._forward, inputs)
+        if self.objective.flood or not self._in_closed_form:
+            forward = list(forward)
+            lanes.join()
+            asked = self.objective.flooded(asked, forward[-1].output)
+        metrics: Metrics = {}
         updates: dict[Layer, Update] = {}
-        activations = [inputs, *(trace.output for trace in forward)]
-        for level, activation in enumerate(activations):
-            with levels.lane(level) if self._in_closed_form else nullcontext():  # levels do not wait for each other
-                if level == len(forward):
+        used: list[object] = []  # by lanes, until they are joined
+        rising = iter(forward)
+        for level, (layer, mirrored) in enumerate(self._levels()):
+            below = next(rising) if layer else None
+            activation = inputs if below is None else below.output
+            with lanes.lane(level + 1, after=FEEDBACK) if self._in_closed_form else nullcontext():
+                if mirrored is None:
                     rating = self.objective.rate_output(activation, asked)
                 else:
-                    rating = self.objective.rate(activation, feedback[level].output, asked, at_input=not level)
-                ratings.append(rating)
+                    rating = self.objective.rate(activation, feedback[level].output, asked, at_input=layer is None)
                 metrics[f"level {level} loss"] = rating.loss
-                if rating.by_forward is not None:
-                    layer = self._forward[level - 1]
-                    updates |= self._taught(layer, forward[level - 1], rating.by_forward, share)
-                if rating.by_feedback is not None:
-                    with nullcontext() if self._in_closed_form else levels.lane(FEEDBACK):
-                        layer = self._feedback[level]
-                        updates |= self._taught(layer, feedback[level], rating.by_feedback, share)
-        levels.join()
-        self._move(updates, Lanes(inputs.device, len(updates)))
+                used += [below, rating]
+                if layer is not None and below is not None and rating.by_forward is not None:
+                    updates |= self._taught(layer, below, rating.by_forward, share)
+                if mirrored is not None and rating.by_feedback is not None:
+                    with nullcontext() if self._in_closed_form else lanes.lane(FEEDBACK):
+                        updates |= self._taught(mirrored, feedback[level], rating.by_feedback, share)
+        lanes.join()
+        self._move(updates, inputs.device)
         return metrics
+
+    def _levels(self) -> Iterable[tuple[Layer | None, Layer | None]]:
+        """Of levels 0..L, the forward layer and the feedback layer that learn there."""
+        return zip((None, *self._forward), (*self._feedback, None), strict=True)
 
     def _warmed_up(self) -> Tensor | None:
         """The share of the full loss that this step counts with, 0-d; None for all of it."""
@@ -254,46 +262,49 @@ class CounterCurrent(Learner):
         return (self.steps_taken / self.warmup_steps).clamp(max=1)
 
     def _taught(self, layer: Layer, trace: Trace, towards: Tensor, share: Tensor | None) -> dict[Layer, Update]:
-        """What a layer learns from the derivative of its level's loss: warmed up, then centralised. Nothing if all of
-        it is frozen."""
+        """Let a layer learn from the derivative of its level's loss, warmed up and then centralised.
+
+        Returns:
+            What it is about to do, if that depends on other layers or processes. If not, it is done.
+        """
         if not layer.parameters:
             return {}
-        if share is not None:
-            towards = towards * share
+        update = self._gradient(layer, trace, towards if share is None else towards * share)
+        if not self.batch.alone:
+            return {layer: update}
+        if self.clip and self.clip_scope == "network":
+            update.measure()
+            return {layer: update}
+        if self.clip:
+            shorten([update], self.clip)
+        update.take()
+        return {}
+
+    def _gradient(self, layer: Layer, trace: Trace, towards: Tensor) -> Update:
         optimizer = self._optimizers[layer]
         plain = self._plain_descent and self.batch.alone
         if plain and isinstance(trace, DenseTrace) and is_thin(trace.dense.linear, rows=len(towards)):
             errors, inputs = trace.factors(towards)
             if self.centralize:
                 inputs = inputs - inputs.mean(1, keepdim=True)
-            return {layer: ThinUpdate(trace.dense.linear, errors, inputs, optimizer)}
+            return ThinUpdate(trace.dense.linear, errors, inputs, optimizer)
         set_gradients(layer.parameters, trace.gradients(towards))
         if self.centralize:
             centralize_gradients(layer.parameters)
-        return {layer: WrittenUpdate(layer.parameters, optimizer)}
+        return WrittenUpdate(layer.parameters, optimizer)
 
-    def _move(self, updates: Mapping[Layer, Update], lanes: Lanes) -> None:
-        """Clip, and step."""
-        squared: dict[Layer, Tensor] = {}
+    def _move(self, updates: Mapping[Layer, Update], device: torch.device) -> None:
+        """Clip what is clipped as one, over all processes, and step."""
+        lanes = Lanes(device, len(updates))
         if self.clip:  # the length is that of the whole batch's gradient
             self.batch.settle(parameter for layer in updates for parameter in layer.parameters)
-        if self.clip and self.clip_scope == "network":
-            for index, (layer, update) in enumerate(updates.items()):
+            networks = (self._forward, self._feedback) if self.clip_scope == "network" else ([one] for one in updates)
+            for index, layers in enumerate(networks):
                 with lanes.lane(index):
-                    squared[layer] = update.squared_length()
-            lanes.join()
-            for index, network in enumerate((self._forward, self._feedback)):
-                with lanes.lane(index):
-                    together = [layer for layer in network if layer in updates]
-                    if together:
-                        shorten(
-                            [updates[layer] for layer in together], self.clip, [squared[layer] for layer in together]
-                        )
+                    shorten([updates[layer] for layer in layers if layer in updates], self.clip)
             lanes.join()
         for index, update in enumerate(updates.values()):
             with lanes.lane(index):
-                if self.clip and self.clip_scope == "layer":
-                    shorten([update], self.clip)
                 update.take()
         lanes.join()
 
@@ -374,13 +385,12 @@ def _outputs(layers: Iterable[Layer], signal: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _traces(layers: Iterable[Layer], signal: Tensor) -> list[Trace]:
-    """The same, by layers that are about to learn from it."""
-    traces: list[Trace] = []
+def _traces(layers: Iterable[Layer], signal: Tensor) -> Iterator[Trace]:
+    """The same, one after another as they are asked for, by layers that are about to learn from it."""
     for layer in layers:
-        traces.append(layer.trace(signal))
-        signal = traces[-1].output
-    return traces
+        trace = layer.trace(signal)
+        signal = trace.output
+        yield trace
 
 
 def alignment(forward: nn.Module, feedback: nn.Module) -> Tensor:

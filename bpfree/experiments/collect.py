@@ -15,7 +15,14 @@ from bpfree.errors import UsageError
 from bpfree.experiments.arms import MATCHED, OWN, TUNED, arm_label
 from bpfree.experiments.compare import LEDGER, PLAN, RUNS, Analysis, Ledger, Plan, Slot, config_key
 from bpfree.experiments.config import RunConfig
-from bpfree.experiments.finished import Run, Say, finished_runs, nothing_to_show, read_or_leave_out
+from bpfree.experiments.finished import (
+    Run,
+    Say,
+    finished_runs,
+    nothing_to_show,
+    read_or_leave_out,
+    shared_its_board,
+)
 from bpfree.experiments.records import MAYBE, NUMBER, RunFolder
 
 TUNING: Final = "tuning.json"
@@ -44,6 +51,12 @@ def _inside(*names: str) -> Callable[[dict[str, Any]], float | None]:
     return read
 
 
+def _cost(*names: str) -> Callable[[dict[str, Any]], float | None]:
+    """A number that tells of the run only if it had the board to itself, and is None otherwise."""
+    read = _inside(*names)
+    return lambda summary: None if shared_its_board(summary) else read(summary)
+
+
 def _allocator_mib(summary: dict[str, Any]) -> float | None:
     """The peak of the device's allocator. On a CPU the process's peak belongs to all arms that it has run."""
     memory = summary["memory"]
@@ -55,14 +68,14 @@ QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float | None]]] = {
     "validation_accuracy": _inside("validation_accuracy"),
     "passes": _inside("passes"),
     "best_epochs": lambda summary: sum(stage["best_epoch"] for stage in summary["stages"]),
-    "seconds": _inside("seconds"),
-    "gross_j": _inside("energy", "gross_j"),
-    "net_j": _inside("energy", "net_j"),
+    "seconds": _cost("seconds"),
+    "gross_j": _cost("energy", "gross_j"),
+    "net_j": _cost("energy", "net_j"),
     "idle_w": _inside("energy", "idle_w"),
-    "mean_w": _inside("energy", "mean_w"),
-    "j_per_sample": _inside("energy", "j_per_sample"),
-    "utilisation": _inside("energy", "regime", "utilisation"),
-    "co2e_g": _inside("carbon", "g_co2e"),
+    "mean_w": _cost("energy", "mean_w"),
+    "j_per_sample": _cost("energy", "j_per_sample"),
+    "utilisation": _cost("energy", "regime", "utilisation"),
+    "co2e_g": _cost("carbon", "g_co2e"),
     "device_mib": _inside("memory", "device_mib"),
     "allocator_mib": _allocator_mib,
     "flops": _inside("flops"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bpfree.energy.flags import Flag
 from bpfree.errors import BpfreeError, DataError
 from bpfree.experiments.config import RunConfig
 from bpfree.experiments.records import RunFolder, energy_curve, find_runs
@@ -44,8 +45,14 @@ class Run:
         return RunFolder(self.path).read_metrics()
 
     def curve(self) -> list[tuple[float | None, float]]:
-        """Joules and validation accuracy, see `energy_curve`."""
-        return energy_curve(self.epochs(), self.summary)
+        """Joules and validation accuracy, see `energy_curve`; without joules of a board that was shared."""
+        curve = energy_curve(self.epochs(), self.summary)
+        return [(None, accuracy) for _, accuracy in curve] if shared_its_board(self.summary) else curve
+
+
+def shared_its_board(summary: Mapping[str, Any]) -> bool:
+    """Whether something else computed on the board: the run's accuracy counts, its time and joules do not."""
+    return Flag.FOREIGN_PROCESS.name in summary["energy"]["flags"]
 
 
 def finished_runs(root: Path, *, epochs: bool = False, say: Say = warnings.warn) -> list[Run]:

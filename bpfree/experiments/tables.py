@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from bpfree.errors import unknown_name
 from bpfree.experiments.config import RunConfig, differing, published_accuracy
-from bpfree.experiments.finished import Say, finished_runs, nothing_to_show
+from bpfree.experiments.finished import Say, finished_runs, nothing_to_show, shared_its_board
 
 PUBLISHED: Final = "published"
 COLUMNS: Final = {
@@ -53,7 +53,8 @@ def result_rows(
     """One row per configuration, over its seeds, from the run folders under `root`.
 
     Runs belong to one row when everything but the seed is the same. Runs that repeat a seed count once, by their
-    mean, because the spread of repeats is not the spread of seeds.
+    mean, because the spread of repeats is not the spread of seeds. Time, joules and what comes of them are those of the
+    runs that had the board to themselves.
 
     Args:
         root: where to look.
@@ -100,11 +101,20 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         by_seed[run["seed"]].append(run)
     first = runs[0]
 
-    def per_seed(value: str, *inside: str) -> list[float]:
+    apart = {
+        seed: [run for run in repeats if not shared_its_board(run)]
+        for seed, repeats in by_seed.items()
+        if not all(map(shared_its_board, repeats))
+    }
+
+    def per_seed(value: str, *inside: str, of: Mapping[int, list[Mapping[str, Any]]] = by_seed) -> list[float]:
         """Mean of a quantity per seed; empty unless every run has it."""
-        numbers = [[reduce(getitem, inside, run)[value] for run in repeats] for repeats in by_seed.values()]
+        numbers = [[reduce(getitem, inside, run)[value] for run in repeats] for repeats in of.values()]
         known = all(number is not None for repeats in numbers for number in repeats)
         return [statistics.fmean(repeats) for repeats in numbers] if known else []
+
+    def cost(value: str, *inside: str) -> float | None:
+        return _mean(per_seed(value, *inside, of=apart))
 
     accuracies, losses = per_seed("test_accuracy"), per_seed("test_loss")
     return {
@@ -124,11 +134,12 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         "test_loss_sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "validation_accuracy_mean": _mean(per_seed("validation_accuracy")),
         "passes_mean": _mean(per_seed("passes")),
-        "seconds_mean": _mean(per_seed("seconds")),
-        "gross_j_mean": _mean(per_seed("gross_j", "energy")),
-        "net_j_mean": _mean(per_seed("net_j", "energy")),
-        "mean_w_mean": _mean(per_seed("mean_w", "energy")),
-        "utilisation_mean": _mean(per_seed("utilisation", "energy", "regime")),
+        "n_apart": len(apart),
+        "seconds_mean": cost("seconds"),
+        "gross_j_mean": cost("gross_j", "energy"),
+        "net_j_mean": cost("net_j", "energy"),
+        "mean_w_mean": cost("mean_w", "energy"),
+        "utilisation_mean": cost("utilisation", "energy", "regime"),
         "energy_method": " + ".join(dict.fromkeys(run["energy"]["method"] for run in runs)),
         "flags": list(dict.fromkeys(flag for run in runs for flag in run["energy"]["flags"])),
         "peak_memory_mib_mean": _mean(per_seed("peak_memory_mib")),
@@ -157,6 +168,11 @@ def readable(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = tuple(C
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     spread = "" if row["test_accuracy_sd"] is None else f" ± {row['test_accuracy_sd']:.2f}"
+    fewer = f" (n = {row['n_apart']})" if row["n_apart"] < row["n"] else ""
+
+    def cost(value: float | None, form: str, unknown: str = "") -> str:
+        return unknown if value is None else f"{value:{form}}{fewer}"
+
     return {
         "dataset": row["dataset"],
         "network": row["network"],
@@ -172,10 +188,10 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         + ("" if row["test_loss_sd"] is None else f" ± {row['test_loss_sd']:.2g}"),
         "validation": "" if row["validation_accuracy_mean"] is None else f"{row['validation_accuracy_mean']:.2f}",
         "passes": f"{row['passes_mean']:.1f}",
-        "time": f"{row['seconds_mean']:.1f}",
-        "energy": "not measured" if row["gross_j_mean"] is None else f"{row['gross_j_mean']:.0f}",
-        "net": "" if row["net_j_mean"] is None else f"{row['net_j_mean']:.0f}",
-        "power": "" if row["mean_w_mean"] is None else f"{row['mean_w_mean']:.0f}",
+        "time": cost(row["seconds_mean"], ".1f"),
+        "energy": cost(row["gross_j_mean"], ".0f", unknown="not measured"),
+        "net": cost(row["net_j_mean"], ".0f"),
+        "power": cost(row["mean_w_mean"], ".0f"),
         "busy": "" if row["utilisation_mean"] is None else f"{100 * row['utilisation_mean']:.0f}",
         "memory": "" if row["peak_memory_mib_mean"] is None else f"{row['peak_memory_mib_mean']:.0f}",
         "method": row["energy_method"],
