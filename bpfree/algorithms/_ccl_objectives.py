@@ -160,10 +160,11 @@ class DotObjective(ClassObjective):
     def similarity(
         self, a: Tensor, b: Tensor, indicator: Tensor, *, by_forward: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        error = torch.addmm(indicator, a, b.T, beta=-1)
         weight = REFERENCE_WIDTH * self.scale / a.shape[1]
-        slope = error * (2 * weight / error.numel())
-        return weight * error.square().mean(), slope @ b if by_forward else None, slope.T @ a
+        k = 2 * weight / indicator.numel()
+        slope = torch.addmm(indicator, a, b.T, beta=-k, alpha=k)  # k (A B^T - M)
+        loss = torch.dot(slope.flatten(), slope.flatten()) / (2 * k)
+        return loss, slope @ b if by_forward else None, slope.T @ a
 
 
 class CosineObjective(ClassObjective):

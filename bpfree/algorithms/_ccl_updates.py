@@ -20,8 +20,6 @@ THIN: Final = 10
 """A gradient is left in factors if they have this many times fewer rows than its matrix has rows and columns: two
 Gram matrices then cost less than to write it, read it for its length, scale it and read it again."""
 
-SHORTEST: Final = 1e-6  # added to a length before dividing by it, as torch.nn.utils.clip_grad_norm_ does
-
 
 class Update(ABC):
     """What one layer is about to do.
@@ -90,7 +88,7 @@ class ThinUpdate(Update):
     def _measured(self) -> Tensor:
         with torch.autocast(self._errors.device.type, enabled=False):
             grams = [(rows @ rows.T).flatten() for rows in (self._errors, self._inputs)]
-        squared = torch.dot(*grams).clamp(min=0)  # rounding may leave less than nothing of a gradient that cancels
+        squared = torch.dot(*grams)
         return squared if self._linear.bias is None else squared + self._errors.sum(0).square().sum()
 
     def scale(self, factor: Tensor) -> None:
@@ -119,7 +117,8 @@ def shorten(updates: Sequence[Update], longest: float) -> None:
     if not updates:
         return
     squared = [update.measure() if update.squared_length is None else update.squared_length for update in updates]
-    length = (squared[0] if len(squared) == 1 else torch.stack(squared).sum()).sqrt()
-    factor = (longest / (length + SHORTEST)).clamp(max=1)
+    whole = squared[0] if len(squared) == 1 else torch.stack(squared).sum()
+    # rounding may leave less than nothing of a gradient whose rows cancel: that is short enough
+    factor = whole.clamp(min=longest**2).rsqrt() * longest
     for update in updates:
         update.scale(factor)

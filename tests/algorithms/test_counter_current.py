@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counter_current import courses, draw_courses, draw_features, features
@@ -322,6 +323,21 @@ def test_thin_gradients_do_what_written_ones_and_an_optimiser_do(
     for others in ends[1:]:
         for a, b in zip(ends[0], others, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+def test_rows_that_cancel_are_a_gradient_of_no_length() -> None:
+    linear = nn.Linear(50, 40, bias=False)
+    before = linear.weight.detach().clone()
+    errors, inputs = torch.randn(1, 40), torch.randn(1, 50)
+    update = _ccl_updates.ThinUpdate(
+        linear, torch.cat([errors, -errors, errors, -errors]), inputs.expand(4, -1), SGD(linear.parameters(), lr=0.1)
+    )
+    assert update.measure().abs() < 1e-2
+    update.squared_length = torch.tensor(-1e-3)  # what rounding may make of it
+    _ccl_updates.shorten([update], 0.5)
+    with torch.no_grad():
+        update.take()
+    torch.testing.assert_close(linear.weight.detach(), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -88,4 +88,4 @@ def gradients(x, y, U, V, compare):
 def clipped(gradients, longest):
     """Scaled down together to a 2-norm of at most `longest`."""
     length = np.sqrt(sum((g**2).sum() for g in gradients))
-    return [g * min(1.0, longest / (length + 1e-6)) for g in gradients]  # torch adds 1e-6
+    return [g * min(1.0, longest / length) for g in gradients]
