@@ -5,10 +5,11 @@ Shapes: `B` batch, `K` classes, activities (B, channels, ..) of any number of po
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,24 @@ class ClassGoodness(nn.Module, ABC):
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, channels, ..) -> (B, K), in at least 32 bits."""
+
+
+class PositionMean(torch.autograd.Function):
+    """(B, channels, ..) -> (B, channels) means over positions, in at least 32 bits.
+
+    The derivative is the same at every position. PyTorch's own would write it out, not as the maps lie in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(wide) if hidden.ndim == 2 else hidden.flatten(2).mean(2, dtype=wide)
+
+    @staticmethod
+    def backward(ctx: Any, by_mean: Tensor) -> Tensor:
+        share = by_mean / math.prod(ctx.shape[2:])
+        return share.to(ctx.dtype).reshape(*ctx.shape[:2], *(1 for _ in ctx.shape[2:])).expand(ctx.shape)
 
 
 class GroupGoodness(ClassGoodness):
@@ -54,13 +73,12 @@ class GroupGoodness(ClassGoodness):
         self.classes, self.squared = classes, squared
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         if self.squared:
-            hidden = hidden.to(wide).square()
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).square()
+        channels: Tensor = PositionMean.apply(hidden)
         if hidden.shape[1] % self.classes == 0:
-            shared = hidden.unflatten(1, (self.classes, -1))
-            return shared.mean(tuple(range(2, shared.ndim)), dtype=wide)
-        return torch.stack([group.flatten(1).mean(1, dtype=wide) for group in groups(hidden, self.classes)], 1)
+            return channels.unflatten(1, (self.classes, -1)).mean(2)
+        return torch.stack([group.mean(1) for group in groups(channels, self.classes)], 1)
 
 
 class AuxiliaryGoodness(ClassGoodness):
@@ -97,17 +115,30 @@ def groups(hidden: Tensor, classes: int) -> tuple[Tensor, ...]:
     return hidden.tensor_split(classes, dim=1)
 
 
+def standardize(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Mean 0 and variance 1 over these dimensions, as the values lie in memory: PyTorch's kernels for layers and groups
+    would copy channels-last maps, and the next convolution would copy them back."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    variance, mean = torch.var_mean(values, dim=dims, keepdim=True, correction=0)
+    return (values - mean) * (variance + EPSILON).rsqrt()
+
+
+def normalize_sample(values: Tensor) -> Tensor:
+    """Each sample with mean 0 and variance 1 over all of its values."""
+    return standardize(values, tuple(range(1, values.ndim)))
+
+
 def normalize_groups(hidden: Tensor, classes: int) -> Tensor:
     """Each class's channels with mean 0 and variance 1 over all of its values: nothing is left of mean goodness."""
     if hidden.shape[1] % classes == 0:
-        return F.group_norm(hidden, classes, eps=EPSILON)
-    return torch.cat([F.layer_norm(group, group.shape[1:], eps=EPSILON) for group in groups(hidden, classes)], 1)
+        shared = hidden.unflatten(1, (classes, -1))
+        return standardize(shared, tuple(range(2, shared.ndim))).flatten(1, 2)
+    return torch.cat([normalize_sample(group) for group in groups(hidden, classes) if group.shape[1]], 1)
 
 
 def normalize_channels(hidden: Tensor, classes: int) -> Tensor:
     """Mean 0 and variance 1 over the channels, at every position."""
-    variance, mean = torch.var_mean(hidden, dim=1, keepdim=True, correction=0)
-    return (hidden - mean) * (variance + EPSILON).rsqrt()
+    return standardize(hidden, (1,))
 
 
 def keep(hidden: Tensor, classes: int) -> Tensor:

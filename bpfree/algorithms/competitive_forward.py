@@ -42,6 +42,7 @@ from bpfree.algorithms._ff_classes import (
     ClassNormalizer,
     Competition,
     GoodnessFactory,
+    normalize_sample,
 )
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms._options import chosen_function
@@ -183,7 +184,7 @@ class CompetitiveForward(Learner):
 
     def _run(self, inputs: Tensor, visit: Callable[[Layer, Tensor], Tensor]) -> None:
         """Pass `inputs` through all layers; `visit` sees each with its inputs z_{l-1} and returns h_l."""
-        signal = F.layer_norm(inputs, inputs.shape[1:]) if self.normalize_input else inputs
+        signal = normalize_sample(inputs) if self.normalize_input else inputs
         for block in self._blocks:
             entered = signal
             for layer in block.layers:

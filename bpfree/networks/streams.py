@@ -177,11 +177,12 @@ class StreamDropout(nn.Module):
         if not self.training or not self.p:
             return x
         lanes = self.stream.bits(-(-x.numel() // LANES)).view(torch.int16)[: x.numel()]
-        dropped = lanes < round(self.p * 2**16) - 2**15
+        kept = lanes >= round(self.p * 2**16) - 2**15
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # a mask as x lies in memory
             batch, channels, height, width = x.shape
-            dropped = dropped.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x.masked_fill(dropped.view(x.shape), 0.0) * (1 / (1 - self.p))
+            kept = kept.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        # the mask comes last, so that a derivative that is the same everywhere gets this layout from it
+        return x * (1 / (1 - self.p)) * kept.view(x.shape)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

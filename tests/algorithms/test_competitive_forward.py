@@ -21,7 +21,7 @@ from bpfree.algorithms._ff_classes import (
     normalize_groups,
 )
 from bpfree.errors import UsageError
-from bpfree.networks import build_network, cnn, mlp
+from bpfree.networks import build_network, cnn, mlp, set_dropout
 from bpfree.networks.residual import ShortcutBlock
 from tests.algorithms.test_conformance import images
 from tests.reference import competitive_forward as reference
@@ -102,6 +102,39 @@ def test_goodness_of_feature_maps_equals_numpy(channels: int) -> None:
     np.testing.assert_allclose(
         made(h).detach().numpy(), reference.auxiliary_goodness(h.flatten(2).numpy(), M), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 8, 3, 4)])
+def test_the_derivative_of_goodness_is_its_own(shape: tuple[int, ...]) -> None:
+    for squared in (False, True):
+        goodness = GroupGoodness(shape[1:], CLASSES, squared=squared)
+        assert torch.autograd.gradcheck(goodness, torch.randn(shape, dtype=F64, requires_grad=True))
+
+
+def test_maps_stay_as_they_lie_in_memory() -> None:
+    """Every convolution reads channels-last maps, and learns from derivatives that lie like them."""
+    last = torch.channels_last
+    ends, kept = [], []
+    for layout in (torch.contiguous_format, last):
+        torch.manual_seed(0)
+        network = build_network("deeper:20x40", (3, 8, 8))
+        set_dropout(network, 0.0)  # a mask is drawn as a map lies in memory
+        model = CompetitiveForward(network, 10, input_shape=(3, 8, 8)).double().to(memory_format=layout)
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            kept.append(inputs[0].is_contiguous(memory_format=last))
+            output.register_hook(lambda gradient: kept.append(gradient.is_contiguous(memory_format=last)))
+
+        x, y = torch.randn(4, 3, 8, 8, dtype=F64).to(memory_format=layout), torch.arange(4)
+        if layout == last:
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.register_forward_hook(watch)
+        model.step((x, y))
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    assert kept == [True] * 2 * 9
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_cross_entropy_of_goodness_pulls_by_softmax_minus_target() -> None:
