@@ -5,7 +5,7 @@
     python benchmarks/step.py --presets forward_forward-mnist counter_current-cifar10 backprop-cifar10-ccl --kernels 12
 
 With --presets the steps are those of presets, of their first stage, with their peak memory (16 staged batches included)
-and the kernels that take longest if --kernels asks for them.
+and the kernels that take longest if --kernels asks for them; --trace keeps a timeline of all kernels on all streams.
 
 Inputs are random and already staged on the device, as the fit loop stages them. "least bytes" counts what an
 ideal step must move through device memory at least once: parameters, gradients and Adam's two moments.
@@ -50,12 +50,14 @@ def random_images(
     shape: tuple[int, ...] = IMAGE,
     classes: int = CLASSES,
     layout: torch.memory_format = torch.contiguous_format,
+    reconstruct: bool = False,
 ) -> Batches:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, *shape), dtype=torch.uint8, generator=generator)
     targets = torch.randint(classes, (count,), generator=generator)
     channels = shape[0] if len(shape) == 3 else 1
-    return Batches(images, targets, device=device, mean=(0.5,) * channels, std=(0.25,) * channels, layout=layout)
+    shared: dict[str, Any] = {"device": device, "layout": layout, "reconstruct": reconstruct}
+    return Batches(images, targets, mean=(0.5,) * channels, std=(0.25,) * channels, **shared)
 
 
 def build(rule: str, network: str, device: torch.device) -> Learner:
@@ -174,14 +176,18 @@ def measured(stepper: Stepper, window: float, device: torch.device) -> dict[str,
     }
 
 
-def measure_preset(name: str, window: float, kernels: int, device: torch.device) -> dict[str, Any]:
-    """A step as the fit loop does it with a preset, and its longest kernels."""
+def measure_preset(
+    name: str, window: float, kernels: int, device: torch.device, trace: Path | None = None
+) -> dict[str, Any]:
+    """A step as the fit loop does it with a preset, and its longest kernels; a timeline of some steps in `trace`."""
     config = resolve(preset=name)
+    reconstruct = config.task == "autoencode"
     training, info = config.training, datasets.info(config.dataset)
     assert isinstance(info, datasets.DatasetInfo)  # graphs have no batches to be timed
     torch.manual_seed(0)
     network = build_network(config.network, info.input_shape)
-    learner = algorithm(config.algorithm).build(network, info.classes, info.input_shape, **config.parameters)
+    classes = 0 if reconstruct else info.classes
+    learner = algorithm(config.algorithm).build(network, classes, info.input_shape, **config.parameters)
     layout = preferred_layout(network, device)
     convert_conv2d_weight_memory_format(learner, layout)
     if device.type == "cuda":
@@ -196,9 +202,13 @@ def measure_preset(name: str, window: float, kernels: int, device: torch.device)
             shape=info.input_shape,
             classes=info.classes,
             layout=layout,
+            reconstruct=reconstruct,
         )
         row = measured(stepper, window, device)
         memory = peak_memory(device)
+        if trace is not None:
+            trace.mkdir(parents=True, exist_ok=True)
+            profiled(stepper).export_chrome_trace(str(trace / f"{name}.json.gz"))
         longest = longest_kernels(stepper, kernels) if kernels and device.type == "cuda" else []
     return {
         "preset": name,
@@ -212,15 +222,23 @@ def measure_preset(name: str, window: float, kernels: int, device: torch.device)
     }
 
 
+def profiled(stepper: Stepper) -> profile:
+    """The kernels of as many steps as are staged."""
+    on_gpu = torch.cuda.is_available()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as seen:
+        stepper.run(stepper.capacity, lambda: False)
+        if on_gpu:
+            torch.cuda.synchronize()
+    return seen
+
+
 def longest_kernels(stepper: Stepper, most: int) -> list[dict[str, Any]]:
     """The kernels of a step that take most of its time, all of one name together; side streams overlap."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
-        stepper.run(stepper.capacity, lambda: False)
-        torch.cuda.synchronize()
     steps = stepper.capacity
     found = [
         {"us": event.self_device_time_total / steps, "launches": event.count / steps, "name": event.key}
-        for event in seen.key_averages()
+        for event in profiled(stepper).key_averages()
     ]
     return sorted(found, key=lambda kernel: -kernel["us"])[:most]
 
@@ -303,6 +321,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 1024, 8192])
     parser.add_argument("--presets", nargs="+", help="measure steps of these presets instead")
     parser.add_argument("--kernels", type=int, default=0, help="with --presets, list so many of the longest kernels")
+    parser.add_argument("--trace", type=Path, help="with --presets, a folder for timelines to be opened in Perfetto")
     parser.add_argument("--window", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of the epoch line; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -314,7 +333,9 @@ def main() -> None:
         return
     device = torch.device(options.device)
     if options.presets:
-        rows = [measure_preset(name, options.window, options.kernels, device) for name in options.presets]
+        rows = [
+            measure_preset(name, options.window, options.kernels, device, options.trace) for name in options.presets
+        ]
         finish({"environment": environment(device), "presets": rows}, options.json)
         return
     with numerics("tf32"):
