@@ -31,20 +31,17 @@ class Update(ABC):
     squared_length: Tensor | None = None
 
     def measure(self) -> Tensor:
-        """Find out `squared_length`."""
-        self.squared_length = self._measured()
+        """Find out `squared_length`, if it is not known."""
+        if self.squared_length is None:
+            self.squared_length = self._measured()
         return self.squared_length
 
     @abstractmethod
     def _measured(self) -> Tensor: ...
 
     @abstractmethod
-    def scale(self, factor: Tensor) -> None:
-        """Multiply the gradient in place, by 0-d `factor`: lanes may not give back what others still read."""
-
-    @abstractmethod
-    def take(self) -> None:
-        """Change the parameters."""
+    def take(self, factor: Tensor | None) -> None:
+        """Change the parameters, by 0-d `factor` times the gradient; None for all of it."""
 
 
 class WrittenUpdate(Update):
@@ -63,11 +60,10 @@ class WrittenUpdate(Update):
         lengths = [torch.linalg.vector_norm(gradient) for gradient in self._gradients]
         return lengths[0].square() if len(lengths) == 1 else torch.stack(lengths).square().sum()
 
-    def scale(self, factor: Tensor) -> None:
-        for gradient in self._gradients:
-            gradient.mul_(factor)
-
-    def take(self) -> None:
+    def take(self, factor: Tensor | None) -> None:
+        if factor is not None:
+            for gradient in self._gradients:
+                gradient.mul_(factor)
         self._optimizer.step()
 
 
@@ -76,7 +72,7 @@ class ThinUpdate(Update):
 
     Args:
         linear: W and, if there is one, b.
-        errors: E, (n, d_out); scaled in place.
+        errors: E, (n, d_out).
         inputs: X, (n, d_in).
         optimizer: of plain descent; it holds the rate and the decay.
     """
@@ -91,13 +87,10 @@ class ThinUpdate(Update):
         squared = torch.dot(*grams)
         return squared if self._linear.bias is None else squared + self._errors.sum(0).square().sum()
 
-    def scale(self, factor: Tensor) -> None:
-        self._errors.mul_(factor)
-
-    def take(self) -> None:
+    def take(self, factor: Tensor | None) -> None:
         (group,) = self._optimizer.param_groups
         rate, decay = group["lr"], group["weight_decay"]
-        step = self._errors * rate
+        step = self._errors * (rate if factor is None else factor * rate)
         if decay:
             for parameter in self._linear.parameters():
                 parameter.mul_(1 - rate * decay)
@@ -112,13 +105,13 @@ def is_thin(linear: nn.Linear, rows: int) -> bool:
     return THIN * rows <= min(linear.weight.shape)
 
 
-def shorten(updates: Sequence[Update], longest: float) -> None:
-    """Scale updates together so that their gradient is at most `longest` long, in the 2-norm."""
-    if not updates:
-        return
-    squared = [update.measure() if update.squared_length is None else update.squared_length for update in updates]
-    whole = squared[0] if len(squared) == 1 else torch.stack(squared).sum()
+def clipping(groups: Iterable[Sequence[Update]], longest: float) -> Tensor:
+    """What to multiply each group of updates with, so that its gradient as a whole is at most `longest` long.
+
+    Returns:
+        One factor of at most 1 per group, (groups,).
+    """
+    measured = [[update.measure() for update in group] for group in groups]
+    squared = [parts[0] if len(parts) == 1 else torch.stack(parts).sum() for parts in measured]
     # rounding may leave less than nothing of a gradient whose rows cancel: that is short enough
-    factor = whole.clamp(min=longest**2).rsqrt() * longest
-    for update in updates:
-        update.scale(factor)
+    return torch.stack(squared).clamp(min=longest**2).rsqrt() * longest

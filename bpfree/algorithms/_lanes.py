@@ -27,10 +27,11 @@ class Lanes:
 
     Args:
         device: where the step runs.
-        count: number of lanes.
+        count: number of lanes, from 0.
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
+        self.count = count
         # made (and kept) at the first eager step, so that a capture never has to
         streams = [side_stream(device, i) for i in range(count)] if device.type == "cuda" and count > 1 else []
         self._streams = streams if streams and torch.cuda.is_current_stream_capturing() else []

@@ -48,7 +48,7 @@ from bpfree.algorithms._ccl_objectives import (
     Objective,
     ReconstructionObjective,
 )
-from bpfree.algorithms._ccl_updates import ThinUpdate, Update, WrittenUpdate, is_thin, shorten
+from bpfree.algorithms._ccl_updates import ThinUpdate, Update, WrittenUpdate, clipping, is_thin
 from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
 from bpfree.algorithms._whole_batch import WholeBatch
@@ -247,7 +247,7 @@ class CounterCurrent(Learner):
                     with nullcontext() if self._in_closed_form else lanes.lane(FEEDBACK):
                         updates |= self._taught(mirrored, feedback[level], rating.by_feedback, share)
         lanes.join()
-        self._move(updates, inputs.device)
+        self._move(updates, lanes)
         return metrics
 
     def _levels(self) -> Iterable[tuple[Layer | None, Layer | None]]:
@@ -262,23 +262,13 @@ class CounterCurrent(Learner):
         return (self.steps_taken / self.warmup_steps).clamp(max=1)
 
     def _taught(self, layer: Layer, trace: Trace, towards: Tensor, share: Tensor | None) -> dict[Layer, Update]:
-        """Let a layer learn from the derivative of its level's loss, warmed up and then centralised.
-
-        Returns:
-            What it is about to do, if that depends on other layers or processes. If not, it is done.
-        """
+        """What a layer is about to do, given the derivative of its level's loss; nothing if all of it is frozen."""
         if not layer.parameters:
             return {}
         update = self._gradient(layer, trace, towards if share is None else towards * share)
-        if not self.batch.alone:
-            return {layer: update}
-        if self.clip and self.clip_scope == "network":
-            update.measure()
-            return {layer: update}
-        if self.clip:
-            shorten([update], self.clip)
-        update.take()
-        return {}
+        if self.clip and self.batch.alone:
+            update.measure()  # now, beside other levels
+        return {layer: update}
 
     def _gradient(self, layer: Layer, trace: Trace, towards: Tensor) -> Update:
         optimizer = self._optimizers[layer]
@@ -293,19 +283,20 @@ class CounterCurrent(Learner):
             centralize_gradients(layer.parameters)
         return WrittenUpdate(layer.parameters, optimizer)
 
-    def _move(self, updates: Mapping[Layer, Update], device: torch.device) -> None:
-        """Clip what is clipped as one, over all processes, and step."""
-        lanes = Lanes(device, len(updates))
-        if self.clip:  # the length is that of the whole batch's gradient
+    def _move(self, updates: Mapping[Layer, Update], lanes: Lanes) -> None:
+        """Clip, and step."""
+        factors: dict[Layer, Tensor] = {}
+        if self.clip and updates:
+            # the length is that of the whole batch's gradient
             self.batch.settle(parameter for layer in updates for parameter in layer.parameters)
-            networks = (self._forward, self._feedback) if self.clip_scope == "network" else ([one] for one in updates)
-            for index, layers in enumerate(networks):
-                with lanes.lane(index):
-                    shorten([updates[layer] for layer in layers if layer in updates], self.clip)
-            lanes.join()
-        for index, update in enumerate(updates.values()):
-            with lanes.lane(index):
-                update.take()
+            together = (self._forward, self._feedback) if self.clip_scope == "network" else ((one,) for one in updates)
+            groups = [found for layers in together if (found := [layer for layer in layers if layer in updates])]
+            shares = clipping([[updates[layer] for layer in group] for group in groups], self.clip)
+            for group, factor in zip(groups, shares.unbind(), strict=True):
+                factors |= dict.fromkeys(group, factor)
+        for index, (layer, update) in enumerate(updates.items()):
+            with lanes.lane(index % lanes.count):
+                update.take(factors.get(layer))
         lanes.join()
 
     @torch.no_grad()

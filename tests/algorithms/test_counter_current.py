@@ -334,9 +334,10 @@ def test_rows_that_cancel_are_a_gradient_of_no_length() -> None:
     )
     assert update.measure().abs() < 1e-2
     update.squared_length = torch.tensor(-1e-3)  # what rounding may make of it
-    _ccl_updates.shorten([update], 0.5)
+    (factor,) = _ccl_updates.clipping([[update]], 0.5)
+    assert factor == 1
     with torch.no_grad():
-        update.take()
+        update.take(factor)
     torch.testing.assert_close(linear.weight.detach(), before, rtol=0, atol=1e-6)
 
 
