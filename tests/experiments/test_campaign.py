@@ -1,0 +1,70 @@
+"""benchmarks/campaign.py: what it runs, once, in one process or in several."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.campaign import campaign_parser, jobs_of
+from bpfree.errors import UsageError
+from tests.experiments.synthetic import make_run
+
+QUICK = "--presets mono_forward-digits --training epochs=1 patience=1"
+ROOT = Path(__file__).parent.parent.parent
+
+
+def campaign(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/campaign.py", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_grid_of_every_preset_and_seed_without_what_is_recorded(tmp_path: Path) -> None:
+    line = f"--out {tmp_path} --presets mono_forward-digits backprop-mnist --seeds 0 1 --vary lr=0.1,0.2"
+    jobs = jobs_of(campaign_parser().parse_args(line.split()))
+    found = {(job.config.algorithm, job.config.seed, job.config.parameters["lr"]) for job in jobs}
+    assert found == {(rule, seed, lr) for rule in ("mf", "bp") for seed in (0, 1) for lr in (0.1, 0.2)}
+    path = make_run(tmp_path, "mf", 0)
+    wanted = next(job.config for job in jobs if job.config.algorithm == "mf")
+    (path / "config.json").write_text(json.dumps(wanted.to_dict()))
+    left = jobs_of(campaign_parser().parse_args(line.split()))
+    assert len(left) == len(jobs) - 1
+    assert wanted not in [job.config for job in left]
+
+
+def test_several_processes_take_the_runs_of_several_campaigns(tmp_path: Path) -> None:
+    lines = tmp_path / "campaigns.txt"
+    lines.write_text(
+        f"--out {tmp_path}/a {QUICK} --seeds 0 1  # two seeds\n\n--out {tmp_path}/b {QUICK} --vary lr=-1.0\n"
+    )
+    result = campaign("--workers", "2", "--file", str(lines))
+    assert result.returncode == 1
+    assert "lr must be positive" in result.stderr
+    assert result.stdout.count("% in the test") == 2
+    assert len(list(tmp_path.glob("a/*/summary.json"))) == 2
+    again = campaign("--out", f"{tmp_path}/a", *QUICK.split(), "--seeds", "0", "1")
+    assert again.returncode == 0
+    assert "% in the test, 1" not in again.stdout
+    assert "0, 1 (n = 2)" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "needs --presets and --out"),
+        (QUICK, "needs --presets and --out"),
+        (f"{QUICK} --out x --workers 2 --idle 10", "--idle is for joules"),
+    ],
+)
+def test_campaigns_that_make_no_sense_are_refused(options: str, message: str) -> None:
+    result = campaign(*options.split())
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_unknown_presets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown preset"):
+        jobs_of(campaign_parser().parse_args(f"--out {tmp_path} --presets mono-forward".split()))
