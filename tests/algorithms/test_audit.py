@@ -221,20 +221,20 @@ def linear_relu(width: int = 12) -> nn.Sequential:
     return nn.Sequential(*(part for _ in range(DEPTH) for part in (nn.Linear(width, width), nn.ReLU())))
 
 
+def counter_current(**options: Any) -> CounterCurrent:
+    return CounterCurrent(linear_relu(), CLASSES, lr=0.1, **options)  # at a rate of 1 all ReLU of a level may die
+
+
 Making = Callable[[], Learner]
 
 
 @pytest.mark.parametrize(
     ("make", "channels", "reach"),
     [
-        (lambda: CounterCurrent(linear_relu(), CLASSES), {"feedback stream"}, (0, 2)),
-        (lambda: CounterCurrent(linear_relu(), CLASSES, feedback_lr=0), set(), (0, 0)),
-        (
-            lambda: CounterCurrent(linear_relu(), CLASSES, feedback_lr=0, clip=1e-3, clip_scope="network"),
-            {"clipping"},
-            (2, 2),
-        ),
-        (lambda: CounterCurrent(linear_relu(), CLASSES, feedback_lr=0, clip=0, flood=0.65), {"flood"}, (2, 2)),
+        (lambda: counter_current(), {"feedback stream"}, (0, 2)),
+        (lambda: counter_current(feedback_lr=0), set(), (0, 0)),
+        (lambda: counter_current(feedback_lr=0, clip=1e-3, clip_scope="network"), {"clipping"}, (2, 2)),
+        (lambda: counter_current(feedback_lr=0, clip=0.0, flood=0.666), {"flood"}, (2, 2)),
         (lambda: LocalLearning(linear_relu(), CLASSES, ema=True, bias="twin"), {"momentum copy"}, (0, 1)),
         (lambda: LocalLearning(linear_relu(), CLASSES, ema=True, momentum=1.0), {"momentum copy"}, (0, 0)),
         (lambda: LocalLearning(linear_relu(), CLASSES, bias="twin"), set(), (0, 0)),
