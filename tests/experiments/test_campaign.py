@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign import campaign_parser, jobs_of
+from benchmarks.campaign import campaign_parser, jobs_of, main
 from bpfree.errors import UsageError
 from tests.experiments.synthetic import make_run
 
@@ -35,7 +35,9 @@ def test_a_grid_of_every_preset_and_seed_without_what_is_recorded(tmp_path: Path
     assert wanted not in [job.config for job in left]
 
 
-def test_several_processes_take_the_runs_of_several_campaigns(tmp_path: Path) -> None:
+def test_several_processes_take_the_runs_of_several_campaigns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = tmp_path / "campaigns.txt"
     lines.write_text(
         f"--out {tmp_path}/a {QUICK} --seeds 0 1  # two seeds\n\n--out {tmp_path}/b {QUICK} --vary lr=-1.0\n"
@@ -45,10 +47,13 @@ def test_several_processes_take_the_runs_of_several_campaigns(tmp_path: Path) ->
     assert "lr must be positive" in result.stderr
     assert result.stdout.count("% in the test") == 2
     assert len(list(tmp_path.glob("a/*/summary.json"))) == 2
-    again = campaign("--out", f"{tmp_path}/a", *QUICK.split(), "--seeds", "0", "1")
-    assert again.returncode == 0
-    assert "% in the test, 1" not in again.stdout
-    assert "0, 1 (n = 2)" in again.stdout
+    monkeypatch.setattr(sys, "argv", ["campaign.py", "--out", f"{tmp_path}/a", *QUICK.split(), "--seeds", "0", "1"])
+    with pytest.raises(SystemExit) as again:
+        main()
+    assert again.value.code == 0
+    printed = capsys.readouterr().out
+    assert "% in the test, 1" not in printed
+    assert "0, 1 (n = 2)" in printed
 
 
 @pytest.mark.parametrize(
@@ -59,10 +64,14 @@ def test_several_processes_take_the_runs_of_several_campaigns(tmp_path: Path) ->
         (f"{QUICK} --out x --workers 2 --idle 10", "--idle is for joules"),
     ],
 )
-def test_campaigns_that_make_no_sense_are_refused(options: str, message: str) -> None:
-    result = campaign(*options.split())
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_campaigns_that_make_no_sense_are_refused(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["campaign.py", *options.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_unknown_presets_are_refused(tmp_path: Path) -> None:
