@@ -76,6 +76,12 @@ def set_gradients(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor
         parameter.grad = gradient.to(parameter.dtype)
 
 
+def is_heard(optimizer: Optimizer) -> bool:
+    """Whether somebody has asked to be told of an optimiser's steps, and so expects gradients in `.grad`: the audit,
+    processes that average them, a user's hook."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def centralize_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Take the mean over inputs off each output unit's gradient; vectors (biases) are left as they are.
 

@@ -50,7 +50,7 @@ from bpfree.algorithms._ccl_objectives import (
 )
 from bpfree.algorithms._ccl_updates import ThinUpdate, Update, WrittenUpdate, clipping, is_thin
 from bpfree.algorithms._lanes import Lanes
-from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, make_optimizer, set_gradients
+from bpfree.algorithms._optim import OptimizerFactory, centralize_gradients, is_heard, make_optimizer, set_gradients
 from bpfree.algorithms._whole_batch import WholeBatch
 from bpfree.algorithms.learner import Batch, Channel, Learner, Metrics, Paper, Stage, Support, Trial, evaluation_mode
 from bpfree.errors import UsageError, unknown_name
@@ -272,7 +272,7 @@ class CounterCurrent(Learner):
 
     def _gradient(self, layer: Layer, trace: Trace, towards: Tensor) -> Update:
         optimizer = self._optimizers[layer]
-        plain = self._plain_descent and self.batch.alone
+        plain = self._plain_descent and not is_heard(optimizer)
         if plain and isinstance(trace, DenseTrace) and is_thin(trace.dense.linear, rows=len(towards)):
             errors, inputs = trace.factors(towards)
             if self.centralize:

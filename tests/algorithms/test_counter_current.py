@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counter_current import courses, draw_courses, draw_features, features
 from bpfree.algorithms import Backprop, CounterCurrent, _ccl_updates
 from bpfree.algorithms._ccl_layers import Layer, weighted
 from bpfree.algorithms._ccl_objectives import Asked, CosineObjective, DotObjective
+from bpfree.algorithms.audit import audit
 from bpfree.data import Batches
 from bpfree.errors import CheckpointError, UsageError
 from bpfree.experiments import Trainer, TrainingConfig
@@ -323,6 +324,31 @@ def test_thin_gradients_do_what_written_ones_and_an_optimiser_do(
     for others in ends[1:]:
         for a, b in zip(ends[0], others, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+def test_whoever_listens_to_the_optimisers_gets_gradients() -> None:
+    quiet, x, y = wide(clip=0.02)
+    heard, _, _ = wide(clip=0.02)
+    given: list[Tensor | None] = []
+
+    def listen(optimizer: Optimizer, *_: object) -> None:
+        given.extend(parameter.grad for parameter in optimizer.param_groups[0]["params"])
+
+    for optimizer in heard.optimizers():
+        optimizer.register_step_pre_hook(listen)
+    for model in (quiet, heard):
+        model.step((x, y))
+    assert len(given) == 6
+    assert all(gradient is not None and gradient.norm() > 0 for gradient in given)
+    for a, b in zip(quiet.parameters(), heard.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_layer_whose_gradient_is_not_written_out_is_audited_like_others() -> None:
+    model, x, _ = wide(clip=0.02)
+    found = audit(model, [(x + index, torch.arange(7) % CLASSES) for index in range(6)])
+    assert found.locality == found.measured == "layer"
+    assert found.agrees
 
 
 def test_rows_that_cancel_are_a_gradient_of_no_length() -> None:
