@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bpfree.errors import BpfreeError
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.experiments import run as runs
 from bpfree.experiments.arms import interleaved
 from bpfree.experiments.compare import config_key, is_finished, recorded
@@ -82,7 +82,12 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     Raises:
         BpfreeError: what it asks for does not exist or does not fit.
     """
-    training = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.training)}
+    try:
+        training = {name: json.loads(value) for name, _, value in (item.partition("=") for item in options.training)}
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"--training takes KEY=VALUE with a JSON value, such as monitor='\"metric\"': {error}"
+        ) from None
     configs = arms(options.presets, options.vary, training)
     done = {key for key, path in recorded(options.out).items() if is_finished(path)}
     seeded = [replace(config, seed=seed) for seed in options.seeds for config in interleaved(configs, seed)]
@@ -153,8 +158,13 @@ def side_by_side(jobs: Iterable[Job], started: float, budget: float, workers: in
     processes = [context.Process(target=work, args=(waiting, failed, started, budget, threads)) for _ in range(workers)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:  # which reaches the workers as well: each saves the run that it is in
+        for process in processes:
+            process.join()
+        raise UsageError("stopped; the same command goes on with the runs that are not recorded yet") from None
     return int(failed.value) + sum(process.exitcode != 0 for process in processes)
 
 
@@ -172,6 +182,8 @@ def main() -> None:
         parser.error("--idle is for joules, which do not count with --workers")
     campaigns = [options] if options.presets else []
     if options.file:
+        if not options.file.is_file():
+            parser.error(f"there is no file {options.file}; it has one campaign per line")
         lines = options.file.read_text().splitlines()
         campaigns += [campaign.parse_args(shlex.split(line, comments=True)) for line in lines if line.strip()]
     if not campaigns or any(one.out is None for one in campaigns):

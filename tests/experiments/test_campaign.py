@@ -62,6 +62,7 @@ def test_several_processes_take_the_runs_of_several_campaigns(
         ("", "needs --presets and --out"),
         (QUICK, "needs --presets and --out"),
         (f"{QUICK} --out x --workers 2 --idle 10", "--idle is for joules"),
+        ("--file nowhere.txt", "there is no file nowhere.txt"),
     ],
 )
 def test_campaigns_that_make_no_sense_are_refused(
@@ -74,6 +75,13 @@ def test_campaigns_that_make_no_sense_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_unknown_presets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown preset"):
-        jobs_of(campaign_parser().parse_args(f"--out {tmp_path} --presets mono-forward".split()))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--presets mono-forward", "unknown preset"),
+        ("--presets mono_forward-digits --training monitor=metric", "JSON value"),
+    ],
+)
+def test_what_a_campaign_cannot_resolve_is_refused(options: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        jobs_of(campaign_parser().parse_args([*options.split(), "--out", str(tmp_path)]))
