@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -118,9 +119,9 @@ def groups(hidden: Tensor, classes: int) -> tuple[Tensor, ...]:
 def standardize(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Mean 0 and variance 1 over these dimensions, as the values lie in memory: PyTorch's kernels for layers and groups
     would copy channels-last maps, and the next convolution would copy them back."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    given, values = values.dtype, values.to(torch.promote_types(values.dtype, torch.float32))
     variance, mean = torch.var_mean(values, dim=dims, keepdim=True, correction=0)
-    return (values - mean) * (variance + EPSILON).rsqrt()
+    return ((values - mean) * (variance + EPSILON).rsqrt()).to(given)
 
 
 def normalize_sample(values: Tensor) -> Tensor:
@@ -128,9 +129,29 @@ def normalize_sample(values: Tensor) -> Tensor:
     return standardize(values, tuple(range(1, values.ndim)))
 
 
+def _maps_by_position(hidden: Tensor) -> bool:
+    """Whether these are channels-last maps on a CUDA device that want no derivative."""
+    constant = not (torch.is_grad_enabled() and hidden.requires_grad)
+    return constant and hidden.is_cuda and hidden.ndim == 4 and hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """A kernel for groups of channels-last maps, or None where Triton is missing."""
+    try:
+        from bpfree.algorithms import _ff_kernels
+    except ImportError:
+        return None
+    return _ff_kernels
+
+
 def normalize_groups(hidden: Tensor, classes: int) -> Tensor:
     """Each class's channels with mean 0 and variance 1 over all of its values: nothing is left of mean goodness."""
     if hidden.shape[1] % classes == 0:
+        kernels = _kernels() if _maps_by_position(hidden) else None
+        if kernels is not None:
+            normalized: Tensor = kernels.standardize_groups(hidden, classes, EPSILON)
+            return normalized
         shared = hidden.unflatten(1, (classes, -1))
         return standardize(shared, tuple(range(2, shared.ndim))).flatten(1, 2)
     return torch.cat([normalize_sample(group) for group in groups(hidden, classes) if group.shape[1]], 1)
@@ -138,6 +159,9 @@ def normalize_groups(hidden: Tensor, classes: int) -> Tensor:
 
 def normalize_channels(hidden: Tensor, classes: int) -> Tensor:
     """Mean 0 and variance 1 over the channels, at every position."""
+    if _maps_by_position(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):  # it would copy them to 32 bits, and back for the next
+            return F.layer_norm(hidden.permute(0, 2, 3, 1), hidden.shape[1:2], eps=EPSILON).permute(0, 3, 1, 2)
     return standardize(hidden, (1,))
 
 

@@ -1,4 +1,7 @@
-"""The hashes of `streams` in one CUDA kernel; written in PyTorch they are two dozen, each too small for a GPU."""
+"""The hashes of `streams`, and dropout with them, in one CUDA kernel each.
+
+Written in PyTorch, hashes are two dozen kernels, each too small for a GPU, and dropout four more with a mask in memory.
+"""
 
 # mypy: disable-error-code="misc,no-untyped-def,import-not-found,import-untyped,unused-ignore"
 
@@ -23,13 +26,30 @@ def _mixed(x, first: tl.constexpr, second: tl.constexpr):
 
 
 @triton.jit
+def _drop(
+    x, out, keys, count, total, threshold, scale, golden: tl.constexpr, first: tl.constexpr,
+    second: tl.constexpr, block: tl.constexpr, lanes: tl.constexpr,
+):  # fmt: skip
+    word = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    key = _mixed(tl.load(keys) + tl.load(count) * first, first, second)
+    hashes = _mixed(key + (word + 1) * golden, first, second)
+    lane = tl.arange(0, lanes)
+    # flipping its top bit orders a lane's 16 bits as if they were signed
+    bits = ((hashes[:, None] >> (lane * 16)[None, :]) & 0xFFFF) ^ 0x8000
+    place = word[:, None] * lanes + lane[None, :]
+    inside = place < total
+    values = tl.load(x + place, mask=inside, other=0).to(tl.float32) * scale
+    tl.store(out + place, tl.where(bits >= threshold, values, 0), mask=inside)
+
+
+@triton.jit
 def _fill(
-    out, keys, count, width, total, step: tl.constexpr, golden: tl.constexpr, first: tl.constexpr,
-    second: tl.constexpr, block: tl.constexpr,
+    out, keys, count, width, total, golden: tl.constexpr, first: tl.constexpr, second: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < total
-    key = tl.load(keys + place // width, mask=inside, other=0) + tl.load(count) * step
+    key = tl.load(keys + place // width, mask=inside, other=0) + tl.load(count) * first
     hashes = _mixed(_mixed(key, first, second) + (place % width + 1) * golden, first, second)
     tl.store(out + place, hashes, mask=inside)
 
@@ -40,4 +60,15 @@ def hashes(keys: Tensor, count: Tensor, width: int, constants: dict[str, Any]) -
     grid = (triton.cdiv(out.numel(), BLOCK),)
     with torch.cuda.device(keys.device):
         _fill[grid](out, keys.contiguous(), count, width, out.numel(), block=BLOCK, **constants)
+    return out
+
+
+def dropped(
+    x: Tensor, key: Tensor, count: Tensor, threshold: int, scale: float, lanes: int, constants: dict[str, Any]
+) -> Tensor:
+    """`x`, dense in memory, times `scale` where 16 bits of a hash, shifted to [0, 2^16), reach `threshold`, else 0."""
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), BLOCK * lanes),)
+    with torch.cuda.device(x.device):
+        _drop[grid](x, out, key, count, x.numel(), threshold, scale, block=BLOCK, lanes=lanes, **constants)
     return out

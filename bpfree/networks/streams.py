@@ -10,12 +10,14 @@ on the device, and a rehearsal puts back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from bpfree.errors import UsageError
 
@@ -30,6 +32,9 @@ def _signed(word: int) -> int:
     """The 64 bits of `word` as PyTorch's int64 has them."""
     word %= WORD
     return word - WORD if word >= WORD // 2 else word
+
+
+CONSTANTS: Final = {name: _signed(word) for name, word in (("golden", GOLDEN), ("first", FIRST), ("second", SECOND))}
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
@@ -59,22 +64,22 @@ def sequence(key: Tensor, count: int) -> Tensor:
 
 
 @cache
-def _fused() -> Callable[[Tensor, Tensor, int, dict[str, Any]], Tensor] | None:
-    """One kernel that does what `hashes` does on a CUDA device, or None where Triton is missing."""
+def _kernels() -> ModuleType | None:
+    """CUDA kernels of what is done here, or None where Triton is missing."""
     try:
         from bpfree.networks import _stream_kernels
     except ImportError:
         return None
-    return _stream_kernels.hashes
+    return _stream_kernels
 
 
 def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
     """(...) int64 keys -> (..., width) hashes of each key, a 0-d int64 count and a position."""
-    fused = _fused() if keys.is_cuda else None
-    if fused is None:
+    kernels = _kernels() if keys.is_cuda else None
+    if kernels is None:
         return sequence(mix(keys + count * _signed(FIRST)), width)
-    constants = {"step": _signed(FIRST), "golden": _signed(GOLDEN), "first": _signed(FIRST), "second": _signed(SECOND)}
-    return fused(keys, count, width, constants)
+    drawn: Tensor = kernels.hashes(keys, count, width, CONSTANTS)
+    return drawn
 
 
 def uniform(bits: Tensor) -> Tensor:
@@ -130,12 +135,17 @@ class Stream(nn.Module):
         self.count.zero_()
 
     @torch.no_grad()
+    def draw(self) -> Tensor:
+        """The 0-d number of a draw, which with the key makes the hashes of that draw; the next call gives another."""
+        rank, ranks = self.share
+        number = self.count.clone() if ranks == 1 else self.count * ranks + rank
+        self.count.add_(1)
+        return number
+
+    @torch.no_grad()
     def bits(self, count: int) -> Tensor:
         """(count,) int64 hashes; the next call gives others."""
-        rank, ranks = self.share
-        drawn = hashes(self.key, self.count if ranks == 1 else self.count * ranks + rank, count)
-        self.count.add_(1)
-        return drawn
+        return hashes(self.key, self.draw(), count)
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Standard normal numbers."""
@@ -157,6 +167,32 @@ def checked_dropout(p: float) -> float:
     return p
 
 
+class _Dropped(torch.autograd.Function):
+    """Dropout in one kernel, whose mask is drawn again for the derivative instead of being kept in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, number: Tensor, threshold: int, scale: float) -> Tensor:
+        kernels = _kernels()
+        assert kernels is not None
+        ctx.layout = _layout(x)
+        ctx.drop = partial(
+            kernels.dropped, key=key, count=number, threshold=threshold, scale=scale, lanes=LANES, constants=CONSTANTS
+        )
+        dropped: Tensor = ctx.drop(x)
+        return dropped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_dropped: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.drop(by_dropped.contiguous(memory_format=ctx.layout)), None, None, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """How maps lie in memory, or other values should."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class StreamDropout(nn.Module):
     """Dropout from a stream of its own.
 
@@ -176,13 +212,18 @@ class StreamDropout(nn.Module):
         """Values of any shape, those that are kept divided by 1 - p."""
         if not self.training or not self.p:
             return x
+        threshold, scale = round(self.p * 2**16), 1 / (1 - self.p)
+        layout = _layout(x)
+        if x.is_cuda and x.dtype.itemsize <= 4 and _kernels() is not None:
+            x = x.contiguous(memory_format=layout)
+            dropped: Tensor = _Dropped.apply(x, self.stream.key, self.stream.draw(), threshold, scale)
+            return dropped
         lanes = self.stream.bits(-(-x.numel() // LANES)).view(torch.int16)[: x.numel()]
-        kept = lanes >= round(self.p * 2**16) - 2**15
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # a mask as x lies in memory
+        kept = lanes >= threshold - 2**15
+        if layout is torch.channels_last:  # a mask as x lies in memory
             batch, channels, height, width = x.shape
             kept = kept.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        # the mask comes last, so that a derivative that is the same everywhere gets this layout from it
-        return x * (1 / (1 - self.p)) * kept.view(x.shape)
+        return x * scale * kept.view(x.shape)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -392,3 +392,17 @@ def test_options_that_are_neither_name_nor_function_are_refused() -> None:
         learner(loss=0.5)
     with pytest.raises(UsageError, match=r"a goodness of its own: pass a function that makes it, .* FirstChannels"):
         learner(goodness=FirstChannels((6,), 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 100, 32, 32), (2, 800, 4, 4)])
+def test_maps_are_normalised_on_a_gpu_as_they_lie_in_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    h = (torch.randn(*shape) + 1).relu().to(memory_format=torch.channels_last)
+    for normalize in (normalize_groups, normalize_channels):
+        there = normalize(h.to("cuda", dtype), CLASSES)
+        assert there.dtype == dtype
+        assert there.stride() == h.stride()
+        expected = normalize(h.to(dtype).double(), CLASSES)
+        tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+        torch.testing.assert_close(there.double().cpu(), expected, rtol=tolerance, atol=tolerance)
