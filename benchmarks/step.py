@@ -208,10 +208,10 @@ def measure_preset(
         memory = peak_memory(device)
         if trace is not None:
             trace.mkdir(parents=True, exist_ok=True)
-            profiled(stepper).export_chrome_trace(str(trace / f"{name}.json.gz"))
+            profiled(stepper).export_chrome_trace(str(trace / f"{config.preset}.json.gz"))
         longest = longest_kernels(stepper, kernels) if kernels and device.type == "cuda" else []
     return {
-        "preset": name,
+        "preset": config.preset,
         "rule": algorithm(config.algorithm).alias,
         "network": config.network,
         "batch": training.batch_size,
