@@ -5,7 +5,7 @@
     python benchmarks/campaign.py --workers 4 --file campaigns.txt
 
 The arms are shuffled within each seed, so that drift of the board's temperature hits all of them alike. Runs that
-are recorded under --out already are not repeated. Weights are not kept.
+are recorded under --out already are not repeated, and those that were interrupted go on. Weights are not kept.
 
 A file has one campaign per line, with the options above. With --workers, so many runs share the device: for accuracy,
 where one run does not fill a GPU (with NVIDIA's MPS their kernels overlap). Their records say so (FOREIGN_PROCESS), and
@@ -44,10 +44,11 @@ load = cache(runs.load_dataset)
 
 @dataclass(frozen=True)
 class Job:
-    """One run, and where its folder is made."""
+    """One run, where its folder is made, and that folder if it has begun already."""
 
     config: RunConfig
     out: Path
+    begun: Path | None = None
 
 
 def arms(presets: list[str], variations: list[str], training: dict[str, Any]) -> list[RunConfig]:
@@ -77,7 +78,7 @@ def campaign_parser() -> argparse.ArgumentParser:
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """The runs of a campaign that are not recorded yet.
+    """The runs of a campaign that are not finished yet.
 
     Raises:
         BpfreeError: what it asks for does not exist or does not fit.
@@ -89,9 +90,10 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
             f"--training takes KEY=VALUE with a JSON value, such as monitor='\"metric\"': {error}"
         ) from None
     configs = arms(options.presets, options.vary, training)
-    done = {key for key, path in recorded(options.out).items() if is_finished(path)}
+    known = recorded(options.out)
     seeded = [replace(config, seed=seed) for seed in options.seeds for config in interleaved(configs, seed)]
-    return [Job(config, options.out) for config in seeded if config_key(config) not in done]
+    jobs = [Job(config, options.out, known.get(config_key(config))) for config in seeded]
+    return [job for job in jobs if job.begun is None or not is_finished(job.begun)]
 
 
 def perform(job: Job, started: float, idle_w: Sequence[float] = ()) -> bool:
@@ -104,7 +106,10 @@ def perform(job: Job, started: float, idle_w: Sequence[float] = ()) -> bool:
     try:
         dataset = load(config.dataset)
         measuring = runs.Measuring(tuple(idle_w))
-        summary = runs.run(config, job.out, dataset=dataset, measuring=measuring, keep_model=False)
+        if job.begun is None:
+            summary = runs.run(config, job.out, dataset=dataset, measuring=measuring, keep_model=False)
+        else:
+            summary = runs.resume(job.begun, dataset=dataset, measuring=measuring, keep_model=False)
     except InterruptedRunError:
         raise
     except BpfreeError as error:

@@ -56,6 +56,19 @@ def test_several_processes_take_the_runs_of_several_campaigns(
     assert "0, 1 (n = 2)" in printed
 
 
+def test_a_run_that_was_interrupted_goes_on_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["campaign.py", "--out", f"{tmp_path}", *QUICK.split()])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        (finished,) = tmp_path.glob("*/summary.json")  # of the only folder, the second time as well
+        finished.unlink()
+    assert capsys.readouterr().out.count("% in the test, 1 passes") == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
