@@ -21,6 +21,7 @@ from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 
 BIASES: Final = ("none", "light", "twin")
+STARTS: Final = ("copy", "draw")
 
 
 class MomentumAuxiliary(nn.Module):
@@ -32,16 +33,20 @@ class MomentumAuxiliary(nn.Module):
         ema: have E.
         bias: "none", "light" (b) or "twin" (T).
         scale: learn s.
+        start: E and T begin as a "copy" of u, or with weights that they "draw" of their own.
 
     Raises:
-        UsageError: unknown bias, or parts that need another that is not there.
+        UsageError: unknown bias or start, or parts that need another that is not there.
     """
 
-    def __init__(self, unit: nn.Module, shape: Shape, *, ema: bool, bias: str, scale: bool) -> None:
+    def __init__(
+        self, unit: nn.Module, shape: Shape, *, ema: bool, bias: str, scale: bool, start: str = "copy"
+    ) -> None:
         super().__init__()
-        check_parts(ema=ema, bias=bias, scale=scale)
-        self.ema = copy.deepcopy(unit).requires_grad_(False) if ema else None
-        self.twin = copy.deepcopy(unit) if bias == "twin" else None
+        check_parts(ema=ema, bias=bias, scale=scale, start=start)
+        make = copy.deepcopy if start == "copy" else drawn_anew
+        self.ema = make(unit).requires_grad_(False) if ema else None
+        self.twin = make(unit) if bias == "twin" else None
         like = next(unit.parameters())
         light = torch.zeros(shape[0], *(1 for _ in shape[1:]), dtype=like.dtype, device=like.device)
         self.bias = nn.Parameter(light) if bias == "light" else None
@@ -62,14 +67,33 @@ class MomentumAuxiliary(nn.Module):
         return (2 - self.scale) * parts[0] + self.scale * parts[1]
 
 
-def check_parts(*, ema: bool, bias: str, scale: bool) -> None:
+@torch.no_grad()
+def drawn_anew(unit: nn.Module) -> nn.Module:
+    """A unit of the same shape with initial weights of its own: of convolutions from N(0, 2 / (kernel^2 width)), of
+    other modules as PyTorch draws them."""
+    other = copy.deepcopy(unit)
+    for module in other.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return other
+
+
+def check_parts(*, ema: bool, bias: str, scale: bool, start: str) -> None:
     """Refuse parts that make no sense together.
 
     Raises:
-        UsageError: unknown bias, a light bias with nothing to add it to, or a scale with nothing to weigh.
+        UsageError: unknown bias or start, a light bias with nothing to add it to, a scale with nothing to weigh, or a
+            start of nothing.
     """
     if bias not in BIASES:
         raise unknown_name("bias", bias, BIASES)
+    if start not in STARTS:
+        raise unknown_name("start", start, STARTS)
+    if start != "copy" and not ema and bias != "twin":
+        raise UsageError("start is of the momentum copy and of the trainable unit; it needs ema=true or bias=twin")
     if bias == "light" and not ema:
         raise UsageError("a light bias is added to the momentum copy: it needs ema=true")
     if scale and not (ema and bias == "twin"):

@@ -119,6 +119,8 @@ class LocalLearning(Learner):
         ema_update: "before" the optimiser's step, so that E_i reads what block i+1 had while block i learnt (and that
             could be sent to it meanwhile), as in the code; or "after" it.
         scale: learn MAN++'s scale between E_i and T_i.
+        start: E_i and T_i begin as a "copy" of the unit that they stand for, or "draw" weights of their own, as in the
+            authors' code.
         head_pool: how feature maps reach the read-out: "gap" (None), "flatten" or "adaptive".
         lr: learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9), or another of `make_optimizer`.
@@ -163,6 +165,7 @@ class LocalLearning(Learner):
         momentum: float = MOMENTUM,
         ema_update: UpdateTime = "before",
         scale: bool = False,
+        start: str = "copy",
         head_pool: str | None = None,
         lr: float = 0.1,
         optimizer: str | OptimizerFactory = "sgd",
@@ -170,7 +173,7 @@ class LocalLearning(Learner):
         input_shape: Shape | None = None,
     ) -> None:
         super().__init__(_cut(network, k, ends, stem, input_shape), classes, input_shape)
-        check_parts(ema=ema, bias=bias, scale=scale)
+        check_parts(ema=ema, bias=bias, scale=scale, start=start)
         if ema_update not in UPDATE_TIMES:
             raise unknown_name("ema_update", ema_update, UPDATE_TIMES)
         if not ema and (momentum != MOMENTUM or ema_update != "before"):
@@ -192,7 +195,7 @@ class LocalLearning(Learner):
             if ema or bias != "none":
                 unit = first_unit(following)
                 (shape,) = block_output_shapes([unit], shape)
-                auxiliary = MomentumAuxiliary(unit, shape, ema=ema, bias=bias, scale=scale)
+                auxiliary = MomentumAuxiliary(unit, shape, ema=ema, bias=bias, scale=scale, start=start)
                 self.auxiliaries.append(auxiliary)
                 followed.append((auxiliary, unit))
             else:

@@ -118,6 +118,25 @@ def test_copies_begin_as_the_next_blocks_first_unit() -> None:
         assert identical(copies(auxiliary.twin.parameters()), unit)
 
 
+def test_copies_may_begin_with_weights_of_their_own() -> None:
+    torch.manual_seed(0)
+    learner = residual(**MAN, start="draw")
+    for index, auxiliary in enumerate(learner.auxiliaries):
+        units = [
+            dict(unit.named_parameters()) for unit in (learner.network[index + 1][0], auxiliary.ema, auxiliary.twin)
+        ]
+        for name, weight in units[0].items():
+            if weight.ndim == 1:  # scale and shift of a normalisation
+                assert all(torch.equal(weight, other[name]) for other in units)
+                continue
+            spread = (2 / weight[:, 0].numel()) ** 0.5
+            drawn = torch.stack([unit[name].detach().flatten() for unit in units])
+            assert drawn.std(1).numpy() == pytest.approx(spread, rel=5 / (2 * weight.numel()) ** 0.5)
+            others = torch.corrcoef(drawn) - torch.eye(3)
+            assert others.abs().max() < 5 / weight.numel() ** 0.5
+    assert not any(parameter.requires_grad for parameter in learner.auxiliaries[0].ema.parameters())
+
+
 def test_buffers_do_not_follow() -> None:
     torch.manual_seed(0)
     auxiliary = MomentumAuxiliary(unit := nn.BatchNorm1d(3), (3,), ema=True, bias="none", scale=False)
@@ -583,6 +602,8 @@ def test_variants_tell_rows_apart(build: Callable[[], LocalLearning], expected: 
         ({"bias": "heavy"}, "unknown bias"),
         ({"bias": "light"}, "needs ema=true"),
         ({"ema": True, "scale": True}, "bias=twin"),
+        ({"ema": True, "start": "new"}, "unknown start"),
+        ({"start": "draw"}, "needs ema=true or bias=twin"),
         ({"momentum": 0.9}, "need ema=true"),
         ({"ema_update": "after"}, "need ema=true"),
         ({"ema": True, "ema_update": "during"}, "unknown ema_update"),
