@@ -74,6 +74,11 @@ class Embeddings(nn.Module):
         """(B, C) logits of a block -> (B, d) expected embedding softmax(logits) W_E."""
         return self.project(logits.to(self.weight.dtype).softmax(1))
 
+    @torch.no_grad()
+    def closest(self) -> Tensor:
+        """The smallest distance between two rows, 0-d."""
+        return torch.pdist(self.weight).min()
+
     def log_similarity(self, z: Tensor, variance: float) -> Tensor:
         """(B, d) -> (B, C): -||z - u_c||^2 / (2 variance), highest for the nearest embedding."""
         with torch.autocast(z.device.type, enabled=False):

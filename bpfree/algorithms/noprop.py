@@ -158,8 +158,8 @@ class NoProp(Learner):
         gamma_min: g0 of "ct" at the start; None: -7.
         gamma_max: g1 of "ct" at the start; None: 7.
         path_sigma: sigma of the path in "fm"; None: 0.
-        sampler: "stochastic" as in the paper, "mean" without the noise term (dt, ct), or "ode" (ct, fm). None: the
-            variant's own.
+        sampler: "stochastic" (dt as in the paper, ct), "mean" without the noise term (dt, ct), or "ode" (ct, fm). None:
+            "stochastic", and "ode" for fm.
         width: units of the label and time branches and of the trunk.
         noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
             generator.
@@ -497,7 +497,8 @@ class NoProp(Learner):
     def diagnostics(self, batch: Batch) -> Metrics:
         """Accuracy of each block's own logits on the way ("dt"), of the first and last step's otherwise.
 
-        The first is that of a plain classifier: it sees noise in place of a label.
+        The first is that of a plain classifier: it sees noise in place of a label. Of embeddings that learn also the
+        distance of the two that are closest: classes whose embeddings meet cannot be told apart again.
         """
         inputs, targets = batch
         last = self.process.steps - 1
@@ -509,6 +510,8 @@ class NoProp(Learner):
                 report[f"{name} accuracy"] = accuracy(logits, targets)
 
         self._denoise(inputs, self.process.steps, self.draw, watch)
+        if self.embeddings.learned:
+            report["closest embeddings"] = self.embeddings.closest()
         return report
 
     @property

@@ -498,6 +498,15 @@ def test_noise_of_samples_steps_and_draws_is_standard_and_independent() -> None:
     assert (table.var(0) - 1).abs().max() < 4.5 * (2 / 4000) ** 0.5
 
 
+def test_diagnostics_see_embeddings_that_meet() -> None:
+    model = learner(embeddings="learned", embedding_dim=3)
+    with torch.no_grad():
+        model.embeddings.weight.copy_(torch.tensor([[0.0, 0, 0], [3, 4, 0], [3, 4, 2], [9, 9, 9]])[:CLASSES])
+    batch = torch.randn(6, INPUTS), torch.arange(6) % CLASSES
+    assert model.diagnostics(batch)["closest embeddings"].item() == pytest.approx(2)
+    assert "closest embeddings" not in learner().diagnostics(batch)
+
+
 # 9. oracles
 
 
