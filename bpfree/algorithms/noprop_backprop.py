@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._noprop_parts import (
     BlockNoise,
     EmbeddingKind,
@@ -32,7 +33,7 @@ from bpfree.algorithms._noprop_parts import (
     embedding_width,
     radial_width,
 )
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, trained
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import (
     Batch,
     Learner,
@@ -48,7 +49,7 @@ from bpfree.algorithms.learner import (
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape, as_blocks, children_of, sample_shape
 from bpfree.networks.gnn import GraphBlock
-from bpfree.networks.noprop import BRANCH_WIDTH
+from bpfree.networks.noprop import BRANCH_WIDTH, Denoiser
 from bpfree.networks.streams import Stream
 
 
@@ -69,6 +70,7 @@ class NoPropBackprop(Learner):
         width: units of the label branches and of the trunks.
         noise_seed: fixes z_0 and dropout; None takes it from PyTorch's global generator.
         draw: which draw of z_0 `scores` uses.
+        lanes: blocks that look at the input at the same time in a CUDA graph; what they say of labels is a chain.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -106,10 +108,13 @@ class NoPropBackprop(Learner):
         width: int = BRANCH_WIDTH,
         noise_seed: int | None = None,
         draw: int = 0,
+        lanes: int = 6,
         input_shape: Shape | None = None,
     ) -> None:
         if steps < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
+        if lanes < 1:
+            raise UsageError(f"lanes must be at least 1, got {lanes}")
         modules = children_of(network)
         check_classes(classes)
         shape = sample_shape(input_shape, list(as_blocks(modules)))
@@ -117,7 +122,7 @@ class NoPropBackprop(Learner):
         super().__init__(
             blocks_of(modules, steps, classes, dim, shape, False, embeddings == "prototype", width), classes, shape
         )
-        self.draw = draw
+        self.draw, self.lanes = draw, lanes
         self.embeddings = Embeddings(embeddings, classes, dim)
         self.readout = Readout(p_out, self.embeddings, radial_width(p_out, radial_sigma))
         self.gates = nn.Parameter(torch.ones(steps))  # w_t
@@ -134,9 +139,15 @@ class NoPropBackprop(Learner):
 
     def _chain(self, inputs: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Scores, and each block's logits, from (B, d) z_0."""
-        every = []
-        for block, gate in zip(self.network, self.gates.tanh(), strict=True):
-            every.append(block(inputs, z))
+        lanes = Lanes(inputs.device, self.lanes)
+        seen, every = [], []
+        for index, block in enumerate(self.network):
+            assert isinstance(block, Denoiser)
+            with lanes.lane(index % self.lanes):
+                seen.append(block.encode(inputs))
+        lanes.join()
+        for block, features, gate in zip(self.network, seen, self.gates.tanh(), strict=True):
+            every.append(block(inputs, z, features=features))
             z = (1 - gate) * z + gate * self.embeddings.estimate(every[-1])
         return self.readout(z, self.embeddings), every
 
@@ -166,9 +177,9 @@ class NoPropBackprop(Learner):
         assert isinstance(stream, Stream)
         z = stream.normal((len(targets), self.embeddings.dim), self.embeddings.weight.dtype)
         loss = F.cross_entropy(self._chain(inputs, z)[0], targets)
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        # not backward(), which would add up in a stream of its own; a block's derivatives stay in its lane
+        set_gradients(parameters, torch.autograd.grad(loss, parameters))
         for optimizer in self._optimizers:
             optimizer.step()
         return {"loss": loss.detach()}

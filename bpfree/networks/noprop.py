@@ -108,9 +108,9 @@ class Denoiser(nn.Module, ABC):
     def decode(self, features: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
         """Features, (B, d) embeddings and (B,) times in [0, 1] (None where there is no time) -> (B, C) logits."""
 
-    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None) -> Tensor:
-        """(B, *input_shape), (B, d), (B,) -> (B, C) logits."""
-        return self.decode(self.encode(x), z, time)
+    def forward(self, x: Tensor, z: Tensor, time: Tensor | None = None, *, features: Tensor | None = None) -> Tensor:
+        """(B, *input_shape), (B, d), (B,) -> (B, C) logits; `features` are those of x, where they are known already."""
+        return self.decode(self.encode(x) if features is None else features, z, time)
 
 
 class BranchDenoiser(Denoiser):

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bpfree.algorithms import CounterCurrent, ForwardForward, Learner, MonoForward, NoProp
+from bpfree.algorithms import CounterCurrent, ForwardForward, Learner, MonoForward, NoProp, NoPropBackprop
 from bpfree.algorithms._lanes import Lanes
 from bpfree.networks import build_network, cnn, mlp
 
@@ -95,6 +95,7 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
     ),
     "noprop": lambda: NoProp(mlp((5,), (8,)), 3, steps=4, width=6, lanes=2),
     "noprop-step": lambda: NoProp(mlp((5,), (8,)), 3, steps=4, width=6, lanes=2, shared_updates="step"),
+    "noprop-bp": lambda: NoPropBackprop(mlp((5,), (8,)), 3, steps=4, width=6, lanes=2),
     "ccl": lambda: CounterCurrent(dense(elu=True), 3, clip_scope="network", warmup_steps=3),
     "ccl-layer": lambda: CounterCurrent(dense(elu=True), 3, centralize=True),
     "ccl-flood": lambda: CounterCurrent(dense(elu=True), 3, flood=0.6, clip=0.0),

@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from bpfree.algorithms import NoPropBackprop
+from bpfree.algorithms._noprop_parts import EmbeddingKind
+from bpfree.data.batches import Batches
 from bpfree.errors import UsageError
-from tests.algorithms.test_noprop import CLASSES, F64, INPUTS, LR, LinearDenoiser, batch, sgd
+from bpfree.experiments import Trainer, TrainingConfig
+from bpfree.networks.streams import StreamDropout
+from tests.algorithms.test_noprop import CLASSES, F64, INPUTS, LR, LinearDenoiser, batch, equal, sgd, weights
 from tests.reference import noprop_backprop as reference
 
 
@@ -33,9 +39,25 @@ def test_one_step_of_linear_blocks(steps: int) -> None:
         np.testing.assert_allclose(parameter.detach().numpy(), start - LR * gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_a_chain_needs_a_block() -> None:
-    with pytest.raises(UsageError, match="steps must be at least 1"):
-        NoPropBackprop([LinearDenoiser(CLASSES)], CLASSES, input_shape=(INPUTS,), steps=0)
+@pytest.mark.parametrize("name", ["steps", "lanes"])
+def test_a_chain_needs_a_block_and_a_lane(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be at least 1"):
+        NoPropBackprop([LinearDenoiser(CLASSES)], CLASSES, input_shape=(INPUTS,), **{name: 0})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("embeddings", ["onehot", "prototype"])
+def test_lanes_change_no_bit(embeddings: EmbeddingKind) -> None:
+    inputs, targets = torch.rand(160, INPUTS), torch.arange(160) % CLASSES
+    ends = []
+    for lanes, graph in ((1, False), (1, True), (2, True), (4, True)):
+        torch.manual_seed(0)
+        branch = nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), StreamDropout(0.2))
+        model = NoPropBackprop([branch], CLASSES, input_shape=(INPUTS,), steps=4, embeddings=embeddings, lanes=lanes)
+        part = Batches(inputs, targets, device=torch.device("cuda"))
+        Trainer(model.cuda(), part, part, TrainingConfig(batch_size=16, epochs=3, patience=3, graph=graph)).run()
+        ends.append(weights(model))
+    assert all(equal(ends[0], end) for end in ends[1:])
 
 
 @pytest.mark.parametrize(
