@@ -169,7 +169,7 @@ def side_by_side(jobs: Iterable[Job], started: float, budget: float, workers: in
     except KeyboardInterrupt:  # which reaches the workers as well: each saves the run that it is in
         for process in processes:
             process.join()
-        raise UsageError("stopped; the same command goes on with the runs that are not recorded yet") from None
+        raise UsageError("stopped; the same command goes on with the runs that are not finished yet") from None
     return int(failed.value) + sum(process.exitcode != 0 for process in processes)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache, partial
-from types import ModuleType
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
+from bpfree.networks.streams import triton_kernels
 
 EPSILON: Final = 1e-5
+KERNELS: Final = "bpfree.algorithms._ff_kernels"
 PVN_THRESHOLD: Final = 2.0
 CWG_SHARE: Final = 0.28  # of the cross-entropy
 
@@ -135,20 +136,10 @@ def _maps_by_position(hidden: Tensor) -> bool:
     return constant and hidden.is_cuda and hidden.ndim == 4 and hidden.is_contiguous(memory_format=torch.channels_last)
 
 
-@cache
-def _kernels() -> ModuleType | None:
-    """A kernel for groups of channels-last maps, or None where Triton is missing."""
-    try:
-        from bpfree.algorithms import _ff_kernels
-    except ImportError:
-        return None
-    return _ff_kernels
-
-
 def normalize_groups(hidden: Tensor, classes: int) -> Tensor:
     """Each class's channels with mean 0 and variance 1 over all of its values: nothing is left of mean goodness."""
     if hidden.shape[1] % classes == 0:
-        kernels = _kernels() if _maps_by_position(hidden) else None
+        kernels = triton_kernels(KERNELS) if _maps_by_position(hidden) and hidden.dtype.itemsize <= 4 else None
         if kernels is not None:
             normalized: Tensor = kernels.standardize_groups(hidden, classes, EPSILON)
             return normalized

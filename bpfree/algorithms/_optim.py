@@ -70,6 +70,11 @@ def trained(*modules: nn.Module | None) -> list[nn.Parameter]:
     return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
 
 
+def parameters_of(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """What these optimisers train, in their order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def set_gradients(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
     """Hand each parameter its gradient, in the parameter's precision."""
     for parameter, gradient in zip(parameters, gradients, strict=True):

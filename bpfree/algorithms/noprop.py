@@ -69,7 +69,7 @@ from bpfree.algorithms._noprop_processes import (
     Process,
     Terms,
 )
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, parameters_of, set_gradients, trained
 from bpfree.algorithms.learner import (
     Batch,
     Channel,
@@ -383,13 +383,13 @@ class NoProp(Learner):
     def _learn_together(self, batch: Batch) -> list[Metrics]:
         """Every block's update, side by side; then one of what they share, by the sum of their gradients."""
         x, y = batch
-        shared = _parameters(self._shared_optimizers)
+        shared = parameters_of(self._shared_optimizers)
         lanes = Lanes(y.device, self.lanes if len(self.network) > 1 else 0)
         learned, gradients = [], []
         for index, optimizer in enumerate(self._block_optimizers):
             with lanes.lane(index % self.lanes):
                 terms = self.process.terms(index, self._block(index), x, y, self.shared, self._draw(index, y))
-                own = _parameters([optimizer])
+                own = parameters_of([optimizer])
                 found = torch.autograd.grad(_sum(terms), [*own, *shared])
                 _step([optimizer], found[: len(own)])
                 gradients.append(found[len(own) :])
@@ -552,10 +552,6 @@ def _of_the_whole(learned: Sequence[Terms]) -> Metrics:
     return metrics
 
 
-def _parameters(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-
 def _sum(terms: Terms) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
@@ -565,7 +561,7 @@ def _detached(terms: Terms) -> Metrics:
 
 
 def _step(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> None:
-    set_gradients(_parameters(optimizers), gradients)
+    set_gradients(parameters_of(optimizers), gradients)
     for optimizer in optimizers:
         optimizer.step()
         # one block's gradients in memory at a time, and none for the shared parameters to find in the next block
@@ -574,5 +570,5 @@ def _step(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> None:
 
 def _descend(terms: Terms, optimizers: Sequence[Optimizer]) -> Metrics:
     """One step down the sum of the terms, which are given back."""
-    _step(optimizers, torch.autograd.grad(_sum(terms), _parameters(optimizers)))
+    _step(optimizers, torch.autograd.grad(_sum(terms), parameters_of(optimizers)))
     return _detached(terms)

@@ -33,7 +33,7 @@ from bpfree.algorithms._noprop_parts import (
     embedding_width,
     radial_width,
 )
-from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
+from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, parameters_of, set_gradients, trained
 from bpfree.algorithms.learner import (
     Batch,
     Learner,
@@ -177,7 +177,7 @@ class NoPropBackprop(Learner):
         assert isinstance(stream, Stream)
         z = stream.normal((len(targets), self.embeddings.dim), self.embeddings.weight.dtype)
         loss = F.cross_entropy(self._chain(inputs, z)[0], targets)
-        parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        parameters = parameters_of(self._optimizers)
         # not backward(), which would add up in a stream of its own; a block's derivatives stay in its lane
         set_gradients(parameters, torch.autograd.grad(loss, parameters))
         for optimizer in self._optimizers:

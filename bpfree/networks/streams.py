@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache, partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ GOLDEN: Final = 0x9E3779B97F4A7C15  # odd and close to 2^64 / golden ratio: cons
 FIRST: Final = 0xBF58476D1CE4E5B9
 SECOND: Final = 0x94D049BB133111EB
 LANES: Final = 4  # 16-bit numbers in a 64-bit hash
+KERNELS: Final = "bpfree.networks._stream_kernels"
 
 
 def _signed(word: int) -> int:
@@ -64,18 +66,17 @@ def sequence(key: Tensor, count: int) -> Tensor:
 
 
 @cache
-def _kernels() -> ModuleType | None:
-    """CUDA kernels of what is done here, or None where Triton is missing."""
+def triton_kernels(module: str) -> ModuleType | None:
+    """A module of CUDA kernels by its full name, or None where Triton is missing."""
     try:
-        from bpfree.networks import _stream_kernels
+        return import_module(module)
     except ImportError:
         return None
-    return _stream_kernels
 
 
 def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
     """(...) int64 keys -> (..., width) hashes of each key, a 0-d int64 count and a position."""
-    kernels = _kernels() if keys.is_cuda else None
+    kernels = triton_kernels(KERNELS) if keys.is_cuda else None
     if kernels is None:
         return sequence(mix(keys + count * _signed(FIRST)), width)
     drawn: Tensor = kernels.hashes(keys, count, width, CONSTANTS)
@@ -172,7 +173,7 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: Tensor, number: Tensor, threshold: int, scale: float) -> Tensor:
-        kernels = _kernels()
+        kernels = triton_kernels(KERNELS)
         assert kernels is not None
         ctx.layout = _layout(x)
         ctx.drop = partial(
@@ -214,7 +215,7 @@ class StreamDropout(nn.Module):
             return x
         threshold, scale = round(self.p * 2**16), 1 / (1 - self.p)
         layout = _layout(x)
-        if x.is_cuda and x.dtype.itemsize <= 4 and _kernels() is not None:
+        if x.is_cuda and x.dtype.itemsize <= 4 and triton_kernels(KERNELS) is not None:
             x = x.contiguous(memory_format=layout)
             dropped: Tensor = _Dropped.apply(x, self.stream.key, self.stream.draw(), threshold, scale)
             return dropped

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bpfree.algorithms._optim import parameters_of
 from bpfree.algorithms._whole_batch import WholeBatch
 from bpfree.algorithms.learner import Batch, Collects, Learner, Metrics, Stage
 from bpfree.algorithms.local_units import HasLocalUnits, LocalUnit, LocalUnits
@@ -119,7 +120,7 @@ class DataTeam(Team):
                     parameter.register_post_accumulate_grad_hook(lambda arrived: self._averages.add([arrived]))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_of([optimizer])
         self._used.update(map(id, parameters))
         self._averages.settle(parameter for parameter in parameters if id(parameter) not in self._settled)
         self._settled.difference_update(map(id, parameters))

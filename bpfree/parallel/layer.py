@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from bpfree.algorithms._captures import captured
 from bpfree.algorithms._lanes import side_stream
+from bpfree.algorithms._optim import parameters_of
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Stage
 from bpfree.algorithms.local_units import FrozenParts, HasLocalUnits, LocalUnit, LocalUnits, Signal
 from bpfree.errors import UsageError
@@ -331,7 +332,7 @@ class LayerTeam(Team):
         return whole
 
     def _collect_state(self, optimizer: Optimizer) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_of([optimizer])
         owners = [self._owner.get(id(parameter), 0) for parameter in parameters]
         mine = {
             index: {

@@ -395,14 +395,15 @@ def test_options_that_are_neither_name_nor_function_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 100, 32, 32), (2, 800, 4, 4)])
-def test_maps_are_normalised_on_a_gpu_as_they_lie_in_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_maps_are_normalised_on_a_gpu_as_they_lie_in_memory(
+    dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]
+) -> None:
     h = (torch.randn(*shape) + 1).relu().to(memory_format=torch.channels_last)
     for normalize in (normalize_groups, normalize_channels):
         there = normalize(h.to("cuda", dtype), CLASSES)
         assert there.dtype == dtype
         assert there.stride() == h.stride()
         expected = normalize(h.to(dtype).double(), CLASSES)
-        tolerance = 1e-5 if dtype is torch.float32 else 1e-2
         torch.testing.assert_close(there.double().cpu(), expected, rtol=tolerance, atol=tolerance)
