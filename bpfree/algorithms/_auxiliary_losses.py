@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 from bpfree.networks.heads import Head
-from bpfree.networks.noprop import BatchNorm
+from bpfree.networks.normalization import MapNorm, VectorNorm
 
 SIMILARITY_WEIGHT: Final = 0.99
 TEMPERATURE: Final = 0.07
@@ -232,11 +232,11 @@ def classifier(name: str, shape: Shape, outputs: int) -> nn.Module:
 def _conv_norm_relu(fan_in: int, width: int, kernel: int, stride: int = 1) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(fan_in, width, kernel, stride, kernel // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution, nn.BatchNorm2d(width), nn.ReLU()
+    return convolution, MapNorm(width)
 
 
 def _linear_norm_relu(fan_in: int, width: int) -> tuple[nn.Module, ...]:
-    return nn.Linear(fan_in, width, bias=False), BatchNorm(width), nn.ReLU()
+    return nn.Linear(fan_in, width, bias=False), VectorNorm(width), nn.ReLU()
 
 
 def _convolutional_head(shape: Shape, outputs: int, convolutions: int, linear: int) -> nn.Module:
@@ -313,7 +313,8 @@ CLASSIFIERS: Final[dict[str, Callable[[Shape, int], nn.Module]]] = {
 class _Resized(nn.Module):
     """Average maps to a square grid.
 
-    Where windows do not overlap it is ordinary pooling, whose backward pass adds up in a fixed order on GPUs.
+    Where windows do not overlap it is a mean, whose backward pass is one write; on GPUs that of pooling is many times
+    slower for channels-last maps, and that of adaptive pooling adds up in no fixed order.
     """
 
     def __init__(self, side: int) -> None:
@@ -325,7 +326,8 @@ class _Resized(nn.Module):
         if height == width == self.side:
             return maps
         if height % self.side == 0 and width % self.side == 0:
-            return F.avg_pool2d(maps, (height // self.side, width // self.side))
+            windows = maps.permute(0, 2, 3, 1).unflatten(2, (self.side, -1)).unflatten(1, (self.side, -1))
+            return windows.mean((2, 4)).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(maps, self.side)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
-from bpfree.networks.streams import triton_kernels
+from bpfree.networks.kernels import triton_kernels
 
 EPSILON: Final = 1e-5
 KERNELS: Final = "bpfree.algorithms._ff_kernels"

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Final, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
+from bpfree.networks.normalization import VectorNorm
 from bpfree.networks.streams import Stream, StreamDropout
 
 BRANCH_WIDTH: Final = 256
@@ -30,16 +30,6 @@ TIME_FEATURES: Final = 64
 TIME_SCALE: Final = 1000.0  # positional embeddings are made for positions that differ by about one
 TIME_PERIOD: Final = 10_000.0
 Kind = Literal["dt", "ct"]
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes a batch of one sample by its running statistics: one value has no variance."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, w) -> (B, w)."""
-        if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
 
 
 def image_branch(input_shape: Shape, kind: Kind = "dt") -> nn.Sequential:
@@ -68,7 +58,7 @@ def image_branch(input_shape: Shape, kind: Kind = "dt") -> nn.Sequential:
             "use a cnn or an mlp"
         )
     first, second, third = BRANCH_CHANNELS
-    last = BatchNorm(BRANCH_WIDTH) if kind == "dt" else nn.ReLU()
+    last = VectorNorm(BRANCH_WIDTH) if kind == "dt" else nn.ReLU()
     branch = nn.Sequential(
         *(nn.Conv2d(input_shape[0], first, 3), nn.ReLU(), nn.MaxPool2d(2), StreamDropout(BRANCH_DROPOUT)),
         *(nn.Conv2d(first, second, 3), nn.ReLU(), StreamDropout(BRANCH_DROPOUT)),
@@ -176,7 +166,7 @@ class BranchDenoiser(Denoiser):
 
 
 def _hidden(inputs: int, width: int, *, norm: bool) -> list[nn.Module]:
-    return [nn.Linear(inputs, width), *([BatchNorm(width)] if norm else []), nn.ReLU()]
+    return [nn.Linear(inputs, width), *([VectorNorm(width)] if norm else []), nn.ReLU()]
 
 
 class LabelBranch(nn.Module):
@@ -185,7 +175,7 @@ class LabelBranch(nn.Module):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.enter = nn.Sequential(*_hidden(dim, width, norm=True))
-        self.residual = nn.Sequential(*_hidden(width, width, norm=True), nn.Linear(width, width), BatchNorm(width))
+        self.residual = nn.Sequential(*_hidden(width, width, norm=True), nn.Linear(width, width), VectorNorm(width))
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, d) -> (B, w)."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
+from bpfree.networks.normalization import MapNorm
 from bpfree.networks.streams import StreamDropout
 
 Shape = tuple[int, ...]
@@ -191,13 +192,12 @@ class InvertedResidual(nn.Module):
         self, fan_in: int, kernel: int, expanded: int, width: int, squeeze: bool, swish: bool, stride: int
     ) -> None:
         super().__init__()
-        activation: type[nn.Module] = nn.Hardswish if swish else nn.ReLU
         depthwise = nn.Conv2d(expanded, expanded, kernel, stride, kernel // 2, groups=expanded, bias=False)
         self.body = nn.Sequential(
-            *(convolution(fan_in, expanded, 1), nn.BatchNorm2d(expanded), activation()),
-            *(depthwise, nn.BatchNorm2d(expanded), activation()),
+            *(convolution(fan_in, expanded, 1), *_norm(expanded, swish)),
+            *(depthwise, *_norm(expanded, swish)),
             *([SqueezeExcitation(expanded)] if squeeze else []),
-            *(convolution(expanded, width, 1), nn.BatchNorm2d(width)),
+            *(convolution(expanded, width, 1), MapNorm(width, rectified=False)),
         )
         self.joined = fan_in == width and stride == 1
 
@@ -207,10 +207,15 @@ class InvertedResidual(nn.Module):
         return inputs + outputs if self.joined else outputs
 
 
+def _norm(width: int, swish: bool) -> tuple[nn.Module, ...]:
+    """Batch normalisation and hard-swish, or ReLU."""
+    return (MapNorm(width, rectified=False), nn.Hardswish()) if swish else (MapNorm(width),)
+
+
 def mobilenet(input_shape: Shape) -> nn.Sequential:
     """MobileNetV3-Small for small images: a stem and eleven inverted residuals; the widening last layer is left out."""
     needs_images(input_shape, "mobilenet", 8)
-    stem = nn.Sequential(convolution(input_shape[0], MOBILENET_STEM, 3), nn.BatchNorm2d(MOBILENET_STEM), nn.Hardswish())
+    stem = nn.Sequential(convolution(input_shape[0], MOBILENET_STEM, 3), *_norm(MOBILENET_STEM, swish=True))
     blocks: list[nn.Module] = [stem]
     fan_in = MOBILENET_STEM
     for kernel, expanded, width, squeeze, swish, stride in MOBILENET:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
+from bpfree.networks.normalization import MapNorm
 from bpfree.networks.residual import convolution, needs_images
 
 Shape = tuple[int, ...]
@@ -29,10 +29,12 @@ DEPTHS: Final = tuple(sorted((18, *SMALL_UNITS, *BOTTLENECK_UNITS)))
 
 
 class ResidualUnit(nn.Module):
-    """Convolutions with batch normalisation, and a shortcut (1x1 where shapes differ): relu(body(x) + shortcut(x)).
+    """Convolutions with batch normalisation, and a shortcut (1x1 where shapes differ).
+
+    It is relu(norm(body(x)) + shortcut(x)).
 
     Args:
-        body: the convolutions, from `fan_in` to `width` channels.
+        body: the convolutions, from `fan_in` to `width` channels, and what is between them.
         fan_in: channels of the input.
         width: channels of the output.
         stride: of the body.
@@ -42,22 +44,23 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.width = width
         self.body = body
+        self.norm = MapNorm(width)
         same = fan_in == width and stride == 1
         self.shortcut = (
-            nn.Identity() if same else nn.Sequential(convolution(fan_in, width, 1, stride), nn.BatchNorm2d(width))
+            nn.Identity()
+            if same
+            else nn.Sequential(convolution(fan_in, width, 1, stride), MapNorm(width, rectified=False))
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, fan_in, height, width) -> (B, width, height / stride, width / stride)."""
-        return F.relu(self.body(inputs) + self.shortcut(inputs))
+        outputs: Tensor = self.norm(self.body(inputs), self.shortcut(inputs))
+        return outputs
 
 
 def basic_unit(fan_in: int, width: int, stride: int) -> ResidualUnit:
     """Two 3x3 convolutions, the first with `stride`."""
-    body = nn.Sequential(
-        *(convolution(fan_in, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()),
-        *(convolution(width, width, 3), nn.BatchNorm2d(width)),
-    )
+    body = nn.Sequential(convolution(fan_in, width, 3, stride), MapNorm(width), convolution(width, width, 3))
     return ResidualUnit(body, fan_in, width, stride)
 
 
@@ -65,9 +68,9 @@ def bottleneck_unit(fan_in: int, narrow: int, stride: int) -> ResidualUnit:
     """A 1x1 convolution to `narrow` channels, a 3x3 one with `stride`, and a 1x1 one to four times as many."""
     width = EXPANSION * narrow
     body = nn.Sequential(
-        *(convolution(fan_in, narrow, 1), nn.BatchNorm2d(narrow), nn.ReLU()),
-        *(convolution(narrow, narrow, 3, stride), nn.BatchNorm2d(narrow), nn.ReLU()),
-        *(convolution(narrow, width, 1), nn.BatchNorm2d(width)),
+        *(convolution(fan_in, narrow, 1), MapNorm(narrow)),
+        *(convolution(narrow, narrow, 3, stride), MapNorm(narrow)),
+        convolution(narrow, width, 1),
     )
     return ResidualUnit(body, fan_in, width, stride)
 
@@ -87,15 +90,14 @@ def resnet(input_shape: Shape, depth: int) -> nn.Sequential:
     if depth in BOTTLENECK_UNITS:
         needs_images(input_shape, f"resnet:{depth}", 32)
         stem = nn.Sequential(
-            *(convolution(input_shape[0], LARGE_STEM, 7, 2), nn.BatchNorm2d(LARGE_STEM), nn.ReLU()),
-            nn.MaxPool2d(3, 2, 1),
+            *(convolution(input_shape[0], LARGE_STEM, 7, 2), MapNorm(LARGE_STEM), nn.MaxPool2d(3, 2, 1)),
         )
         stages = tuple(zip(BOTTLENECK_WIDTHS, BOTTLENECK_UNITS[depth], strict=True))
         return nn.Sequential(stem, *_units(LARGE_STEM, stages, bottleneck=True))
     needs_images(input_shape, f"resnet:{depth}", 8)
     stages = RESNET18 if depth == 18 else tuple((width, SMALL_UNITS[depth]) for width in SMALL_WIDTHS)
     first = stages[0][0]
-    stem = nn.Sequential(convolution(input_shape[0], first, 3), nn.BatchNorm2d(first), nn.ReLU())
+    stem = nn.Sequential(convolution(input_shape[0], first, 3), MapNorm(first))
     return nn.Sequential(stem, *_units(first, stages, bottleneck=False))
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, partial
-from importlib import import_module
-from types import ModuleType
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bpfree.errors import UsageError
+from bpfree.networks.kernels import triton_kernels
 
 WORD: Final = 1 << 64
 GOLDEN: Final = 0x9E3779B97F4A7C15  # odd and close to 2^64 / golden ratio: consecutive multiples are far apart
@@ -63,15 +62,6 @@ def sequence(key: Tensor, count: int) -> Tensor:
     """(...) int64 keys -> (..., count) hashes of each key and a position."""
     positions = torch.arange(1, count + 1, device=key.device).mul_(_signed(GOLDEN))
     return mix(key[..., None] + positions)
-
-
-@cache
-def triton_kernels(module: str) -> ModuleType | None:
-    """A module of CUDA kernels by its full name, or None where Triton is missing."""
-    try:
-        return import_module(module)
-    except ImportError:
-        return None
 
 
 def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
