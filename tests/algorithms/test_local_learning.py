@@ -19,6 +19,7 @@ from bpfree.algorithms._auxiliary_losses import (
     HeadOptions,
     Place,
     Upsampling,
+    _Resized,
     auxiliary_loss,
     classifier,
     similarities,
@@ -563,6 +564,13 @@ def test_heads_fit_maps_of_any_size(name: str, side: int) -> None:
 
 
 # diagnostics, options
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "side"), [((8, 8), 2), ((8, 12), 4), ((9, 7), 2), ((4, 4), 4)])
+def test_maps_are_averaged_to_a_grid(size: tuple[int, int], side: int, layout: torch.memory_format) -> None:
+    maps = torch.randn(3, 5, *size, dtype=torch.float64).to(memory_format=layout)
+    torch.testing.assert_close(_Resized(side)(maps), F.adaptive_avg_pool2d(maps, side), rtol=1e-12, atol=1e-12)
 
 
 def test_diagnostics_are_the_accuracy_of_each_classifier() -> None:
