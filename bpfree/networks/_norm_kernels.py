@@ -3,8 +3,8 @@
 Rows are all positions of all samples, columns are channels. Sums over rows are taken in parts by as many programs as
 the shape alone says, and the parts are added up in one order: the same inputs have the same bits as outputs.
 
-PyTorch's kernels for the three took two fifths of a step of ResNet-32 on an H200, that for statistics five times as long
-as ours.
+PyTorch's kernels for the three took two fifths of a step of ResNet-32 on an H200, that for statistics five times as
+long as ours.
 """
 
 # mypy: disable-error-code="misc,no-untyped-def,import-not-found,import-untyped,unused-ignore"
