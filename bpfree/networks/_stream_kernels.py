@@ -18,7 +18,7 @@ BLOCK: Final = 1024
 
 
 @triton.jit
-def _mixed(x, first: tl.constexpr, second: tl.constexpr):
+def mixed(x, first: tl.constexpr, second: tl.constexpr):
     # int64 shifts repeat the sign, so the bits that a logical shift would clear are masked
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * first
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * second
@@ -31,8 +31,8 @@ def _drop(
     second: tl.constexpr, block: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     word = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    key = _mixed(tl.load(keys) + tl.load(count) * first, first, second)
-    hashes = _mixed(key + (word + 1) * golden, first, second)
+    key = mixed(tl.load(keys) + tl.load(count) * first, first, second)
+    hashes = mixed(key + (word + 1) * golden, first, second)
     lane = tl.arange(0, lanes)
     # flipping its top bit orders a lane's 16 bits as if they were signed
     bits = ((hashes[:, None] >> (lane * 16)[None, :]) & 0xFFFF) ^ 0x8000
@@ -50,7 +50,7 @@ def _fill(
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < total
     key = tl.load(keys + place // width, mask=inside, other=0) + tl.load(count) * first
-    hashes = _mixed(_mixed(key, first, second) + (place % width + 1) * golden, first, second)
+    hashes = mixed(mixed(key, first, second) + (place % width + 1) * golden, first, second)
     tl.store(out + place, hashes, mask=inside)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape, as_blocks, block_output_shapes
+from bpfree.networks.convolution import RectifiedConvolution
 from bpfree.networks.normalization import VectorNorm
-from bpfree.networks.streams import Stream, StreamDropout
+from bpfree.networks.streams import Stream
 
 BRANCH_WIDTH: Final = 256
 BRANCH_CHANNELS: Final = (32, 64, 128)
@@ -60,9 +61,9 @@ def image_branch(input_shape: Shape, kind: Kind = "dt") -> nn.Sequential:
     first, second, third = BRANCH_CHANNELS
     last = VectorNorm(BRANCH_WIDTH) if kind == "dt" else nn.ReLU()
     branch = nn.Sequential(
-        *(nn.Conv2d(input_shape[0], first, 3), nn.ReLU(), nn.MaxPool2d(2), StreamDropout(BRANCH_DROPOUT)),
-        *(nn.Conv2d(first, second, 3), nn.ReLU(), StreamDropout(BRANCH_DROPOUT)),
-        *(nn.Conv2d(second, third, 3), nn.ReLU(), nn.MaxPool2d(2), StreamDropout(BRANCH_DROPOUT)),
+        RectifiedConvolution(nn.Conv2d(input_shape[0], first, 3), BRANCH_DROPOUT, pooled=True),
+        RectifiedConvolution(nn.Conv2d(first, second, 3), BRANCH_DROPOUT),
+        RectifiedConvolution(nn.Conv2d(second, third, 3), BRANCH_DROPOUT, pooled=True),
         *(nn.Flatten(), nn.Linear(third * height * width, BRANCH_WIDTH), last),
     )
     return nn.Sequential(branch)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.errors import UsageError
+from bpfree.networks.convolution import RectifiedConvolution
 from bpfree.networks.normalization import MapNorm
-from bpfree.networks.streams import StreamDropout
 
 Shape = tuple[int, ...]
 DEEPER_WIDTHS: Final = (100, 200, 400, 800)  # Sun et al., ICLR 2025: 17 layers
@@ -105,8 +105,8 @@ def deeper(input_shape: Shape, widths: Sequence[int] = DEEPER_WIDTHS) -> nn.Sequ
     if any(after != 2 * before for before, after in pairwise(widths)):
         raise UsageError(f"each width must be twice the one before, because shortcuts are concatenated; got {widths}")
 
-    def layer(fan_in: int, width: int, stride: int = 1) -> nn.Sequential:
-        return nn.Sequential(convolution(fan_in, width, 3, stride), nn.ReLU(), StreamDropout(DEEPER_DROPOUT))
+    def layer(fan_in: int, width: int, stride: int = 1) -> RectifiedConvolution:
+        return RectifiedConvolution(convolution(fan_in, width, 3, stride), DEEPER_DROPOUT)
 
     blocks: list[nn.Module] = [layer(input_shape[0], widths[0])]
     for index, width in enumerate(widths):
@@ -123,9 +123,7 @@ def deeper_tiny(input_shape: Shape) -> nn.Sequential:
     blocks, fan_in = [], input_shape[0]
     for width, kernel, pooled in TINY:
         pool = [nn.AvgPool2d(2)] if pooled else []
-        blocks.append(
-            nn.Sequential(convolution(fan_in, width, kernel), nn.ReLU(), StreamDropout(DEEPER_DROPOUT), *pool)
-        )
+        blocks.append(nn.Sequential(RectifiedConvolution(convolution(fan_in, width, kernel), DEEPER_DROPOUT), *pool))
         fan_in = width
     return nn.Sequential(*blocks)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -158,13 +158,25 @@ def checked_dropout(p: float) -> float:
     return p
 
 
+class Mask(NamedTuple):
+    """Which values a dropout layer keeps: those whose 16 bits of draw `number`, from 0 to 2^16, reach `threshold`.
+
+    They are multiplied by `scale`.
+    """
+
+    number: Tensor
+    threshold: int
+    scale: float
+
+
 class _Dropped(torch.autograd.Function):
     """Dropout in one kernel, whose mask is drawn again for the derivative instead of being kept in memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, number: Tensor, threshold: int, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, key: Tensor, mask: Mask) -> Tensor:
         kernels = triton_kernels(KERNELS)
         assert kernels is not None
+        number, threshold, scale = mask
         ctx.layout = _layout(x)
         ctx.drop = partial(
             kernels.dropped, key=key, count=number, threshold=threshold, scale=scale, lanes=LANES, constants=CONSTANTS
@@ -174,8 +186,8 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_dropped: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.drop(by_dropped.contiguous(memory_format=ctx.layout)), None, None, None, None
+    def backward(ctx: Any, by_dropped: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.drop(by_dropped.contiguous(memory_format=ctx.layout)), None, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -199,22 +211,24 @@ class StreamDropout(nn.Module):
         self.p = checked_dropout(p)
         self.stream = Stream()
 
+    def draw(self) -> Mask:
+        """The next mask."""
+        return Mask(self.stream.draw(), round(self.p * 2**16), 1 / (1 - self.p))
+
     def forward(self, x: Tensor) -> Tensor:
         """Values of any shape, those that are kept divided by 1 - p."""
         if not self.training or not self.p:
             return x
-        threshold, scale = round(self.p * 2**16), 1 / (1 - self.p)
-        layout = _layout(x)
+        mask, layout = self.draw(), _layout(x)
         if x.is_cuda and x.dtype.itemsize <= 4 and triton_kernels(KERNELS) is not None:
-            x = x.contiguous(memory_format=layout)
-            dropped: Tensor = _Dropped.apply(x, self.stream.key, self.stream.draw(), threshold, scale)
+            dropped: Tensor = _Dropped.apply(x.contiguous(memory_format=layout), self.stream.key, mask)
             return dropped
-        lanes = self.stream.bits(-(-x.numel() // LANES)).view(torch.int16)[: x.numel()]
-        kept = lanes >= threshold - 2**15
+        words = hashes(self.stream.key, mask.number, -(-x.numel() // LANES))
+        kept = words.view(torch.int16)[: x.numel()] >= mask.threshold - 2**15
         if layout is torch.channels_last:  # a mask as x lies in memory
             batch, channels, height, width = x.shape
             kept = kept.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x * scale * kept.view(x.shape)
+        return x * mask.scale * kept.view(x.shape)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

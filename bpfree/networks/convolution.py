@@ -1,0 +1,91 @@
+"""A convolution with what follows it in networks without normalisation."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bpfree.networks.kernels import triton_kernels
+from bpfree.networks.streams import CONSTANTS, LANES, Mask, StreamDropout
+
+KERNELS: Final = "bpfree.networks._rectified_kernels"
+POOL: Final = 2
+
+
+class RectifiedConvolution(nn.Module):
+    """A convolution, ReLU, max-pooling by 2 if wanted, and dropout: dropout(pool(relu(conv(x)))).
+
+    In training on a GPU all that follows the convolution is one kernel of our own for channels-last maps, and one for
+    the derivative, instead of one for each operation.
+
+    Args:
+        convolution: with or without a bias; padded with zeros if at all.
+        dropout: probability with which a value becomes zero.
+        pooled: take the largest of two by two positions.
+
+    Raises:
+        UsageError: `dropout` is not in [0, 1).
+    """
+
+    def __init__(self, convolution: nn.Conv2d, dropout: float, *, pooled: bool = False) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.pooled = pooled
+        self.dropout = StreamDropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, fan_in, height, width) -> (B, channels, height', width')."""
+        if not (self.training and x.is_cuda and isinstance(self.dropout, StreamDropout)):
+            return self._finished(self.convolution(x))
+        layer = self.convolution
+        bare = F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        bias = layer.bias
+        if self._fuses(bare):
+            mask = self.dropout.draw() if self.dropout.p else None
+            fused: Tensor = _Fused.apply(bare, bias, POOL if self.pooled else 1, self.dropout.stream.key, mask)
+            return fused
+        return self._finished(bare if bias is None else bare + bias.to(bare.dtype)[:, None, None])
+
+    def _finished(self, maps: Tensor) -> Tensor:
+        rectified = F.relu(maps)
+        finished: Tensor = self.dropout(F.max_pool2d(rectified, POOL) if self.pooled else rectified)
+        return finished
+
+    def _fuses(self, maps: Tensor) -> bool:
+        bias = self.convolution.bias
+        return (
+            maps.dtype.itemsize <= 4
+            and maps.numel() < 2**31
+            and maps.shape[1] % LANES == 0
+            and maps.is_contiguous(memory_format=torch.channels_last)
+            and (bias is None or bias.dtype == torch.float32)
+            and triton_kernels(KERNELS) is not None
+        )
+
+    def extra_repr(self) -> str:
+        return f"pooled={self.pooled}"
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, side: int, key: Tensor, mask: Mask | None) -> Tensor:
+        kernels = triton_kernels(KERNELS)
+        assert kernels is not None
+        number, threshold, scale = (None, 0, 1.0) if mask is None else mask
+        out, code = kernels.rectified(x, bias, side, key, number, threshold, scale, LANES, CONSTANTS)
+        ctx.save_for_backward(code)
+        ctx.made_from = x.shape, side, scale, bias is not None
+        rectified: Tensor = out
+        return rectified
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        kernels = triton_kernels(KERNELS)
+        assert kernels is not None
+        (code,) = ctx.saved_tensors
+        return *kernels.gradients(by_out, code, *ctx.made_from), None, None, None
