@@ -1,4 +1,8 @@
-"""Normalisation of groups of channels in one CUDA kernel, as channels-last maps lie in memory."""
+"""CUDA kernels of Forward-Forward: normalisation of groups of channels, as channels-last maps lie in memory, and what
+the closed form of a layer of squared goodness wants before its matrix product.
+
+Sums are taken in one order: the same inputs have the same bits as outputs.
+"""
 
 # mypy: disable-error-code="misc,no-untyped-def,import-not-found,import-untyped,unused-ignore"
 
@@ -12,6 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 TILE: Final = 2048
+UNITS: Final = 16  # columns of a program in the closed form: enough programs for a GPU from 2000 units on
+ROWS: Final = 64
+CHUNK: Final = 1024
 
 
 @triton.jit
@@ -50,3 +57,75 @@ def standardize_groups(hidden: Tensor, count: int, epsilon: float) -> Tensor:
             hidden, out, height * width, channels, members, epsilon, tall=max(1, TILE // wide), wide=wide
         )
     return out
+
+
+@triton.jit
+def _move_means(hidden, mean, rows, units, weight, tall: tl.constexpr, wide: tl.constexpr):
+    unit = tl.program_id(0) * wide + tl.arange(0, wide)
+    known = unit < units
+    total = tl.zeros((tall, wide), tl.float32)
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        place = row.to(tl.int64)[:, None] * units + unit[None, :]
+        total += tl.load(hidden + place, mask=inside, other=0).to(tl.float32)
+    old = tl.load(mean + unit, mask=known, other=0)
+    tl.store(mean + unit, old + weight * (tl.sum(total, 0) / rows - old), mask=known)
+
+
+@triton.jit
+def _errors(
+    hidden, slope, mean, errors, sums, rows, units, factor, pull, tall: tl.constexpr, wide: tl.constexpr,
+    chunk: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0) * wide + tl.arange(0, wide)
+    known = unit < units
+    pulled = tl.zeros((wide,), tl.float32)
+    if mean is not None:
+        whole = tl.zeros((chunk,), tl.float32)
+        for start in range(0, units, chunk):
+            some = start + tl.arange(0, chunk)
+            whole += tl.load(mean + some, mask=some < units, other=0)
+        pulled = (tl.load(mean + unit, mask=known, other=0) - tl.sum(whole) / units) * pull
+    total = tl.zeros((tall, wide), tl.float32)
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        place = row.to(tl.int64)[:, None] * units + unit[None, :]
+        steep = tl.load(slope + row, mask=row < rows, other=0) * factor
+        error = tl.load(hidden + place, mask=inside, other=0).to(tl.float32) * steep[:, None]
+        error += tl.where((row < rows // 2)[:, None], pulled[None, :], 0)
+        tl.store(errors + place, error, mask=inside)
+        total += tl.where(inside, error, 0)
+    tl.store(sums + unit, tl.sum(total, 0), mask=known)
+
+
+def move_means(hidden: Tensor, mean: Tensor, weight: float) -> None:
+    """Move (N,) float32 means by `weight` towards those of the columns of (M, N) activities without holes."""
+    rows, units = hidden.shape
+    with torch.cuda.device(hidden.device):
+        _move_means[(triton.cdiv(units, UNITS),)](hidden, mean, rows, units, weight, tall=ROWS, wide=UNITS)
+
+
+def squared_errors(
+    hidden: Tensor, slope: Tensor, factor: float, mean: Tensor | None, pull: float
+) -> tuple[Tensor, Tensor]:
+    """h_ij slope_i factor, for rows of the first half + pull (m_j - mean(m)), and the sums of its columns.
+
+    Args:
+        hidden: h, (2B, N) without holes, of float32 or less.
+        slope: (2B,) float32.
+        factor: what all rows have in common.
+        mean: m, (N,) float32, or None.
+        pull: what the distance of m from its mean is multiplied by.
+
+    Returns:
+        (2B, N) of h's precision, (N,) in float32.
+    """
+    rows, units = hidden.shape
+    errors, sums = torch.empty_like(hidden), torch.empty(units, device=hidden.device)
+    with torch.cuda.device(hidden.device):
+        _errors[(triton.cdiv(units, UNITS),)](
+            hidden, slope, mean, errors, sums, rows, units, factor, pull, tall=ROWS, wide=UNITS, chunk=CHUNK
+        )
+    return errors, sums

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfree.algorithms._cross_entropy import encode_targets, softmax_cross_entropy
-from bpfree.algorithms._ff_goodness import Activity, Goodness, Normalizer, PeerNormalization, length_of
+from bpfree.algorithms._ff_goodness import (
+    PEER_DECAY,
+    Activity,
+    Goodness,
+    Normalizer,
+    PeerNormalization,
+    SquaredGoodness,
+    length_of,
+)
 from bpfree.algorithms._ff_negatives import LabelledViews, Views
 from bpfree.algorithms._optim import set_gradients
+from bpfree.networks.kernels import triton_kernels
+
+KERNELS: Final = "bpfree.algorithms._ff_kernels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +64,38 @@ class Layer:
             activity: of B positive rows and the B negative ones.
             slope: dL/dg, (2B,).
         """
-        hidden = activity.hidden
+        errors, sums = self._errors(activity.hidden, slope)
+        gradients = [errors.T @ activity.inputs, sums]
+        set_gradients(self.linear.parameters(), gradients[: 1 if self.linear.bias is None else 2])
+
+    def _errors(self, hidden: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """dL/da of (2B, N) activities, and its sums over rows, (N,)."""
+        positive = hidden[: len(hidden) // 2]
+        kernels = triton_kernels(KERNELS) if self._fuses(hidden) else None
+        if kernels is not None:
+            mean, pull = None, 0.0
+            if self.peer.strength:
+                mean, pull = self.peer.mean, self.peer.strength / len(positive)
+                kernels.move_means(positive, mean, 1 - PEER_DECAY)
+            assert isinstance(self.goodness, SquaredGoodness)
+            factor = 2 * self.goodness.scale(hidden.shape[1])
+            fused: tuple[Tensor, Tensor] = kernels.squared_errors(hidden, slope, factor, mean, pull)
+            return fused
         errors = self.goodness.errors(hidden, slope).to(hidden.dtype)
         if not self.goodness.zero_at_silence:
             errors = errors.masked_fill(hidden <= 0, 0)
         if self.peer.strength:
-            positive = len(hidden) // 2
-            errors[:positive] += self.peer(hidden[:positive]).to(hidden.dtype)
-        gradients = [errors.T @ activity.inputs, errors.sum(0)]
-        set_gradients(self.linear.parameters(), gradients[: 1 if self.linear.bias is None else 2])
+            errors[: len(positive)] += self.peer(positive).to(hidden.dtype)
+        return errors, errors.sum(0)
+
+    def _fuses(self, hidden: Tensor) -> bool:
+        return (
+            type(self.goodness) is SquaredGoodness
+            and hidden.is_cuda
+            and hidden.is_contiguous()
+            and hidden.dtype.itemsize <= 4
+            and self.peer.mean.dtype == torch.float32
+        )
 
 
 @dataclass(frozen=True, eq=False)

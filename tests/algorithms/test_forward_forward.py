@@ -292,6 +292,33 @@ def test_peer_term_reaches_every_unit_and_sums_to_zero() -> None:
     assert not even(torch.full((7, 5), 0.2, dtype=F64)).abs().max() > 1e-17
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("strength", [0.0, 0.03])
+@pytest.mark.parametrize("name", ["sum", "minus_mean"])
+@pytest.mark.parametrize(("size", "width"), [(3, 7), (100, 2000), (65, 1030)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_layers_learn_on_a_gpu_what_they_learn_in_double_precision(
+    dtype: torch.dtype, tolerance: float, size: int, width: int, name: str, strength: float
+) -> None:
+    h = torch.randn(2 * size, width).relu().to(dtype)
+    z, slope, mean = torch.randn(2 * size, 5).to(dtype), torch.randn(2 * size) / size, torch.rand(width)
+    ends = []
+    for device, precision in (("cpu", F64), ("cuda", torch.float32), ("cuda", torch.float32)):
+        peer = PeerNormalization(width, strength).to(device, precision)
+        peer.mean.copy_(mean)
+        layer = Layer("layer", nn.Linear(5, width).to(device, precision), GOODNESS[name], peer, None)
+        inputs, hidden = (rows.to(device, F64 if device == "cpu" else dtype) for rows in (z, h))
+        layer.learn(Activity(inputs, hidden), slope.to(device, precision))
+        ends.append([peer.mean, *(parameter.grad for parameter in layer.linear.parameters())])
+    for exact, found, again in zip(*ends, strict=True):
+        assert exact is not None
+        assert found is not None
+        assert again is not None
+        scale = exact.abs().max().item()
+        torch.testing.assert_close(found.double().cpu(), exact, rtol=tolerance, atol=tolerance * scale)
+        assert torch.equal(found, again)
+
+
 def test_peer_normalization_leaves_negative_rows_alone_and_wakes_the_silent() -> None:
     with_peers, without = learner(peer_normalization=0.5), learner(peer_normalization=0.0)
     without.load_state_dict(with_peers.state_dict())
