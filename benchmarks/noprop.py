@@ -39,6 +39,7 @@ from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, environment, 
 from bpfree.experiments.stepper import numerics
 from bpfree.experiments.tables import markdown_table
 from bpfree.experiments.train import rate
+from bpfree.networks.normalization import VectorNorm
 from bpfree.networks.streams import StreamDropout
 
 BATCH: Final = 128
@@ -176,7 +177,7 @@ class StackedStep:
         learner = build("dt", device)
         process = learner.process
         assert isinstance(process, DiscreteDiffusion)
-        blocks = [_with_common_dropout(block) for block in learner.network]
+        blocks = [_of_pytorch(block) for block in learner.network]
         parameters, self._buffers = stack_module_state(blocks)
         # gradients come in this layout, and a fused optimiser wants one layout
         self._parameters = {name: value.detach().contiguous().requires_grad_() for name, value in parameters.items()}
@@ -201,13 +202,16 @@ class StackedStep:
         self._optimizer.step()
 
 
-def _with_common_dropout(block: nn.Module) -> nn.Module:
-    """A copy that drops by PyTorch's generator: vmap cannot batch a kernel of ours."""
+def _of_pytorch(block: nn.Module) -> nn.Module:
+    """A copy with PyTorch's dropout and normalisation: vmap cannot batch a kernel of ours."""
     found = copy.deepcopy(block)
     for module in list(found.modules()):
         for name, child in module.named_children():
             if isinstance(child, StreamDropout):
                 setattr(module, name, nn.Dropout(child.p))
+            elif isinstance(child, VectorNorm):
+                norm = nn.BatchNorm1d(child.num_features, device=child.weight.device)
+                setattr(module, name, nn.Sequential(norm, nn.ReLU()) if child.rectified else norm)
     return found
 
 

@@ -236,7 +236,7 @@ def _conv_norm_relu(fan_in: int, width: int, kernel: int, stride: int = 1) -> tu
 
 
 def _linear_norm_relu(fan_in: int, width: int) -> tuple[nn.Module, ...]:
-    return nn.Linear(fan_in, width, bias=False), VectorNorm(width), nn.ReLU()
+    return nn.Linear(fan_in, width, bias=False), VectorNorm(width, rectified=True)
 
 
 def _convolutional_head(shape: Shape, outputs: int, convolutions: int, linear: int) -> nn.Module:

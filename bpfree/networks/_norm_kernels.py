@@ -1,4 +1,5 @@
-"""Batch normalisation, what is added behind it and ReLU, in as few passes over channels-last maps as there can be.
+"""Batch normalisation, what is added behind it and ReLU, in as few passes over channels-last maps as there can be, and
+of vectors in one kernel each way.
 
 Rows are all positions of all samples, columns are channels. Sums over rows are taken in parts by as many programs as
 the shape alone says, and the parts are added up in one order: the same inputs have the same bits as outputs.
@@ -21,6 +22,30 @@ from torch import Tensor
 TILE: Final = 2048  # values that a program has at once
 WIDEST: Final = 128  # channels of a tile
 PARTS: Final = 1024  # programs that sum up
+COLUMNS: Final = 16  # of vectors, that a program normalises
+MOST_ROWS: Final = 8192  # of vectors, beyond which so few programs take longer than PyTorch's
+ROWS: Final = 256  # of them at once
+WARPS: Final = 8
+
+
+@triton.jit
+def _moments(origin, shift, square):
+    """Mean and variance from the means of x - origin and of its square."""
+    variance = square - shift * shift
+    return origin + shift, tl.where(variance < 0, 0, variance)
+
+
+@triton.jit
+def _keep(mean, factor, running_mean, running_var, channel, known, centre, variance, rows, epsilon, momentum):
+    """Write down a batch's statistics, and let the running ones follow; the result is 1 / standard deviation."""
+    spread = 1 / tl.sqrt(variance + epsilon)
+    tl.store(mean + channel, centre, mask=known)
+    tl.store(factor + channel, spread, mask=known)
+    old_mean, old_var = tl.load(running_mean + channel, mask=known), tl.load(running_var + channel, mask=known)
+    unbiased = variance * (rows / (rows - 1))
+    tl.store(running_mean + channel, (1 - momentum) * old_mean + momentum * centre, mask=known)
+    tl.store(running_var + channel, (1 - momentum) * old_var + momentum * unbiased, mask=known)
+    return spread
 
 
 @triton.jit
@@ -55,15 +80,8 @@ def _statistics(
     part = tl.arange(0, width)
     shift = tl.sum(tl.load(sums + channel * parts + part, mask=part < parts, other=0)) / rows
     square = tl.sum(tl.load(squares + channel * parts + part, mask=part < parts, other=0)) / rows
-    centre = tl.load(x + channel).to(tl.float32) + shift
-    variance = square - shift * shift
-    variance = tl.where(variance < 0, 0, variance)
-    tl.store(mean + channel, centre)
-    tl.store(factor + channel, 1 / tl.sqrt(variance + epsilon))
-    old_mean, old_var = tl.load(running_mean + channel), tl.load(running_var + channel)
-    unbiased = variance * (rows / (rows - 1))
-    tl.store(running_mean + channel, (1 - momentum) * old_mean + momentum * centre)
-    tl.store(running_var + channel, (1 - momentum) * old_var + momentum * unbiased)
+    centre, variance = _moments(tl.load(x + channel).to(tl.float32), shift, square)
+    _keep(mean, factor, running_mean, running_var, channel, True, centre, variance, rows, epsilon, momentum)
     if seen is not None and channel == 0:
         tl.store(seen, tl.load(seen) + 1)
 
@@ -157,6 +175,79 @@ def _differentiate(
     tl.store(by_x + place, gradient, mask=inside)
 
 
+@triton.jit
+def _normalize_vectors(
+    x, out, mean, factor, weight, bias, running_mean, running_var, seen, rows, channels, epsilon, momentum,
+    rectified: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * wide + tl.arange(0, wide)
+    known = channel < channels
+    origin = tl.load(x + channel, mask=known, other=0).to(tl.float32)
+    total = tl.zeros((tall, wide), tl.float32)
+    total_square = tl.zeros((tall, wide), tl.float32)
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        value = tl.load(x + row[:, None] * channels + channel[None, :], mask=inside, other=0).to(tl.float32)
+        value = tl.where(inside, value - origin[None, :], 0)
+        total += value
+        total_square += value * value
+    centre, variance = _moments(origin, tl.sum(total, 0) / rows, tl.sum(total_square, 0) / rows)
+    spread = _keep(mean, factor, running_mean, running_var, channel, known, centre, variance, rows, epsilon, momentum)
+    if seen is not None and tl.program_id(0) == 0:
+        tl.store(seen, tl.load(seen) + 1)
+    scale = spread * tl.load(weight + channel, mask=known, other=0)
+    offset = tl.load(bias + channel, mask=known, other=0)
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        place = row[:, None] * channels + channel[None, :]
+        value = tl.load(x + place, mask=inside, other=0).to(tl.float32)
+        value = (value - centre[None, :]) * scale[None, :] + offset[None, :]
+        if rectified:
+            value = tl.where(value <= 0, 0, value)
+        tl.store(out + place, value, mask=inside)
+
+
+@triton.jit
+def _differentiate_vectors(
+    by_out, x, by_x, mean, factor, weight, bias, by_weight, by_bias, rows, channels,
+    rectified: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * wide + tl.arange(0, wide)
+    known = channel < channels
+    centre = tl.load(mean + channel, mask=known, other=0)[None, :]
+    spread = tl.load(factor + channel, mask=known, other=0)
+    scale = spread * tl.load(weight + channel, mask=known, other=0)
+    offset = tl.load(bias + channel, mask=known, other=0)[None, :]
+    total = tl.zeros((tall, wide), tl.float32)
+    total_product = tl.zeros((tall, wide), tl.float32)
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        place = row[:, None] * channels + channel[None, :]
+        gradient = tl.load(by_out + place, mask=inside, other=0).to(tl.float32)
+        distance = tl.load(x + place, mask=inside, other=0).to(tl.float32) - centre
+        if rectified:
+            gradient = tl.where(distance * scale[None, :] + offset <= 0, 0, gradient)
+        total += gradient
+        total_product += gradient * distance
+    shared, product = tl.sum(total, 0), tl.sum(total_product, 0) * spread
+    tl.store(by_bias + channel, shared, mask=known)
+    tl.store(by_weight + channel, product, mask=known)
+    slope = product * spread / rows
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        place = row[:, None] * channels + channel[None, :]
+        gradient = tl.load(by_out + place, mask=inside, other=0).to(tl.float32)
+        distance = tl.load(x + place, mask=inside, other=0).to(tl.float32) - centre
+        if rectified:
+            gradient = tl.where(distance * scale[None, :] + offset <= 0, 0, gradient)
+        gradient = scale[None, :] * (gradient - shared[None, :] / rows - distance * slope[None, :])
+        tl.store(by_x + place, gradient, mask=inside)
+
+
 def _tiles(maps: Tensor) -> tuple[int, int, int, dict[str, int]]:
     """Rows, channels, how many tiles lie beside each other, and the measures of one."""
     channels = maps.shape[1]
@@ -246,3 +337,41 @@ def gradients(
             channels, rectified=rectified and passed is None, **tile,
         )  # fmt: skip
     return by_x, passed, by_weight, by_bias
+
+
+def _columns(vectors: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Programs, and the measures of what one has at once."""
+    rows, channels = vectors.shape
+    tall = min(ROWS, triton.next_power_of_2(rows))
+    return (triton.cdiv(channels, COLUMNS),), {"tall": tall, "wide": COLUMNS, "num_warps": WARPS}
+
+
+def normalized_vectors(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, seen: Tensor | None,
+    epsilon: float, momentum: float, rectified: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`normalized` of (B, channels) vectors without holes, 2 <= B <= `MOST_ROWS`, and without a shortcut."""
+    rows, channels = x.shape
+    out, (mean, factor) = torch.empty_like(x), torch.empty(2, channels, device=x.device)
+    grid, tile = _columns(x)
+    with torch.cuda.device(x.device):
+        _normalize_vectors[grid](
+            x, out, mean, factor, weight, bias, running_mean, running_var, seen, rows, channels, epsilon, momentum,
+            rectified=rectified, **tile,
+        )  # fmt: skip
+    return out, mean, factor
+
+
+def vector_gradients(
+    by_out: Tensor, x: Tensor, mean: Tensor, factor: Tensor, weight: Tensor, bias: Tensor, rectified: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of `normalized_vectors` by x, by weight and by bias; see `gradients`."""
+    rows, channels = x.shape
+    by_x, (by_weight, by_bias) = torch.empty_like(x), torch.empty(2, channels, device=x.device)
+    grid, tile = _columns(x)
+    with torch.cuda.device(x.device):
+        _differentiate_vectors[grid](
+            by_out, x, by_x, mean, factor, weight, bias, by_weight, by_bias, rows, channels, rectified=rectified,
+            **tile,
+        )  # fmt: skip
+    return by_x, by_weight, by_bias

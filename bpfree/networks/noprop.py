@@ -167,7 +167,7 @@ class BranchDenoiser(Denoiser):
 
 
 def _hidden(inputs: int, width: int, *, norm: bool) -> list[nn.Module]:
-    return [nn.Linear(inputs, width), *([VectorNorm(width)] if norm else []), nn.ReLU()]
+    return [nn.Linear(inputs, width), VectorNorm(width, rectified=True) if norm else nn.ReLU()]
 
 
 class LabelBranch(nn.Module):

@@ -16,13 +16,41 @@ MOMENTUM: Final = 0.1  # share of a batch in the running statistics, PyTorch's
 
 
 class VectorNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes a batch of one sample by its running statistics: one value has no variance."""
+    """Batch normalisation of vectors, then ReLU if wanted.
+
+    A batch of one sample is taken by the running statistics: one value has no variance. In training on a GPU it is a
+    kernel of our own each way.
+
+    Args:
+        width: values of a vector.
+        rectified: end with ReLU.
+    """
+
+    momentum: float
+
+    def __init__(self, width: int, *, rectified: bool = False) -> None:
+        super().__init__(width, momentum=MOMENTUM)
+        self.rectified = rectified
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, w) -> (B, w)."""
+        if self._fuses(x):
+            fused: Tensor = _FusedVectors.apply(x, self.weight, self.bias, self)
+            return fused
         if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
+            normalized = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        else:
+            normalized = super().forward(x)
+        return F.relu(normalized) if self.rectified else normalized
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rectified={self.rectified}"
+
+    def _fuses(self, x: Tensor) -> bool:
+        if not (self.training and x.is_cuda and x.ndim == 2 and x.is_contiguous() and x.dtype.itemsize <= 4):
+            return False
+        kernels = triton_kernels(KERNELS)
+        return kernels is not None and self.weight.dtype == torch.float32 and 2 <= len(x) <= kernels.MOST_ROWS
 
 
 class MapNorm(nn.BatchNorm2d):
@@ -91,3 +119,25 @@ class _Fused(torch.autograd.Function):
         assert kernels is not None
         by_out = by_out.contiguous(memory_format=torch.channels_last)
         return *kernels.gradients(by_out, *ctx.saved_tensors, ctx.rectified), None
+
+
+class _FusedVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: VectorNorm) -> Tensor:
+        kernels = triton_kernels(KERNELS)
+        assert kernels is not None
+        out, mean, factor = kernels.normalized_vectors(
+            x, weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+            norm.eps, norm.momentum, norm.rectified,
+        )  # fmt: skip
+        ctx.rectified = norm.rectified
+        ctx.save_for_backward(x, mean, factor, weight, bias)
+        normalized: Tensor = out
+        return normalized
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        kernels = triton_kernels(KERNELS)
+        assert kernels is not None
+        return *kernels.vector_gradients(by_out.contiguous(), *ctx.saved_tensors, ctx.rectified), None

@@ -1,4 +1,4 @@
-"""Batch normalisation of maps with what follows it, against the formulas."""
+"""Batch normalisation of maps and vectors with what follows it, against the formulas."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bpfree.algorithms._recompute import recomputed
-from bpfree.networks.normalization import MOMENTUM, MapNorm
+from bpfree.networks.normalization import MOMENTUM, MapNorm, VectorNorm
 
 F64 = torch.float64
 SHAPES = [(4, 16, 5, 7), (3, 24, 8, 8), (2, 200, 3, 3), (2, 1, 4, 4), (300, 8, 1, 1), (9, 64, 70, 33)]
 CASES = [(True, False), (True, True), (False, False), (False, True)]  # rectified, with a shortcut
 
 
-def by_formula(norm: MapNorm, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def by_formula(norm: MapNorm | VectorNorm, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Ioffe and Szegedy (2015), algorithm 1: outputs, and the running statistics after this batch."""
     count = x.numel() // x.shape[1]
     mean = x.sum((0, 2, 3)) / count
@@ -44,7 +44,7 @@ def case(shape: tuple[int, ...], rectified: bool, joined: bool) -> tuple[MapNorm
     return norm, 2 * x + 5, shortcut if joined else None, gradient
 
 
-def ends(norm: MapNorm, outputs: Tensor, gradient: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+def ends(norm: MapNorm | VectorNorm, outputs: Tensor, gradient: Tensor, *inputs: Tensor | None) -> list[Tensor]:
     """Outputs, and their derivatives by everything."""
     leaves = [leaf for leaf in (norm.weight, norm.bias, *inputs) if leaf is not None]
     return [outputs.detach(), *torch.autograd.grad(outputs, leaves, gradient.to(outputs))]
@@ -115,4 +115,58 @@ def test_computing_again_does_not_count_a_batch_twice() -> None:
     for mine, theirs in pairs:
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(plain.state_dict().values(), checkpointed.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def vectors(size: int, width: int, rectified: bool) -> tuple[VectorNorm, Tensor, Tensor]:
+    """A normalisation with weights of its own, an input far from 0 and a gradient."""
+    maps, x, _, gradient = case((size, width, 1, 1), rectified, False)
+    norm = VectorNorm(width, rectified=rectified).double()
+    norm.load_state_dict(maps.state_dict())
+    return norm, x.flatten(1), gradient.flatten(1)
+
+
+def vectors_by_formula(norm: VectorNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, running_mean, running_var = by_formula(norm, x[:, :, None, None], None)
+    return outputs.flatten(1), running_mean, running_var
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_vectors_are_normalised_and_rectified(rectified: bool) -> None:
+    norm, x, gradient = vectors(9, 5, rectified)
+    expected, running_mean, running_var = vectors_by_formula(norm, x.requires_grad_())
+    for mine, theirs in zip(ends(norm, norm(x), gradient, x), ends(norm, expected, gradient, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(norm.running_mean, running_mean)
+    torch.testing.assert_close(norm.running_var, running_var)
+    alone = norm(x[:1])  # has no variance, and does not move the running statistics
+    torch.testing.assert_close(norm.running_mean, running_mean)
+    assert torch.equal(alone, norm.eval()(x[:1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize(("size", "width"), [(5, 7), (128, 256), (300, 40), (9000, 3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_kernels_of_vectors_agree_with_the_formulas(
+    dtype: torch.dtype, tolerance: float, size: int, width: int, rectified: bool
+) -> None:
+    norm, x, gradient = vectors(size, width, rectified)
+    there = copy.deepcopy(norm).float().cuda()
+    given = x.to("cuda", dtype).requires_grad_()
+    exact = given.detach().double().cpu().requires_grad_()
+    expected, running_mean, running_var = vectors_by_formula(norm, exact)
+    outputs = there(given)
+    gradient = torch.where(expected.detach().abs() < 1e-2, 0, gradient).to(dtype)  # as of maps
+    found = ends(there, outputs, gradient, given)
+    assert found[0].dtype == dtype
+    for mine, theirs in zip(found, ends(norm, expected, gradient, exact), strict=True):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=tolerance, atol=tolerance * scale)
+    for mine, theirs in ((there.running_mean, running_mean), (there.running_var, running_var)):
+        assert mine is not None
+        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=1e-5, atol=1e-5)
+    assert int(there.num_batches_tracked or 0) == 1
+    again = copy.deepcopy(there)
+    for mine, theirs in zip(found, ends(again, again(given), gradient, given), strict=True):
         assert torch.equal(mine, theirs)
