@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bpfree.algorithms._optim import trained
 from bpfree.errors import UsageError
 from bpfree.networks.blocks import Shape
+from bpfree.networks.normalization import MapNorm, VectorNorm
 
 ACTIVATIONS: Final = (nn.ELU, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus)
 NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -252,7 +253,10 @@ def _behind(block: nn.Module | None) -> list[nn.Module]:
     made: list[nn.Module] = []
     for part in leaves(block) if block is not None else ():
         if isinstance(part, NORMS):
-            made.append(type(part)(part.num_features, eps=part.eps, momentum=part.momentum, affine=False))
+            kind = nn.BatchNorm1d if isinstance(part, nn.BatchNorm1d) else nn.BatchNorm2d
+            made.append(kind(part.num_features, eps=part.eps, momentum=part.momentum, affine=False))
+            if isinstance(part, (MapNorm, VectorNorm)) and part.rectified:
+                made.append(nn.ReLU())
         elif isinstance(part, ACTIVATIONS):
             made.append(copy.deepcopy(part))
     return made

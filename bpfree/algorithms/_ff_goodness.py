@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, Final
 
 import torch
@@ -165,3 +166,23 @@ class PeerNormalization(nn.Module):
         """(B, N) activities on positive data -> (N,), what is added to every positive row of dL/da; moves m."""
         self.mean.lerp_(positive.mean(0).to(self.mean.dtype), 1 - PEER_DECAY)
         return (self.mean - self.mean.mean()) * (self.strength / len(positive))
+
+    def fused_errors(self, kernels: ModuleType, hidden: Tensor, slope: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """The same with `_ff_kernels`, in what a layer of squared goodness learns by: moves m.
+
+        Args:
+            kernels: `_ff_kernels`.
+            hidden: h of the B positive and the B negative rows, (2B, N).
+            slope: dL/dg, (2B,).
+            factor: h slope factor is dL/dh.
+
+        Returns:
+            dL/da, (2B, N), and its sums over rows, (N,).
+        """
+        mean, pull = None, 0.0
+        if self.strength:
+            positive, mean = hidden[: len(hidden) // 2], self.mean
+            kernels.move_means(positive, mean, 1 - PEER_DECAY)
+            pull = self.strength / len(positive)
+        found: tuple[Tensor, Tensor] = kernels.squared_errors(hidden, slope.contiguous(), factor, mean, pull)
+        return found

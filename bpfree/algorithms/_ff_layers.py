@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Final
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from bpfree.algorithms._cross_entropy import encode_targets, softmax_cross_entropy
 from bpfree.algorithms._ff_goodness import (
-    PEER_DECAY,
     Activity,
     Goodness,
     Normalizer,
@@ -70,32 +70,21 @@ class Layer:
 
     def _errors(self, hidden: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """dL/da of (2B, N) activities, and its sums over rows, (N,)."""
-        positive = hidden[: len(hidden) // 2]
-        kernels = triton_kernels(KERNELS) if self._fuses(hidden) else None
-        if kernels is not None:
-            mean, pull = None, 0.0
-            if self.peer.strength:
-                mean, pull = self.peer.mean, self.peer.strength / len(positive)
-                kernels.move_means(positive, mean, 1 - PEER_DECAY)
-            assert isinstance(self.goodness, SquaredGoodness)
-            factor = 2 * self.goodness.scale(hidden.shape[1])
-            fused: tuple[Tensor, Tensor] = kernels.squared_errors(hidden, slope, factor, mean, pull)
-            return fused
+        # no subclass, which may have errors of its own
+        if type(self.goodness) is SquaredGoodness and (kernels := self._kernels(hidden)) is not None:
+            return self.peer.fused_errors(kernels, hidden, slope, 2 * self.goodness.scale(hidden.shape[1]))
         errors = self.goodness.errors(hidden, slope).to(hidden.dtype)
         if not self.goodness.zero_at_silence:
             errors = errors.masked_fill(hidden <= 0, 0)
         if self.peer.strength:
-            errors[: len(positive)] += self.peer(positive).to(hidden.dtype)
+            positive = len(hidden) // 2
+            errors[:positive] += self.peer(hidden[:positive]).to(hidden.dtype)
         return errors, errors.sum(0)
 
-    def _fuses(self, hidden: Tensor) -> bool:
-        return (
-            type(self.goodness) is SquaredGoodness
-            and hidden.is_cuda
-            and hidden.is_contiguous()
-            and hidden.dtype.itemsize <= 4
-            and self.peer.mean.dtype == torch.float32
-        )
+    def _kernels(self, hidden: Tensor) -> ModuleType | None:
+        """The kernels, if they can work on these activities."""
+        suits = hidden.is_cuda and hidden.is_contiguous() and hidden.dtype.itemsize <= 4
+        return triton_kernels(KERNELS) if suits and self.peer.mean.dtype == torch.float32 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bpfree.networks.kernels import shares
+
 TILE: Final = 2048  # values that a program has at once
 WIDEST: Final = 128  # channels of a tile
 PARTS: Final = 1024  # programs that sum up
@@ -26,13 +28,6 @@ COLUMNS: Final = 16  # of vectors, that a program normalises
 MOST_ROWS: Final = 8192  # of vectors, beyond which so few programs take longer than PyTorch's
 ROWS: Final = 256  # of them at once
 WARPS: Final = 8
-
-
-@triton.jit
-def _moments(origin, shift, square):
-    """Mean and variance from the means of x - origin and of its square."""
-    variance = square - shift * shift
-    return origin + shift, tl.where(variance < 0, 0, variance)
 
 
 @triton.jit
@@ -80,7 +75,9 @@ def _statistics(
     part = tl.arange(0, width)
     shift = tl.sum(tl.load(sums + channel * parts + part, mask=part < parts, other=0)) / rows
     square = tl.sum(tl.load(squares + channel * parts + part, mask=part < parts, other=0)) / rows
-    centre, variance = _moments(tl.load(x + channel).to(tl.float32), shift, square)
+    centre = tl.load(x + channel).to(tl.float32) + shift
+    variance = square - shift * shift
+    variance = tl.where(variance < 0, 0, variance)
     _keep(mean, factor, running_mean, running_var, channel, True, centre, variance, rows, epsilon, momentum)
     if seen is not None and channel == 0:
         tl.store(seen, tl.load(seen) + 1)
@@ -182,17 +179,20 @@ def _normalize_vectors(
 ):  # fmt: skip
     channel = tl.program_id(0) * wide + tl.arange(0, wide)
     known = channel < channels
-    origin = tl.load(x + channel, mask=known, other=0).to(tl.float32)
     total = tl.zeros((tall, wide), tl.float32)
-    total_square = tl.zeros((tall, wide), tl.float32)
+    for start in range(0, rows, tall):
+        row = start + tl.arange(0, tall)
+        inside = (row < rows)[:, None] & known[None, :]
+        total += tl.load(x + row[:, None] * channels + channel[None, :], mask=inside, other=0).to(tl.float32)
+    centre = tl.sum(total, 0) / rows
+    squares = tl.zeros((tall, wide), tl.float32)
     for start in range(0, rows, tall):
         row = start + tl.arange(0, tall)
         inside = (row < rows)[:, None] & known[None, :]
         value = tl.load(x + row[:, None] * channels + channel[None, :], mask=inside, other=0).to(tl.float32)
-        value = tl.where(inside, value - origin[None, :], 0)
-        total += value
-        total_square += value * value
-    centre, variance = _moments(origin, tl.sum(total, 0) / rows, tl.sum(total_square, 0) / rows)
+        value = tl.where(inside, value - centre[None, :], 0)
+        squares += value * value
+    variance = tl.sum(squares, 0) / rows
     spread = _keep(mean, factor, running_mean, running_var, channel, known, centre, variance, rows, epsilon, momentum)
     if seen is not None and tl.program_id(0) == 0:
         tl.store(seen, tl.load(seen) + 1)
@@ -255,12 +255,6 @@ def _tiles(maps: Tensor) -> tuple[int, int, int, dict[str, int]]:
     return maps.numel() // channels, channels, triton.cdiv(channels, wide), {"tall": TILE // wide, "wide": wide}
 
 
-def _shares(rows: int, beside: int, tall: int) -> tuple[int, int]:
-    """How many rows a program sums up, a multiple of a tile's, and how many programs that makes."""
-    share = tall * triton.cdiv(rows, tall * max(1, PARTS // beside))
-    return share, triton.cdiv(rows, share)
-
-
 def normalized(
     x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     seen: Tensor | None, epsilon: float, momentum: float, rectified: bool,
@@ -283,7 +277,7 @@ def normalized(
         Maps of x's precision; mean and 1 / standard deviation, (channels,) each.
     """
     rows, channels, beside, tile = _tiles(x)
-    share, parts = _shares(rows, beside, tile["tall"])
+    share, parts = shares(rows, tile["tall"], max(1, PARTS // beside))
     width = triton.next_power_of_2(parts)
     sums, squares = torch.empty(2, channels, parts, device=x.device)
     mean, factor = torch.empty(2, channels, device=x.device)
@@ -320,7 +314,7 @@ def gradients(
         Derivatives by x, by the shortcut (None if `out` is), by weight and by bias.
     """
     rows, channels, beside, tile = _tiles(x)
-    share, parts = _shares(rows, beside, tile["tall"])
+    share, parts = shares(rows, tile["tall"], max(1, PARTS // beside))
     width = triton.next_power_of_2(parts)
     sums, products = torch.empty(2, channels, parts, device=x.device)
     by_weight, by_bias = torch.empty(2, channels, device=x.device)

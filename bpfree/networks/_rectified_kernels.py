@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bpfree.networks._stream_kernels import mixed
+from bpfree.networks.kernels import shares
 
 TILE: Final = 1024  # cells' values that a program has at once
 WIDEST: Final = 128  # channels of a tile
@@ -80,7 +81,8 @@ def _differentiate(
         line, column = row // broad, row % broad
         sample, line = line // high, line % high
         pooled = (row < last) & (line < pooled_height) & (column < pooled_width) & known
-        source = by_out + sample * by_sample + line * by_line + column * by_column + channel[None, :] * by_channel
+        source = by_out + sample.to(tl.int64) * by_sample + channel.to(tl.int64)[None, :] * by_channel
+        source += line.to(tl.int64) * by_line + column.to(tl.int64) * by_column
         gradient = tl.load(source, mask=pooled, other=0).to(tl.float32)
         cell = (sample * pooled_height + line) * pooled_width + column
         chosen = tl.load(code + cell * channels + channel[None, :], mask=pooled, other=0)
@@ -102,7 +104,7 @@ def rectified(
     """dropout(max-pool(relu(x + bias))).
 
     Args:
-        x: (B, channels, height, width), channels-last without holes, of float32 or less, less than 2^31 values;
+        x: (B, channels, height, width), channels-last without holes, of float32 or less, 1 to 2^31 - 1 values;
             channels a multiple of `lanes`.
         bias: (channels,) float32, or None.
         side: of the square that is pooled, which is also the stride; 1 for none.
@@ -148,8 +150,7 @@ def gradients(
     wide = min(triton.next_power_of_2(channels), WIDEST)
     tall, beside = TILE // wide, triton.cdiv(channels, wide)
     rows = batch * triton.cdiv(height, side) * triton.cdiv(width, side)
-    share = tall * triton.cdiv(rows, tall * max(1, PARTS // beside))
-    parts = triton.cdiv(rows, share)
+    share, parts = shares(rows, tall, max(1, PARTS // beside))
     sums = torch.empty(channels, parts, device=code.device) if biased else None
     with torch.cuda.device(code.device):
         _differentiate[(parts, beside)](

@@ -39,30 +39,37 @@ class RectifiedConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, fan_in, height, width) -> (B, channels, height', width')."""
-        if not (self.training and x.is_cuda and isinstance(self.dropout, StreamDropout)):
+        if not self._may_fuse(x):
             return self._finished(self.convolution(x))
-        layer = self.convolution
+        layer, side = self.convolution, POOL if self.pooled else 1
         bare = F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        bias = layer.bias
-        if self._fuses(bare):
-            mask = self.dropout.draw() if self.dropout.p else None
-            fused: Tensor = _Fused.apply(bare, bias, POOL if self.pooled else 1, self.dropout.stream.key, mask)
-            return fused
-        return self._finished(bare if bias is None else bare + bias.to(bare.dtype)[:, None, None])
+        if not (
+            bare.is_contiguous(memory_format=torch.channels_last)
+            and 0 < bare.numel() < 2**31
+            and min(bare.shape[2:]) >= side
+        ):
+            return self._finished(bare if layer.bias is None else bare + layer.bias.to(bare.dtype)[:, None, None])
+        mask = self.dropout.draw() if self.dropout.p else None
+        fused: Tensor = _Fused.apply(bare, layer.bias, side, self.dropout.stream.key, mask)
+        return fused
 
     def _finished(self, maps: Tensor) -> Tensor:
         rectified = F.relu(maps)
         finished: Tensor = self.dropout(F.max_pool2d(rectified, POOL) if self.pooled else rectified)
         return finished
 
-    def _fuses(self, maps: Tensor) -> bool:
-        bias = self.convolution.bias
+    def _may_fuse(self, x: Tensor) -> bool:
+        layer, dropout = self.convolution, self.dropout
+        # parts that somebody has replaced or hooked are called as they are
+        plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and type(dropout) is StreamDropout
         return (
-            maps.dtype.itemsize <= 4
-            and maps.numel() < 2**31
-            and maps.shape[1] % LANES == 0
-            and maps.is_contiguous(memory_format=torch.channels_last)
-            and (bias is None or bias.dtype == torch.float32)
+            self.training
+            and x.is_cuda
+            and x.dtype.itemsize <= 4
+            and layer.out_channels % LANES == 0
+            and (layer.bias is None or layer.bias.dtype == torch.float32)
+            and plain
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in (layer, dropout))
             and triton_kernels(KERNELS) is not None
         )
 

@@ -26,8 +26,6 @@ class VectorNorm(nn.BatchNorm1d):
         rectified: end with ReLU.
     """
 
-    momentum: float
-
     def __init__(self, width: int, *, rectified: bool = False) -> None:
         super().__init__(width, momentum=MOMENTUM)
         self.rectified = rectified
@@ -47,10 +45,10 @@ class VectorNorm(nn.BatchNorm1d):
         return f"{super().extra_repr()}, rectified={self.rectified}"
 
     def _fuses(self, x: Tensor) -> bool:
-        if not (self.training and x.is_cuda and x.ndim == 2 and x.is_contiguous() and x.dtype.itemsize <= 4):
+        if not (_suits(self, x) and x.ndim == 2 and x.is_contiguous()):
             return False
         kernels = triton_kernels(KERNELS)
-        return kernels is not None and self.weight.dtype == torch.float32 and 2 <= len(x) <= kernels.MOST_ROWS
+        return kernels is not None and 2 <= len(x) <= kernels.MOST_ROWS and x.numel() < 2**31
 
 
 class MapNorm(nn.BatchNorm2d):
@@ -62,8 +60,6 @@ class MapNorm(nn.BatchNorm2d):
         width: channels.
         rectified: end with ReLU.
     """
-
-    momentum: float
 
     def __init__(self, width: int, *, rectified: bool = True) -> None:
         super().__init__(width, momentum=MOMENTUM)
@@ -84,16 +80,20 @@ class MapNorm(nn.BatchNorm2d):
 
     def _fuses(self, x: Tensor, shortcut: Tensor | None) -> bool:
         return (
-            self.training
-            and x.is_cuda
-            and x.dtype.itemsize <= 4
+            _suits(self, x)
             and x.ndim == 4
             and x.numel() > x.shape[1]
             and x.is_contiguous(memory_format=torch.channels_last)
-            and self.weight.dtype == torch.float32
             and (shortcut is None or (self.rectified and shortcut.dtype == x.dtype and shortcut.shape == x.shape))
             and triton_kernels(KERNELS) is not None
         )
+
+
+def _suits(norm: VectorNorm | MapNorm, x: Tensor) -> bool:
+    """Whether the kernels know what this normalisation does with a batch: running statistics may be gone, or be plain
+    averages over batches, as where others measure them (`torch.optim.swa_utils.update_bn`)."""
+    running = norm.running_mean is not None and norm.momentum is not None
+    return norm.training and running and x.is_cuda and x.dtype.itemsize <= 4 and norm.weight.dtype == torch.float32
 
 
 class _Fused(torch.autograd.Function):

@@ -159,7 +159,7 @@ def checked_dropout(p: float) -> float:
 
 
 class Mask(NamedTuple):
-    """Which values a dropout layer keeps: those whose 16 bits of draw `number`, from 0 to 2^16, reach `threshold`.
+    """Which values a dropout layer keeps: those whose 16 bits of draw `number`, from 0 to 2^16 - 1, reach `threshold`.
 
     They are multiplied by `scale`.
     """

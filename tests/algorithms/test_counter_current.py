@@ -29,6 +29,7 @@ from bpfree.experiments.config import resolve
 from bpfree.experiments.run import run, trained
 from bpfree.metrics import linear_cka
 from bpfree.networks import build_network, mlp
+from bpfree.networks.normalization import VectorNorm
 from tests.reference import counter_current as reference
 
 CLASSES = 3
@@ -592,6 +593,12 @@ def test_feedback_layers_end_as_the_forward_layer_of_their_level_does() -> None:
     ]
     assert model.feedback[1][3].negative_slope == 0.3  # type: ignore[index]
     assert not any(parameter.requires_grad for parameter in hidden[1].parameters())
+
+
+def test_normalisation_that_rectifies_is_mirrored_in_two() -> None:
+    hidden = nn.Sequential(nn.Linear(3, 4), VectorNorm(4, rectified=True))
+    model = CounterCurrent([hidden, nn.Sequential(nn.Linear(4, 5), nn.Tanh())], CLASSES, input_shape=(3,))
+    assert [type(part) for part in model.feedback[1]][-2:] == [nn.BatchNorm1d, nn.ReLU]
 
 
 @pytest.mark.parametrize(

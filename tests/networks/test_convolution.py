@@ -107,3 +107,13 @@ def test_nan_goes_on() -> None:
     x[0, 0, 1, 1] = torch.nan
     outputs = layer.cuda()(x.cuda().contiguous(memory_format=torch.channels_last))
     assert outputs.isnan().nonzero().tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.gpu
+def test_parts_with_hooks_are_called() -> None:
+    layer, x = case(SHAPES[0], False, 0.5, True)
+    seen: list[str] = []
+    for name, part in layer.named_children():
+        part.register_forward_hook(lambda *_, name=name: seen.append(name))
+    layer.cuda()(x.cuda().contiguous(memory_format=torch.channels_last))
+    assert seen == ["convolution", "dropout"]

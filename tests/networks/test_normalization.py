@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from bpfree.algorithms._recompute import recomputed
 from bpfree.networks.normalization import MOMENTUM, MapNorm, VectorNorm
@@ -170,3 +172,19 @@ def test_kernels_of_vectors_agree_with_the_formulas(
     again = copy.deepcopy(there)
     for mine, theirs in zip(found, ends(again, again(given), gradient, given), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 3, 3)])
+def test_others_may_measure_the_running_statistics(shape: tuple[int, ...]) -> None:
+    norm = (VectorNorm(8) if len(shape) == 2 else MapNorm(8)).cuda()
+    x = torch.randn(2, *shape, device="cuda")
+    if len(shape) == 4:
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 6))
+    update_bn(x, norm)  # plain averages over batches: there is no momentum
+    dims = [0, *range(2, len(shape))]
+    means = torch.stack([batch.mean(dims) for batch in x])
+    torch.testing.assert_close(norm.running_mean, means.mean(0))
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None  # batch statistics everywhere
+    expected = F.batch_norm(x[0], None, None, training=True)
+    torch.testing.assert_close(norm(x[0]), expected.relu() if norm.rectified else expected)
