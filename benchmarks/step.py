@@ -6,6 +6,7 @@
 
 With --presets the steps are those of presets, of their first stage, with their peak memory (16 staged batches included)
 and the kernels that take longest if --kernels asks for them; --trace keeps a timeline of all kernels on all streams.
+--set changes what they say. Other steps that the file of --json has already stay in it.
 
 Inputs are random and already staged on the device, as the fit loop stages them. "least bytes" counts what an
 ideal step must move through device memory at least once: parameters, gradients and Adam's two moments.
@@ -30,7 +31,7 @@ from bpfree.algorithms import Learner, algorithm
 from bpfree.algorithms.learner import evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, choose_source
-from bpfree.experiments.config import resolve
+from bpfree.experiments.config import RunConfig, parse_mixed_settings, resolve
 from bpfree.experiments.records import environment
 from bpfree.experiments.run import peak_memory, preferred_layout
 from bpfree.experiments.stepper import Stepper, numerics
@@ -176,11 +177,16 @@ def measured(stepper: Stepper, window: float, device: torch.device) -> dict[str,
     }
 
 
+def configured(name: str, settings: list[str]) -> RunConfig:
+    """A preset with other values of some parameters and training settings."""
+    parameters, training = parse_mixed_settings(tuple(settings), resolve(preset=name).algorithm)
+    return resolve(preset=name, parameters=parameters, training=training)
+
+
 def measure_preset(
-    name: str, window: float, kernels: int, device: torch.device, trace: Path | None = None
+    config: RunConfig, window: float, kernels: int, device: torch.device, trace: Path | None = None
 ) -> dict[str, Any]:
     """A step as the fit loop does it with a preset, and its longest kernels; a timeline of some steps in `trace`."""
-    config = resolve(preset=name)
     reconstruct = config.task == "autoencode"
     training, info = config.training, datasets.info(config.dataset)
     assert isinstance(info, datasets.DatasetInfo)  # graphs have no batches to be timed
@@ -212,6 +218,7 @@ def measure_preset(
         longest = longest_kernels(stepper, kernels) if kernels and device.type == "cuda" else []
     return {
         "preset": config.preset,
+        "settings": changed(config),
         "rule": algorithm(config.algorithm).alias,
         "network": config.network,
         "batch": training.batch_size,
@@ -220,6 +227,26 @@ def measure_preset(
         "memory": memory,
         "kernels": longest,
     }
+
+
+def changed(config: RunConfig) -> str:
+    """What is not as its preset says."""
+    assert config.preset is not None
+    usual = resolve(preset=config.preset)
+    found = {
+        name: value
+        for mine, theirs in ((config.parameters, usual.parameters), (vars(config.training), vars(usual.training)))
+        for name, value in mine.items()
+        if name not in theirs or theirs[name] != value
+    }
+    return ", ".join(f"{name}={value}" for name, value in found.items())
+
+
+def preset_rows(path: Path) -> list[dict[str, Any]]:
+    """The steps of presets in a record; where one environment stands for all of them, each gets it."""
+    record = json.loads(path.read_text())
+    shared = {"environment": record["environment"]} if "environment" in record else {}
+    return [{"settings": "", **shared, **row} for row in record["presets"]]
 
 
 def profiled(stepper: Stepper) -> profile:
@@ -259,11 +286,13 @@ def measure_epoch(rule: str, network: str, epochs: int, device: torch.device) ->
     return {"rule": rule, "network": network, "epoch_s": (moments[-1] - moments[0]) / (len(moments) - 1)}
 
 
-def show_presets(rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
+def show_presets(rows: list[dict[str, Any]]) -> None:
     """Print a table of presets' steps, and below it their longest kernels."""
+    varied = any(row["settings"] for row in rows)
     cells = [
         {
             "preset": row["preset"],
+            **({"settings": row["settings"]} if varied else {}),
             "network": row["network"],
             "batch": str(row["batch"]),
             "precision": row["precision"],
@@ -273,8 +302,8 @@ def show_presets(rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
             "W": "" if row["mean_w"] is None else f"{row['mean_w']:.0f}",
             **({"peak memory, MiB": f"{row['memory']['peak_mib']:.0f}"} if "memory" in row else {}),
             "flags": ", ".join(row["flags"]),
-            "hardware": described["hardware"],
-            "date": described["date"][:10],
+            "hardware": row["environment"]["hardware"],
+            "date": row["environment"]["date"][:10],
         }
         for row in rows
     ]
@@ -282,14 +311,12 @@ def show_presets(rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
     for row in rows:
         for kernel in row["kernels"]:
             name = kernel["name"][:100]
-            print(f"{row['preset']}: {kernel['us']:7.1f} us a step in {kernel['launches']:5.1f} launches of {name}")
+            what = " ".join(filter(None, (row["preset"], row["settings"])))
+            print(f"{what}: {kernel['us']:7.1f} us a step in {kernel['launches']:5.1f} launches of {name}")
 
 
 def show(record: dict[str, Any]) -> None:
-    """Print a record's tables."""
-    if "presets" in record:
-        show_presets(record["presets"], record["environment"])
-        return
+    """Print the tables of a record of rules' steps."""
     top, described = record["ceilings"], record["environment"]
     print(
         f"{described['hardware']}, torch {described['torch']}, {described['date'][:10]}, commit {described['commit']}"
@@ -320,6 +347,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=["bp", "mf"])
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 1024, 8192])
     parser.add_argument("--presets", nargs="+", help="measure steps of these presets instead")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="instead of what presets say")
     parser.add_argument("--kernels", type=int, default=0, help="with --presets, list so many of the longest kernels")
     parser.add_argument("--trace", type=Path, help="with --presets, a folder for timelines to be opened in Perfetto")
     parser.add_argument("--window", type=float, default=5.0, help="seconds per measurement")
@@ -329,14 +357,13 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="print the tables of such a file instead of measuring")
     options = parser.parse_args()
     if options.show:
-        show(json.loads(options.show.read_text()))
+        record = json.loads(options.show.read_text())
+        show_presets(preset_rows(options.show)) if "presets" in record else show(record)
         return
     device = torch.device(options.device)
     if options.presets:
-        rows = [
-            measure_preset(name, options.window, options.kernels, device, options.trace) for name in options.presets
-        ]
-        finish({"environment": environment(device), "presets": rows}, options.json)
+        configs = [configured(name, options.set) for name in options.presets]
+        measure_presets(configs, options, device)
         return
     with numerics("tf32"):
         top = ceilings(device)
@@ -350,14 +377,34 @@ def main() -> None:
     epochs = [
         measure_epoch(rule, options.network, options.epochs, device) for rule in options.rules if options.epochs > 1
     ]
-    finish({"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}, options.json)
-
-
-def finish(record: dict[str, Any], path: Path | None) -> None:
-    """Show a record, and keep it if it is to be kept."""
+    record = {"environment": environment(device), "ceilings": top, "steps": steps, "epochs": epochs}
     show(record)
-    if path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    if options.json:
+        write(record, options.json)
+
+
+def measure_presets(configs: list[RunConfig], options: argparse.Namespace, device: torch.device) -> None:
+    """Measure, show, and put the rows in the place of those of the same steps in the file, if there are any."""
+    described = environment(device)
+    rows = [
+        {**measure_preset(config, options.window, options.kernels, device, options.trace), "environment": described}
+        for config in configs
+    ]
+    show_presets(rows)
+    if options.json is None:
+        return
+    known = {step_of(row): row for row in preset_rows(options.json)} if options.json.exists() else {}
+    known.update((step_of(row), row) for row in rows)
+    write({"presets": list(known.values())}, options.json)
+
+
+def step_of(row: dict[str, Any]) -> tuple[str, str]:
+    """What a row is a measurement of."""
+    return row["preset"], row["settings"]
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
