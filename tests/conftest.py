@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.seeds import manual_seed
+
 torch.set_num_threads(1)  # tests run in parallel, and on small matrices
 settings.register_profile("bpfree", deadline=None)  # a machine that is busy elsewhere is no defect
 settings.load_profile("bpfree")
@@ -26,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.experiments.config import parse_settings
 from bpfree.networks import Graph, build_network, cnn, gnn, mlp
+from tests.seeds import manual_seed
 
 CLASSES = 4
 SHAPE = (2, 8, 8)
@@ -126,7 +127,7 @@ def options_of(rule: str, **parameters: object) -> dict[str, object]:
 
 
 def build(rule: str, backbone: str, seed: int = 0, **parameters: object) -> Learner:
-    torch.manual_seed(seed)
+    manual_seed(seed)
     shape = FEATURES if backbone in GRAPHS else SHAPE
     return entry(rule).build(BACKBONES[backbone](), CLASSES, shape, **options_of(rule, **parameters))
 
@@ -328,7 +329,7 @@ autoencoders = pytest.mark.parametrize("rule", ["bp", "ccl"])
 
 
 def autoencoder(rule: str, **parameters: object) -> Learner:
-    torch.manual_seed(0)
+    manual_seed(0)
     return entry(rule).build(build_network("autoencoder:6x12", SHAPE), 0, SHAPE, **parameters)
 
 
@@ -717,7 +718,7 @@ def test_a_frozen_block_stays_and_the_others_learn(rule: str, backbone: str) -> 
 
 
 def test_a_state_of_another_network_is_refused() -> None:
-    torch.manual_seed(0)
+    manual_seed(0)
     other = entry("bp").build(mlp(SHAPE, (24,) * 2), CLASSES, SHAPE)
     with pytest.raises(UsageError, match="the state is that of another network"):
         build("bp", "mlp").load_state_dict(other.state_dict())
