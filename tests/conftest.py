@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 from tests.seeds import manual_seed
 
 torch.set_num_threads(1)  # tests run in parallel, and on small matrices
+os.environ["OMP_NUM_THREADS"] = "1"  # so do processes that they start, whose threads would wait for each other
 settings.register_profile("bpfree", deadline=None)  # a machine that is busy elsewhere is no defect
 settings.load_profile("bpfree")
 
@@ -24,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(without_gpu)
         if item.get_closest_marker("data") and not os.environ.get("BPFREE_DATA"):
             item.add_marker(without_data)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and PyTorch's own objects stay to the end: no collection of garbage looks at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
