@@ -1,4 +1,4 @@
-"""Four processes that wait for jobs, made once for all tests: starting Python and PyTorch is what takes long."""
+"""Four processes that wait for jobs, made once for all tests and forked: importing PyTorch is what takes long."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Pool:
     """The processes; `run` gives the first `size` of them one job together."""
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "tests.parallel.jobs"])  # the first optimiser imports the one
         self._folder, self._jobs = folder, 0
         self._pipes: list[Connection] = []
         self._processes = []
