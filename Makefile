@@ -29,7 +29,7 @@ run: $(VENV)/.installed
 	$(BIN)/bpfree run --algo mf --dataset digits --target-accuracy 96
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
