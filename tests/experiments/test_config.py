@@ -42,7 +42,8 @@ network = "mlp:1x8"
 
 
 @pytest.mark.parametrize("name", presets())
-def test_presets_build_what_they_name(name: str) -> None:
+def test_presets_build_what_they_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", torch.nn.init.normal_)  # which takes seconds for large layers
     config = resolve(preset=name)
     info = data.info(config.dataset)
     rule = algorithm(config.algorithm)
