@@ -391,16 +391,14 @@ def measure_presets(configs: list[RunConfig], options: argparse.Namespace, devic
         for config in configs
     ]
     show_presets(rows)
-    if options.json is None:
-        return
-    known = {step_of(row): row for row in preset_rows(options.json)} if options.json.exists() else {}
-    known.update((step_of(row), row) for row in rows)
-    write({"presets": list(known.values())}, options.json)
+    if options.json:
+        write({"presets": merged(rows, options.json)}, options.json)
 
 
-def step_of(row: dict[str, Any]) -> tuple[str, str]:
-    """What a row is a measurement of."""
-    return row["preset"], row["settings"]
+def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, if there is one, with these in the place of those of the same steps."""
+    known = [*(preset_rows(path) if path.exists() else []), *rows]
+    return list({(row["preset"], row["settings"]): row for row in known}.values())
 
 
 def write(record: dict[str, Any], path: Path) -> None:

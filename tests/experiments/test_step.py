@@ -1,0 +1,28 @@
+"""benchmarks/step.py: which steps it measures, and what its record keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.step import changed, configured, merged, preset_rows
+
+TODAY, BEFORE = {"hardware": "card", "date": "2026-11-23"}, {"hardware": "card", "date": "2026-11-22"}
+
+
+def test_settings_change_parameters_and_training_of_a_preset() -> None:
+    assert changed(configured("noprop-digits", [])) == ""
+    config = configured("noprop-digits", ["steps=5", "batch_size=32", "lr=1e-3"])
+    assert (config.parameters["steps"], config.training.batch_size) == (5, 32)
+    assert changed(config) == "steps=5, batch_size=32"  # the rate is the preset's
+
+
+def test_a_step_takes_the_place_of_the_same_step_alone(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    # as records were before each row had its environment
+    path.write_text(json.dumps({"environment": BEFORE, "presets": [{"preset": name, "ms": 1} for name in "ab"]}))
+    rows = [{"preset": "b", "settings": settings, "ms": 2, "environment": TODAY} for settings in ("", "lr=1")]
+    path.write_text(json.dumps({"presets": merged(rows, path)}))
+    found = [(row["preset"], row["settings"], row["ms"], row["environment"]["date"][-2:]) for row in preset_rows(path)]
+    assert found == [("a", "", 1, "22"), ("b", "", 2, "23"), ("b", "lr=1", 2, "23")]
+    assert merged(rows, tmp_path / "none.json") == rows
