@@ -117,7 +117,7 @@ ALGORITHMS: Final = (
         CompetitiveForward,
         "DeeperForward: in every layer classes compete for mean activity; layer normalisation, shortcuts",
         DEEPER_FORWARD,
-        {"first_layer": 1},
+        {"inference": "selected"},
     ),
     Algorithm(
         "channel_competition",

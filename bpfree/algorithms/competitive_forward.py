@@ -16,12 +16,14 @@ CwComp (Papachristodoulou et al., "Convolutional Channel-wise Competitive Learni
 Scalable Forward-Forward (Krutsylo, 2025, arXiv 2501.03176): G_lk = mean over positions of (1x1 convolution to K
     channels)^2; blocks may be of several layers, with back-propagation inside; scores are averages over blocks.
 
-Deviations from the papers: DeeperForward cools its rate to a tenth, `lr_schedule = "cosine"` to zero, and picks the
-layers that are summed on held-out data (here `select_layers`, which a run does not call: it sums all but the first).
-CwComp trains each layer in a window of epochs and grows super-classes for CIFAR-100; here all layers learn on every
-batch. Scalable Forward-Forward's loss, rates and placement of the normalisation are not known from the paper's text:
-cross-entropy with goodness as logits, Adam, normalisation over channels at every position; goodness is added up, which
-ranks classes as averages do. Groups of channels may be uneven.
+DeeperForward picks the layers that are summed on held-out data (its SIP): `inference = "selected"`, for which a run
+picks anew before each validation.
+
+Deviations from the papers: DeeperForward cools its rate to a tenth, `lr_schedule = "cosine"` to zero. CwComp trains
+each layer in a window of epochs and grows super-classes for CIFAR-100; here all layers learn on every batch. Scalable
+Forward-Forward's loss, rates and placement of the normalisation are not known from the paper's text: cross-entropy with
+goodness as logits, Adam, normalisation over channels at every position; goodness is added up, which ranks classes as
+averages do, and over the blocks that validation data choose. Groups of channels may be uneven.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from bpfree.networks.residual import ShortcutBlock
 
 __all__ = ["ClassGoodness", "CompetitiveForward"]
 
-INFERENCES: Final = ("sum", "last", "readout")
+INFERENCES: Final = ("sum", "selected", "last", "readout")
 
 DEEPER_FORWARD: Final = Paper(
     title="DeeperForward: Enhanced Forward-Forward Training for Deeper and Better Performance",
@@ -96,7 +98,8 @@ class CompetitiveForward(Learner):
         normalizer: what a layer passes on: "groups" of channels, "channels" at every position, "none", or a function of
             activities and K.
         normalize_input: take mean 0 and variance 1 over each sample's values first.
-        inference: "sum" of the layers' goodness, the "last" layer's, or a linear "readout" of the last layer.
+        inference: "sum" of the layers' goodness, that of a run of layers "selected" on validation data, the "last"
+            layer's, or a linear "readout" of the last layer.
         first_layer: how many layers "sum" leaves out at the beginning.
         head_pool: how feature maps reach the read-out: "flatten", "gap" or "adaptive".
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
@@ -151,7 +154,7 @@ class CompetitiveForward(Learner):
         if not 0 <= first_layer < len(shapes):
             raise UsageError(f"first_layer must lie in [0, {len(shapes)}), got {first_layer}")
         if first_layer and inference != "sum":
-            raise UsageError(f"inference={inference} reads the last layer only; leave out first_layer")
+            raise UsageError(f"first_layer is of inference=sum, not of {inference}; leave it out, or set inference=sum")
         self.goodness = nn.ModuleList(make_goodness(shape, classes) for shape in shapes)
         self.readout = Head(shapes[-1], classes, pool=head_pool, bias=True) if inference == "readout" else None
         if self.readout is None and head_pool != "flatten":
@@ -222,9 +225,10 @@ class CompetitiveForward(Learner):
             return scores
         return (goodness * self.counted[:, None, None].to(goodness.dtype)).sum(0)
 
-    @torch.no_grad()
     def select_layers(self, batches: Iterable[Batch]) -> tuple[int, int]:
-        """Let "sum" count the run of layers with the best accuracy on held-out data (DeeperForward's SIP).
+        """Count the run of layers with the best accuracy on held-out data (DeeperForward's SIP).
+
+        `bpfree.Trainer` does so with inference="selected", before each validation. Until then all layers count.
 
         Args:
             batches: validation samples, on the learner's device.
@@ -233,26 +237,31 @@ class CompetitiveForward(Learner):
             The first and the last layer that count, from 0.
 
         Raises:
-            UsageError: inference is not "sum".
+            UsageError: inference is neither "selected" nor "sum".
         """
-        if self.inference != "sum":
+        if self.inference not in ("selected", "sum"):
             raise UsageError(f"inference={self.inference} reads the last layer only")
-        depth = len(self.counted)
-        runs = [(first, last) for first in range(depth) for last in range(first, depth)]
-        hits = torch.zeros(len(runs), device=self.counted.device)
+        counting = self._select(batches).nonzero().flatten().tolist()
+        return counting[0], counting[-1]
+
+    @torch.no_grad()
+    def _select(self, batches: Iterable[Batch]) -> Tensor:
+        """The layers that count, chosen without waiting for the device."""
+        depth, device = len(self.counted), self.counted.device
+        hits = torch.full((depth, depth), -1.0, device=device).triu_(1).T.contiguous()  # of runs (first, last)
         with evaluation_mode(self):
             for inputs, targets in batches:
                 summed = F.pad(self.layer_goodness(inputs)[0].cumsum(0), (0, 0, 0, 0, 1, 0))
-                for index, (first, last) in enumerate(runs):
-                    hits[index] += ((summed[last + 1] - summed[first]).argmax(1) == targets).sum()
-        first, last = runs[int(hits.argmax())]
-        self.counted.zero_()
-        self.counted[first : last + 1] = 1
-        return first, last
+                for first in range(depth):
+                    said = (summed[first + 1 :] - summed[first]).argmax(2)
+                    hits[first, first:] += (said == targets).sum(1)
+        best, number = hits.argmax(), torch.arange(depth, device=device)
+        return self.counted.copy_((number >= best // depth) & (number <= best % depth))
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage: all layers learn on every batch."""
-        return (self.joint_stage("all layers", (self._optimizer,), self._update),)
+        select = self._select if self.inference == "selected" else None
+        return (self.joint_stage("all layers", (self._optimizer,), self._update, select=select),)
 
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
@@ -288,11 +297,16 @@ class CompetitiveForward(Learner):
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch) -> Metrics:
-        """Accuracy of each layer's goodness alone, and of the sum of all."""
+        """Accuracy of each layer's goodness alone, and of the sum of all; which layers count, if they are selected."""
         inputs, targets = batch
         goodness, _ = self.layer_goodness(inputs)
         report = {f"layer {index} accuracy": accuracy(layer, targets) for index, layer in enumerate(goodness)}
-        return {**report, "sum of all layers accuracy": accuracy(goodness.sum(0), targets)}
+        report["sum of all layers accuracy"] = accuracy(goodness.sum(0), targets)
+        if self.inference == "selected":
+            number = torch.arange(len(self.counted), device=self.counted.device)
+            report["first layer that counts"] = number[self.counted > 0].amin().float()
+            report["last layer that counts"] = number[self.counted > 0].amax().float()
+        return report
 
     @classmethod
     def supports(cls, network: nn.Sequential | Iterable[nn.Module]) -> Support:

@@ -110,7 +110,9 @@ class Stage:
             collected and forgets that; it chooses hyperparameters on the batches given, which are validation data as
             inputs of `scores` (there may be none). Such a stage sees every sample once and is not repeated until it
             converges. None for stages whose steps learn.
-
+        select: for a stage whose answers depend on a choice that validation data make, such as which layers count. It
+            chooses anew, each time before `scores` are rated, on the batches given, which are validation data as
+            inputs of `scores`, and returns the buffer that holds the choice. None where there is nothing to choose.
         whole_graph: whether it keeps something for each node of a graph, so that every step must meet the same one.
 
     Where inputs are graphs, "B" is the number of nodes (or node pairs) that the graph asks about.
@@ -127,6 +129,7 @@ class Stage:
     training_prefix: Callable[[Any], Any] | None = None
     whole_graph: bool = False
     finish: Callable[[Iterable[Batch]], Metrics] | None = None
+    select: Callable[[Iterable[Batch]], Tensor] | None = None
 
     @property
     def step_prefix(self) -> Callable[[Any], Any] | None:
@@ -393,6 +396,7 @@ class Learner(nn.Module, ABC):
         optimizers: Iterable[Optimizer],
         update: Callable[[Batch], Metrics],
         scores: Callable[[Any], Tensor] | None = None,
+        select: Callable[[Iterable[Batch]], Tensor] | None = None,
     ) -> Stage:
         """The only stage of a rule that trains everything at once; see `Stage`. Rated by `forward` unless told."""
         return Stage(
@@ -403,6 +407,7 @@ class Learner(nn.Module, ABC):
             scores=self if scores is None else scores,
             input_shape=self.input_shape,
             classes=self.classes,
+            select=select,
         )
 
     @final

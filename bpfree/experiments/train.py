@@ -605,6 +605,8 @@ class Trainer:
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
         # nothing that waits for all processes before this: one that is done with its steps goes on to validate
+        if stage.select is not None:
+            self.team.share_rating(choose(stage.select, validation, self.config.precision, self.learner))
         rating = self.team.share_rating(rate(scores, validation, self.config.precision, self.learner))
         metrics = self.team.share_metrics(metrics)
         (together,) = self.team.add([self._epoch_joules])
@@ -661,6 +663,14 @@ def _check_fit(what: str, learner: Learner, *parts: AnyBatches) -> None:
 def _tensors(stage: Stage) -> list[Tensor]:
     """The parameters and buffers of a stage."""
     return [tensor for module in stage.modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def choose(
+    select: Callable[[Iterable[Batch]], Tensor], batches: AnyBatches, precision: str, learner: Learner
+) -> Tensor:
+    """What a stage chooses on these data, see `Stage.select`."""
+    with evaluation_mode(learner), step_precision(precision, batches.device):
+        return select(batches.in_order(EVALUATION_BATCH))
 
 
 @torch.no_grad()

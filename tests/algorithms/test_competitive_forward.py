@@ -20,7 +20,9 @@ from bpfree.algorithms._ff_classes import (
     normalize_channels,
     normalize_groups,
 )
+from bpfree.data.batches import Batches
 from bpfree.errors import UsageError
+from bpfree.experiments import Trainer, TrainingConfig
 from bpfree.networks import build_network, cnn, mlp, set_dropout
 from bpfree.networks.residual import ShortcutBlock
 from tests.algorithms.test_conformance import images
@@ -265,7 +267,7 @@ def test_readout_learns_from_the_last_layer_and_teaches_none() -> None:
 
 
 def test_selected_layers_are_the_best_by_brute_force() -> None:
-    model = learner((16, 16, 16))
+    model = learner((16, 16, 16), inference="selected")
     for _ in range(20):
         model.step(batch(50))
     x, y = batch(300)
@@ -279,11 +281,35 @@ def test_selected_layers_are_the_best_by_brute_force() -> None:
     first, last = model.select_layers([(x[:100], y[:100]), (x[100:], y[100:])])
     assert accuracies[first, last] == max(accuracies.values())
     torch.testing.assert_close(model.scores(x), goodness[first : last + 1].sum(0))
-    again = learner((16, 16, 16))
+    counting = model.diagnostics((x, y))
+    assert (counting["first layer that counts"], counting["last layer that counts"]) == (first, last)
+    again = learner((16, 16, 16), inference="selected")
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.scores(x), model.scores(x))
     with pytest.raises(UsageError, match="reads the last layer only"):
         learner(inference="last").select_layers([(x, y)])
+
+
+def test_a_run_selects_layers_on_validation_data_before_it_rates_a_state() -> None:
+    model = learner((8, 8, 8), inference="selected", lr=0.3).float()
+    train, validation = (Batches(x.float(), y) for x, y in (batch(60), batch(40)))
+    chosen: list[Tensor] = []
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        x, y = validation.inputs, validation.targets
+        twin = copy.deepcopy(model)
+        twin.select_layers([(x, y)])
+        assert torch.equal(twin.counted, model.counted)
+        rating = 100 * (model.scores(x).argmax(1) == y).float().mean().item()
+        assert record["validation_accuracy"] == pytest.approx(rating)
+        chosen.append(model.counted.clone())
+
+    config = TrainingConfig(epochs=8, patience=8, batch_size=20, monitor="metric")
+    Trainer(model, train, validation, config, on_epoch=on_epoch).run()
+    assert len({tuple(counted.tolist()) for counted in chosen}) > 1  # else it would not matter when it selects
+    twin = copy.deepcopy(model)
+    twin.select_layers([(validation.inputs, validation.targets)])
+    assert torch.equal(twin.counted, model.counted)  # of the best state, which is restored
 
 
 # networks that the papers use
@@ -331,7 +357,7 @@ def test_gradients_exist_inside_a_residual_block_and_not_across() -> None:
         ({"normalizer": "group"}, "did you mean groups"),
         ({"inference": "lst"}, "did you mean last"),
         ({"first_layer": 2}, r"\[0, 2\)"),
-        ({"inference": "last", "first_layer": 1}, "leave out first_layer"),
+        ({"inference": "last", "first_layer": 1}, "first_layer is of inference=sum, not of last"),
         ({"head_pool": "gap"}, "needs inference=readout"),
     ],
     ids=str,

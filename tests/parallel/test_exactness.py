@@ -186,6 +186,7 @@ DATA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "man-after": ("man", "mlp", {"host": "greedy", "head": "0c1f", "bias": "light", "ema_update": "after"}),
     "dfa": ("dfa", "mlp", {}),
     "cwc": ("cwc", "cnn", {}),
+    "cwc-selected": ("cwc", "cnn", {"inference": "selected"}),
     "cafo-ce": ("cafo", "mlp", {"loss": "ce"}),
     "ccl": ("ccl", "cnn", {"clip": 0.0}),  # which compares all samples of the batch with each other
     "ccl-flood": ("ccl", "mlp", {"clip": 0.01, "flood": 0.7, "warmup_steps": 3, "centralize": True}),
