@@ -52,6 +52,13 @@ def ends(norm: MapNorm | VectorNorm, outputs: Tensor, gradient: Tensor, *inputs:
     return [outputs.detach(), *torch.autograd.grad(outputs, leaves, gradient.to(outputs))]
 
 
+def agree(found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    """Within a share of the largest value."""
+    for mine, theirs in zip(found, exact, strict=True):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=tolerance, atol=tolerance * scale)
+
+
 @pytest.mark.parametrize(("rectified", "joined"), CASES)
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_maps_are_normalised_added_up_and_rectified(shape: tuple[int, ...], rectified: bool, joined: bool) -> None:
@@ -91,12 +98,10 @@ def test_kernels_agree_with_the_formulas(
     found = ends(there, outputs, gradient, *given)
     assert found[0].dtype == dtype
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    for mine, theirs in zip(found, ends(norm, expected, gradient, *exact), strict=True):
-        scale = theirs.abs().max().item()
-        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=tolerance, atol=tolerance * scale)
-    for mine, theirs in ((there.running_mean, running_mean), (there.running_var, running_var)):
-        assert mine is not None
-        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=1e-5, atol=1e-5)
+    agree(found, ends(norm, expected, gradient, *exact), tolerance)
+    assert there.running_mean is not None
+    assert there.running_var is not None
+    agree([there.running_mean, there.running_var], [running_mean, running_var], 1e-5)
     assert int(there.num_batches_tracked or 0) == 1
     again = copy.deepcopy(there)
     for mine, theirs in zip(found, ends(again, again(*given), gradient, *given), strict=True):
@@ -162,12 +167,10 @@ def test_kernels_of_vectors_agree_with_the_formulas(
     gradient = torch.where(expected.detach().abs() < 1e-2, 0, gradient).to(dtype)  # as of maps
     found = ends(there, outputs, gradient, given)
     assert found[0].dtype == dtype
-    for mine, theirs in zip(found, ends(norm, expected, gradient, exact), strict=True):
-        scale = theirs.abs().max().item()
-        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=tolerance, atol=tolerance * scale)
-    for mine, theirs in ((there.running_mean, running_mean), (there.running_var, running_var)):
-        assert mine is not None
-        torch.testing.assert_close(mine.double().cpu(), theirs, rtol=1e-5, atol=1e-5)
+    agree(found, ends(norm, expected, gradient, exact), tolerance)
+    assert there.running_mean is not None
+    assert there.running_var is not None
+    agree([there.running_mean, there.running_var], [running_mean, running_var], 1e-5)
     assert int(there.num_batches_tracked or 0) == 1
     again = copy.deepcopy(there)
     for mine, theirs in zip(found, ends(again, again(given), gradient, given), strict=True):
