@@ -36,6 +36,7 @@ from bpfree.experiments import run as runs
 from bpfree.experiments.arms import interleaved
 from bpfree.experiments.compare import config_key, is_finished, recorded
 from bpfree.experiments.config import RunConfig, parse_settings, resolve
+from bpfree.experiments.signals import stop_without
 from bpfree.experiments.tables import readable, result_rows, text_table
 from bpfree.experiments.train import InterruptedRunError
 
@@ -138,8 +139,9 @@ def one_by_one(jobs: Iterable[Job], started: float, budget: float, idle_s: float
     return failures
 
 
-def work(waiting: Any, failed: Any, started: float, budget: float, threads: int) -> None:
-    """What each of several processes does: take runs until none is left."""
+def work(waiting: Any, failed: Any, started: float, budget: float, threads: int, parent: int) -> None:
+    """What each of several processes does: take runs until none is left, or the process that started it is gone."""
+    stop_without(parent)
     torch.set_num_threads(threads)
     while time.time() - started <= budget:
         try:
@@ -160,7 +162,8 @@ def side_by_side(jobs: Iterable[Job], started: float, budget: float, workers: in
     for job in jobs:
         waiting.put(job)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    processes = [context.Process(target=work, args=(waiting, failed, started, budget, threads)) for _ in range(workers)]
+    shared = (waiting, failed, started, budget, threads, os.getpid())
+    processes = [context.Process(target=work, args=shared) for _ in range(workers)]
     for process in processes:
         process.start()
     try:
