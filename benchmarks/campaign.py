@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -158,7 +159,9 @@ def work(waiting: Any, failed: Any, started: float, budget: float, threads: int,
 def side_by_side(jobs: Iterable[Job], started: float, budget: float, workers: int) -> int:
     """Run in several processes that share the device; the number of failures."""
     context = multiprocessing.get_context("spawn")
-    waiting, failed = context.Manager().Queue(), context.Value("i", 0)
+    manager = SyncManager(ctx=context)
+    manager.start(stop_without, (os.getpid(),))
+    waiting, failed = manager.Queue(), context.Value("i", 0)
     for job in jobs:
         waiting.put(job)
     threads = max(1, (os.cpu_count() or 1) // workers)
