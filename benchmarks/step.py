@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from bpfree.algorithms import Learner, algorithm
 from bpfree.algorithms.learner import evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, choose_source
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.experiments.config import RunConfig, parse_mixed_settings, resolve
 from bpfree.experiments.records import environment
 from bpfree.experiments.run import peak_memory, preferred_layout
@@ -242,9 +244,22 @@ def changed(config: RunConfig) -> str:
     return ", ".join(f"{name}={value}" for name, value in found.items())
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record.
+
+    Raises:
+        UsageError: there is none that can be read.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a record of steps ({error}); name one that --json has written") from error
+    return record
+
+
 def preset_rows(path: Path) -> list[dict[str, Any]]:
     """The steps of presets in a record; where one environment stands for all of them, each gets it."""
-    record = json.loads(path.read_text())
+    record = read(path)
     shared = {"environment": record["environment"]} if "environment" in record else {}
     return [{"settings": "", **shared, **row} for row in record["presets"]]
 
@@ -356,8 +371,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--show", type=Path, help="print the tables of such a file instead of measuring")
     options = parser.parse_args()
+    if not options.presets and (options.set or options.kernels or options.trace):
+        parser.error("--set, --kernels and --trace are for steps of --presets")
+    try:
+        carry_out(options)
+    except BpfreeError as error:
+        sys.exit(str(error))
+
+
+def carry_out(options: argparse.Namespace) -> None:
+    """Measure, or show what has been measured."""
     if options.show:
-        record = json.loads(options.show.read_text())
+        record = read(options.show)
         show_presets(preset_rows(options.show)) if "presets" in record else show(record)
         return
     device = torch.device(options.device)

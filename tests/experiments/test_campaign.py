@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_a_run_that_was_interrupted_goes_on_in_its_folder(
         (folder,) = tmp_path.iterdir()  # the second time as well
         (folder / "summary.json").unlink()  # fails if the run was not finished
     assert capsys.readouterr().out.count("% in the test, 1 passes") == 2
+
+
+def test_workers_of_a_killed_campaign_save_their_runs_and_end(tmp_path: Path) -> None:
+    options = f"--out {tmp_path} --presets mono_forward-digits --seeds 0 1 --workers 2 --training epochs=10000"
+    command = [sys.executable, "benchmarks/campaign.py", *options.split(), "patience=10000"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    _, said = process.communicate()  # whose end is that of the last process that could still say something
+    assert said.count("the run is saved") == 2
+    assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 2
 
 
 @pytest.mark.parametrize(

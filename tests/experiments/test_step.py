@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-from benchmarks.step import changed, configured, merged, preset_rows
+import pytest
+
+from benchmarks.step import changed, configured, main, merged, preset_rows
 
 TODAY, BEFORE = {"hardware": "card", "date": "2026-11-23"}, {"hardware": "card", "date": "2026-11-22"}
 
@@ -26,3 +29,22 @@ def test_a_step_takes_the_place_of_the_same_step_alone(tmp_path: Path) -> None:
     found = [(row["preset"], row["settings"], row["ms"], row["environment"]["date"][-2:]) for row in preset_rows(path)]
     assert found == [("a", "", 1, "22"), ("b", "", 2, "23"), ("b", "lr=1", 2, "23")]
     assert merged(rows, tmp_path / "none.json") == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--set lr=1", "are for steps of --presets"),
+        ("--presets nope", "unknown preset 'nope'"),
+        ("--presets noprop-digits --set nope=1", "nope"),
+        ("--show nowhere.json", "nowhere.json is not a record of steps"),
+    ],
+)
+def test_what_cannot_be_measured_or_shown_is_refused(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["step.py", *options.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code not in (0, None)
+    assert message in f"{ended.value.code} {capsys.readouterr().err}"
