@@ -17,8 +17,8 @@ from torch import Tensor
 
 TILE: Final = 2048
 UNITS: Final = 16  # columns of a program in the closed form: enough programs for a GPU from 2000 units on
-ROWS: Final = 64
-CHUNK: Final = 1024
+ROWS: Final = 64  # of activities that it has at once
+CHUNK: Final = 1024  # of units' means that it adds up at once
 
 
 @triton.jit

@@ -112,7 +112,7 @@ class Stage:
             converges. None for stages whose steps learn.
         select: for a stage whose answers depend on a choice that validation data make, such as which layers count. It
             chooses anew, each time before `scores` are rated, on the batches given, which are validation data as
-            inputs of `scores`, and returns the buffer that holds the choice. None where there is nothing to choose.
+            network inputs, and returns the buffer that holds the choice. None where there is nothing to choose.
         whole_graph: whether it keeps something for each node of a graph, so that every step must meet the same one.
 
     Where inputs are graphs, "B" is the number of nodes (or node pairs) that the graph asks about.

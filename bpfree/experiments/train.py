@@ -510,7 +510,7 @@ class Trainer:
         (flops,) = self.team.add([counter.get_total_flops()])
         progress.flops += int(flops or 0)
         with self.meter.phase(VALIDATION):
-            rating = rate(stage.scores, validation, config.precision, self.learner).tolist()
+            rating = self._rate(stage, stage.scores, validation).tolist()
         if not math.isfinite(rating[0]):
             raise TrainingError(f"validation loss of {stage.name} is {rating[0]}; check the inputs")
         record = self._record(stage, passes, found, rating, 1.0)
@@ -605,9 +605,7 @@ class Trainer:
         metrics, progress = self._epoch_metrics, self.progress
         assert metrics is not None
         # nothing that waits for all processes before this: one that is done with its steps goes on to validate
-        if stage.select is not None:
-            self.team.share_rating(choose(stage.select, validation, self.config.precision, self.learner))
-        rating = self.team.share_rating(rate(scores, validation, self.config.precision, self.learner))
+        rating = self.team.share_rating(self._rate(stage, scores, validation))
         metrics = self.team.share_metrics(metrics)
         (together,) = self.team.add([self._epoch_joules])
         self._epoch_joules = add_known(self._joules_before, together)
@@ -630,6 +628,14 @@ class Trainer:
         means = dict(zip(stepper.metric_names, steps.mean(0).tolist(), strict=True))
         factor = self._factor(stepper.steps_per_epoch - 1, stepper, epochs)
         return self._record(stage, progress.epoch + 1, means, [validation_loss, validation_accuracy], factor)
+
+    def _rate(self, stage: Stage, scores: Callable[[Any], Tensor], validation: AnyBatches) -> Tensor:
+        """See `rate`; what the stage chooses on validation data is chosen before."""
+        precision = self.config.precision
+        if stage.select is not None:
+            with evaluation_mode(self.learner), step_precision(precision, validation.device):
+                self.team.share_rating(stage.select(self.validation.in_order(EVALUATION_BATCH)))
+        return rate(scores, validation, precision, self.learner)
 
     def _record(
         self, stage: Stage, epoch: int, numbers: dict[str, float], rating: Sequence[float], factor: float
@@ -663,14 +669,6 @@ def _check_fit(what: str, learner: Learner, *parts: AnyBatches) -> None:
 def _tensors(stage: Stage) -> list[Tensor]:
     """The parameters and buffers of a stage."""
     return [tensor for module in stage.modules for tensor in (*module.parameters(), *module.buffers())]
-
-
-def choose(
-    select: Callable[[Iterable[Batch]], Tensor], batches: AnyBatches, precision: str, learner: Learner
-) -> Tensor:
-    """What a stage chooses on these data, see `Stage.select`."""
-    with evaluation_mode(learner), step_precision(precision, batches.device):
-        return select(batches.in_order(EVALUATION_BATCH))
 
 
 @torch.no_grad()
