@@ -5,7 +5,8 @@
     python benchmarks/campaign.py --workers 4 --file campaigns.txt
 
 The arms are shuffled within each seed, so that drift of the board's temperature hits all of them alike. Runs that
-are recorded under --out already are not repeated, and those that were interrupted go on. Weights are not kept.
+are recorded under --out already are not repeated, and those that were interrupted go on. Weights are not kept, unless
+--keep says so.
 
 A file has one campaign per line, with the options above. With --workers, so many runs share the device: for accuracy,
 where one run does not fill a GPU (with NVIDIA's MPS their kernels overlap). Their records say so (FOREIGN_PROCESS), and
@@ -46,11 +47,12 @@ load = cache(runs.load_dataset)
 
 @dataclass(frozen=True)
 class Job:
-    """One run, where its folder is made, and that folder if it has begun already."""
+    """One run, where its folder is made, that folder if it has begun already, and whether its weights stay there."""
 
     config: RunConfig
     out: Path
     begun: Path | None = None
+    keep: bool = False
 
 
 def arms(presets: list[str], variations: list[str], training: dict[str, Any]) -> list[RunConfig]:
@@ -76,6 +78,7 @@ def campaign_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--vary", nargs="*", default=[], metavar="KEY=V1,V2,..")
     parser.add_argument("--training", nargs="*", default=[], metavar="KEY=VALUE", help="instead of the presets'")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of finished runs")
     return parser
 
 
@@ -94,7 +97,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     configs = arms(options.presets, options.vary, training)
     known = recorded(options.out)
     seeded = [replace(config, seed=seed) for seed in options.seeds for config in interleaved(configs, seed)]
-    jobs = [Job(config, options.out, known.get(config_key(config))) for config in seeded]
+    jobs = [Job(config, options.out, known.get(config_key(config)), options.keep) for config in seeded]
     return [job for job in jobs if job.begun is None or not is_finished(job.begun)]
 
 
@@ -109,9 +112,9 @@ def perform(job: Job, started: float, idle_w: Sequence[float] = ()) -> bool:
         dataset = load(config.dataset)
         measuring = runs.Measuring(tuple(idle_w))
         if job.begun is None:
-            summary = runs.run(config, job.out, dataset=dataset, measuring=measuring, keep_model=False)
+            summary = runs.run(config, job.out, dataset=dataset, measuring=measuring, keep_model=job.keep)
         else:
-            summary = runs.resume(job.begun, dataset=dataset, measuring=measuring, keep_model=False)
+            summary = runs.resume(job.begun, dataset=dataset, measuring=measuring, keep_model=job.keep)
     except InterruptedRunError:
         raise
     except BpfreeError as error:

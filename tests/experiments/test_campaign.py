@@ -42,12 +42,14 @@ def test_several_processes_take_the_runs_of_several_campaigns(
     lines = tmp_path / "campaigns.txt"
     lines.write_text(
         f"--out {tmp_path}/a {QUICK} --seeds 0 1  # two seeds\n\n--out {tmp_path}/b {QUICK} --vary lr=-1.0\n"
+        f"--out {tmp_path}/c {QUICK} --keep\n"
     )
     result = campaign("--workers", "2", "--file", str(lines))
     assert result.returncode == 1
     assert "lr must be positive" in result.stderr
-    assert result.stdout.count("% in the test") == 2
+    assert result.stdout.count("% in the test") == 3
     assert len(list(tmp_path.glob("a/*/summary.json"))) == 2
+    assert [path.parent.parent.name for path in tmp_path.glob("*/*/model.pt")] == ["c"]
     monkeypatch.setattr(sys, "argv", ["campaign.py", "--out", f"{tmp_path}/a", *QUICK.split(), "--seeds", "0", "1"])
     with pytest.raises(SystemExit) as again:
         main()
