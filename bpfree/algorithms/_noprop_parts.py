@@ -18,7 +18,7 @@ from bpfree.algorithms.learner import Batch, refuse_idle
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 from bpfree.networks.noprop import Denoiser, denoisers
-from bpfree.networks.streams import Stream, StreamDropout, content_keys, derive, hashes, mix, normal
+from bpfree.networks.streams import Stream, StreamDropout, content_keys, derive, mix, normal_numbers
 
 EmbeddingKind = Literal["onehot", "learned", "prototype"]
 ReadoutKind = Literal["linear", "radial"]
@@ -196,7 +196,7 @@ class SampleNoise:
     def __call__(self, step: int) -> Tensor:
         """(B, d) noise of one step."""
         count = torch.full((), step, dtype=torch.int64, device=self._keys.device)
-        return normal(hashes(self._keys, count, self._dim)).to(self._dtype)
+        return normal_numbers(self._keys, count, self._dim, self._dtype)
 
 
 class BlockNoise(nn.Module):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bpfree.networks._stream_kernels import mixed
+from bpfree.networks._stream_kernels import hashed
 from bpfree.networks.kernels import shares
 
 TILE: Final = 1024  # cells' values that a program has at once
@@ -53,8 +53,8 @@ def _rectify(
         largest = tl.where(larger, value, largest)
         chosen = tl.where(larger, position + 1, chosen)
     if count is not None:
-        start = mixed(tl.load(key) + tl.load(count) * first, first, second)
-        hashes = mixed(start + (row * (channels // lanes) + word + 1).to(tl.int64) * golden, first, second)
+        place = (row * (channels // lanes) + word).to(tl.int64)
+        hashes = hashed(tl.load(key), tl.load(count), place, golden, first, second)
         kept = (((hashes >> (lane * 16)) & 0xFFFF) ^ 0x8000) >= threshold
         largest = tl.where(kept, largest * scale, 0)
         chosen = tl.where(kept, chosen, 0)

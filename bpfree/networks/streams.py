@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -64,15 +65,6 @@ def sequence(key: Tensor, count: int) -> Tensor:
     return mix(key[..., None] + positions)
 
 
-def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
-    """(...) int64 keys -> (..., width) hashes of each key, a 0-d int64 count and a position."""
-    kernels = triton_kernels(KERNELS) if keys.is_cuda else None
-    if kernels is None:
-        return sequence(mix(keys + count * _signed(FIRST)), width)
-    drawn: Tensor = kernels.hashes(keys, count, width, CONSTANTS)
-    return drawn
-
-
 def uniform(bits: Tensor) -> Tensor:
     """Hashes as float64 in the open interval (0, 1)."""
     return _shifted(bits, 12).double().add_(0.5).mul_(2.0**-52)
@@ -81,6 +73,39 @@ def uniform(bits: Tensor) -> Tensor:
 def normal(bits: Tensor) -> Tensor:
     """Hashes as float64 of the standard normal distribution, by the inverse of its distribution function."""
     return uniform(bits).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+
+
+DISTRIBUTIONS: Final = {"uniform": uniform, "normal": normal}
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The CUDA kernels, if `x` lies where they work."""
+    return triton_kernels(KERNELS) if x.is_cuda else None
+
+
+def _numbers(keys: Tensor, count: Tensor, width: int, distribution: str | None, dtype: torch.dtype) -> Tensor:
+    """Hashes, or what a distribution makes of them, by a kernel where there is one."""
+    kernels = _kernels(keys)
+    if kernels is not None:
+        numbers: Tensor = kernels.numbers(keys, count, width, distribution, dtype, CONSTANTS)
+        return numbers
+    bits = sequence(mix(keys + count * _signed(FIRST)), width)
+    return bits if distribution is None else DISTRIBUTIONS[distribution](bits).to(dtype)
+
+
+def hashes(keys: Tensor, count: Tensor, width: int) -> Tensor:
+    """(...) int64 keys -> (..., width) hashes of each key, a 0-d int64 count and a position."""
+    return _numbers(keys, count, width, None, torch.int64)
+
+
+def uniform_numbers(keys: Tensor, count: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(...) int64 keys -> (..., width) numbers of [0, 1], `hashes` made `uniform` and rounded to `dtype`."""
+    return _numbers(keys, count, width, "uniform", dtype)
+
+
+def normal_numbers(keys: Tensor, count: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(...) int64 keys -> (..., width) numbers, `hashes` made `normal` and rounded to `dtype`."""
+    return _numbers(keys, count, width, "normal", dtype)
 
 
 def content_keys(inputs: Tensor) -> Tensor:
@@ -129,6 +154,10 @@ class Stream(nn.Module):
     def draw(self) -> Tensor:
         """The 0-d number of a draw, which with the key makes the hashes of that draw; the next call gives another."""
         rank, ranks = self.share
+        kernels = _kernels(self.count)
+        if kernels is not None:
+            advanced: Tensor = kernels.advanced(self.count, rank, ranks)
+            return advanced
         number = self.count.clone() if ranks == 1 else self.count * ranks + rank
         self.count.add_(1)
         return number
@@ -140,11 +169,11 @@ class Stream(nn.Module):
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Standard normal numbers."""
-        return normal(self.bits(math.prod(shape))).view(*shape).to(dtype)
+        return normal_numbers(self.key, self.draw(), math.prod(shape), dtype).view(*shape)
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uniform numbers of [0, 1]: rounding to `dtype` may reach the ends."""
-        return uniform(self.bits(math.prod(shape))).view(*shape).to(dtype)
+        return uniform_numbers(self.key, self.draw(), math.prod(shape), dtype).view(*shape)
 
 
 def checked_dropout(p: float) -> float:
@@ -220,7 +249,7 @@ class StreamDropout(nn.Module):
         if not self.training or not self.p:
             return x
         mask, layout = self.draw(), _layout(x)
-        if x.is_cuda and x.dtype.itemsize <= 4 and triton_kernels(KERNELS) is not None:
+        if x.dtype.itemsize <= 4 and _kernels(x) is not None:
             dropped: Tensor = _Dropped.apply(x.contiguous(memory_format=layout), self.stream.key, mask)
             return dropped
         words = hashes(self.stream.key, mask.number, -(-x.numel() // LANES))

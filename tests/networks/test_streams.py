@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bpfree.networks.streams import Stream, StreamDropout
+from bpfree.networks.streams import (
+    Stream,
+    StreamDropout,
+    derive,
+    hashes,
+    normal,
+    normal_numbers,
+    uniform,
+    uniform_numbers,
+)
 
 F64 = torch.float64
 
@@ -38,6 +47,45 @@ def test_hashes_are_the_same_on_a_gpu() -> None:
     here, there = Stream(7), Stream(7).cuda()
     for count in (1, 5, 5000):
         assert torch.equal(here.bits(count), there.bits(count).cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 1000, 4097])
+@pytest.mark.parametrize("key", [derive(7), [derive(7, sample) for sample in range(5)]])
+def test_numbers_of_a_gpus_kernels_are_those_of_the_formulas(
+    key: int | list[int], width: int, dtype: torch.dtype
+) -> None:
+    keys, count = torch.tensor(key).cuda(), torch.tensor(3).cuda()
+    bits = hashes(keys, count, width)
+    uniforms, normals = uniform_numbers(keys, count, width, dtype), normal_numbers(keys, count, width, dtype)
+    assert uniforms.dtype == normals.dtype == dtype
+    assert torch.equal(uniforms, uniform(bits).to(dtype))
+    torch.testing.assert_close(normals, normal(bits).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [(0, 1), (0, 4), (1, 4), (3, 4)])
+def test_a_gpu_counts_draws_alike(share: tuple[int, int]) -> None:
+    streams = Stream(7), Stream(7).cuda()
+    for stream in streams:
+        stream.share = share
+    here, there = ([int(stream.draw()) for _ in range(3)] for stream in streams)
+    assert here == there == [index * share[1] + share[0] for index in range(3)]
+    assert [int(stream.count) for stream in streams] == [3, 3]
+
+
+@pytest.mark.gpu
+def test_every_replay_of_a_graph_draws_anew() -> None:
+    eager, captured = Stream(7), Stream(7).cuda()
+    for stream in (eager, captured):  # what compiles kernels cannot be captured
+        stream.normal((3, 5), F64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        numbers = captured.normal((3, 5), F64)
+    for _ in range(3):
+        graph.replay()
+        torch.testing.assert_close(numbers.cpu(), eager.normal((3, 5), F64), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.gpu
