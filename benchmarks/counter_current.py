@@ -130,7 +130,7 @@ def main() -> None:
     if options.what == "courses":
         draw_courses(courses(options.run), options.figure)
         return
-    _, learner, test = runs.trained(options.run, torch.device("cpu"))
+    _, learner, (_, _, test) = runs.trained(options.run, torch.device("cpu"))
     if not isinstance(learner, CounterCurrent) or learner.task != "classify":
         parser.error(f"{options.run} holds no counter-current classifier")
     inputs, targets = next(iter(test.in_order(SHOWN)))

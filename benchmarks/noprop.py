@@ -1,7 +1,7 @@
 """NoProp's tables: accuracy beside the paper's, what inference costs, and ways to train its blocks at once.
 
     python benchmarks/noprop.py --runs results/noprop/runs                    accuracy, from run records
-    python benchmarks/noprop.py --inference RUN .. --json inference.json      accuracy and joules against steps
+    python benchmarks/noprop.py --inference RUN .. --json inference.json      accuracy and joules by sampler and steps
     python benchmarks/noprop.py --training --json training.json               a step's time, joules and memory
     python benchmarks/noprop.py --show inference.json                         only the table, from a record
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -34,7 +35,6 @@ from bpfree.algorithms import Learner, NoPropBackprop
 from bpfree.algorithms._noprop_processes import DiscreteDiffusion
 from bpfree.energy import EnergyMeter, Flag, choose_source
 from bpfree.experiments import run as runs
-from bpfree.experiments.config import RunConfig
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, environment, find_runs
 from bpfree.experiments.stepper import numerics
 from bpfree.experiments.tables import markdown_table
@@ -107,39 +107,41 @@ def accuracy_table(root: Path) -> str:
     return markdown_table(rows) if rows else "no finished run"
 
 
-def trained(path: Path, device: torch.device) -> tuple[RunConfig, NoProp, Any]:
-    """Configuration, learner and test data of a finished run."""
-    config, learner, test = runs.trained(path, device)
-    assert isinstance(learner, NoProp), f"{path} holds no NoProp run"
-    return config, learner, test
-
-
 def measure_inference(path: Path, window: float, device: torch.device) -> dict[str, Any]:
-    """Accuracy over five draws of the noise, and seconds and joules per prediction, against denoising steps."""
-    config, learner, test = trained(path, device)
+    """Accuracy over five draws of the noise, and seconds and joules per prediction, by sampler and denoising steps."""
+    config, learner, (_, validation, test) = runs.trained(path, device)
+    assert isinstance(learner, NoProp), f"{path} holds no NoProp run"
     precision = config.training.precision
     meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
+    all_steps = sorted({max(1, round(share * learner.process.steps)) for share in SHARES})
     rows = []
     with numerics(precision):
-        for steps in sorted({max(1, round(share * learner.process.steps)) for share in SHARES}):
-            samplers = [partial(learner.sample, steps=steps, draw=draw) for draw in range(runs.TEST_DRAWS)]
-            accuracies = [100 * rate(sampler, test, precision, learner)[1].item() for sampler in samplers]
+        for sampler, steps in itertools.product(learner.process.samplers, all_steps):
+            learner.sampler = sampler
+            draws = [partial(learner.sample, steps=steps, draw=draw) for draw in range(runs.TEST_DRAWS)]
+            accuracies = [
+                [100 * rate(draw, part, precision, learner)[1].item() for draw in draws] for part in (validation, test)
+            ]
             passes, started = 0, time.perf_counter()
             with meter.window("inference") as measured:
                 while time.perf_counter() - started < window:
-                    rate(samplers[0], test, precision, learner).tolist()
+                    rate(draws[0], test, precision, learner).tolist()
                     passes += 1
             result, count = measured.result, passes * len(test)
             rows.append(
                 {
+                    "sampler": sampler,
                     "steps": steps,
-                    "accuracies": accuracies,
+                    "validation": accuracies[0],
+                    "test": accuracies[1],
                     "seconds": result.seconds / count,
                     "joules": None if result.gross_j is None else result.gross_j / count,
                     "flags": list(result.flags),
                 }
             )
-    return {"run": path.name, "dataset": config.dataset, "variant": learner.variant, "seed": config.seed, "rows": rows}
+    embeddings = learner.embeddings.kind
+    study = {"run": path.name, "dataset": config.dataset, "rule": learner.kind, "embeddings": embeddings}
+    return {**study, "seed": config.seed, "rows": rows}
 
 
 def inference_table(record: dict[str, Any]) -> str:
@@ -148,10 +150,13 @@ def inference_table(record: dict[str, Any]) -> str:
         [
             {
                 "dataset": study["dataset"],
-                "rule": study["variant"],
+                "rule": study["rule"],
+                "embeddings": study["embeddings"],
+                "sampler": row["sampler"],
                 "steps": str(row["steps"]),
-                "test accuracy, %": f"{statistics.fmean(row['accuracies']):.2f}",
-                "between draws": f"{statistics.pstdev(row['accuracies']):.2f}",
+                "validation accuracy, %": f"{statistics.fmean(row['validation']):.2f}" if row["validation"] else "",
+                "test accuracy, %": f"{statistics.fmean(row['test']):.2f}",
+                "between draws": f"{statistics.pstdev(row['test']):.2f}",
                 "us per prediction": f"{1e6 * row['seconds']:.2f}",
                 "mJ per prediction": "" if row["joules"] is None else f"{1e3 * row['joules']:.3f}",
                 "flags": ", ".join(row["flags"]),

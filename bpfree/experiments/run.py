@@ -516,8 +516,8 @@ def _parallel_words(together: Together) -> str:
 
 def trained(
     path: Path, device: torch.device, *, data_root: Path | None = None
-) -> tuple[RunConfig, Learner, AnyBatches]:
-    """Configuration, learner and test data of a finished run that has kept its model.
+) -> tuple[RunConfig, Learner, tuple[AnyBatches, ...]]:
+    """Configuration and learner of a finished run that has kept its model; training, validation and test data.
 
     Raises:
         CheckpointError: `path` is not a run folder, or has no model.
@@ -527,7 +527,7 @@ def trained(
     dataset = load_dataset(config.dataset, data_root)
     learner = build_learner(config, dataset, device)
     learner.load_state_dict(folder.load(records.MODEL, device))
-    return config, learner, load_batches(config, dataset, device, preferred_layout(learner, device))[2]
+    return config, learner, load_batches(config, dataset, device, preferred_layout(learner, device))
 
 
 def _tested(config: RunConfig, dataset: AnyDataset, learner: Learner, test: AnyBatches) -> dict[str, Any]:

@@ -776,7 +776,7 @@ def test_figures_come_from_a_recorded_run(tmp_path: Path) -> None:
     assert list(found["alignment"]) == ["layer 1", "layer 2", "layer 3"]
     assert list(found["CKA"]) == ["level 0", "level 1", "level 2"]
     assert all(len(values) == 2 for kind in found.values() for values in kind.values())
-    _, model, test = trained(path, torch.device("cpu"))
+    _, model, (_, _, test) = trained(path, torch.device("cpu"))
     assert isinstance(model, CounterCurrent)
     inputs, targets = next(iter(test.in_order(100)))
     assert isinstance(inputs, Tensor)
