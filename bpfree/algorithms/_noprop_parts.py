@@ -193,9 +193,9 @@ class SampleNoise:
         self._keys = mix(content_keys(inputs) ^ mix(key + torch.full_like(key, draw) * DRAW))
         self._dim, self._dtype = dim, dtype
 
-    def __call__(self, step: int) -> Tensor:
-        """(B, d) noise of one step."""
-        count = torch.full((), step, dtype=torch.int64, device=self._keys.device)
+    def __call__(self, step: int | Tensor) -> Tensor:
+        """(B, d) noise of one step, whose number may be 0-d int64."""
+        count = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=self._keys.device)
         return normal_numbers(self._keys, count, self._dim, self._dtype)
 
 

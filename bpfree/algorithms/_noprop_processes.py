@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bpfree.algorithms._captures import walked
 from bpfree.algorithms._noprop_parts import SampleNoise, Shared
 from bpfree.errors import UsageError
 from bpfree.networks.noprop import Denoiser
@@ -224,6 +225,46 @@ class DiscreteDiffusion(Process):
         return shared.read(z)
 
 
+class Moves(NamedTuple):
+    """(steps,) each: a step of inference makes `towards` u + `kept` z + `spread` noise of a prediction u and of z."""
+
+    towards: Tensor
+    kept: Tensor
+    spread: Tensor | None
+
+
+class TimedProcess(Process):
+    """One block for all times, which inference asks again and again on a grid from 0 to 1."""
+
+    timed = True
+
+    @abstractmethod
+    def predict(self, logits: Tensor, shared: Shared) -> Tensor:
+        """What (B, C) logits of the block say of embeddings, (B, d)."""
+
+    @abstractmethod
+    def moves(self, times: Tensor, sampler: str) -> Moves:
+        """The steps between (steps + 1,) times."""
+
+    def trajectory(
+        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Steps on an even grid of times."""
+        (block,) = blocks
+        z = noise(0)
+        times = torch.linspace(0, 1, steps + 1, dtype=z.dtype, device=z.device)
+        grid = torch.stack([column for column in (times[:-1], *self.moves(times, sampler)) if column is not None])
+        features = block.encode(x)
+
+        def advance(z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+            time, towards, kept, *spread = grid.index_select(1, step[None])
+            logits = block.decode(features, z, time.expand(len(z)))
+            following = towards * self.predict(logits, shared) + kept * z
+            return logits, following + spread[0] * noise(step + 1) if spread else following
+
+        return walked(advance, z, steps)
+
+
 class NoiseSchedule(nn.Module):
     """The learned schedule of NoProp-CT: abar(t) = sigmoid(-gamma(t)) with gamma falling from g1 to g0.
 
@@ -267,7 +308,7 @@ class NoiseSchedule(nn.Module):
         return self.low + span * (1 - (values - ends[0]) / extent), -span * slopes / extent
 
 
-class ContinuousDiffusion(Process):
+class ContinuousDiffusion(TimedProcess):
     """NoProp-CT: one block for all times, and a learned noise schedule (the paper's section 3.2).
 
     Args:
@@ -278,7 +319,6 @@ class ContinuousDiffusion(Process):
     """
 
     samplers = ("stochastic", "mean", "ode")
-    timed = True
 
     def __init__(self, steps: int, eta: float, low: float, high: float) -> None:
         super().__init__(steps, eta)
@@ -301,33 +341,26 @@ class ContinuousDiffusion(Process):
             PRIOR: prior_loss(torch.sigmoid(-self.schedule.high), draws.targets),
         }
 
-    def trajectory(
-        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The posterior's steps on a grid of times, or Euler's on dz/dt = -gamma'/2 (sqrt(abar) uhat - abar z)."""
-        z = noise(0)
-        times = torch.linspace(0, 1, steps + 1, dtype=z.dtype, device=z.device)
+    def predict(self, logits: Tensor, shared: Shared) -> Tensor:
+        """uhat, confined to the embeddings' convex hull."""
+        return shared.embeddings.estimate(logits)
+
+    def moves(self, times: Tensor, sampler: str) -> Moves:
+        """The posterior's steps on the grid, or Euler's on dz/dt = -gamma'/2 (sqrt(abar) uhat - abar z)."""
         gammas, slopes = self.schedule(times)
         bars, rests = torch.sigmoid(-gammas), torch.sigmoid(gammas)
+        if sampler == "ode":
+            pace = -slopes[:-1] / (2 * (len(times) - 1))
+            return Moves(pace * bars[:-1].sqrt(), 1 - pace * bars[:-1], None)
         a, b, c = posterior(bars[:-1], bars[1:], rests[:-1], rests[1:])
-        features = blocks[0].encode(x)
-        for step in range(steps):
-            logits = blocks[0].decode(features, z, times[step].expand(len(z)))
-            estimates = shared.embeddings.estimate(logits)
-            if sampler == "ode":
-                z = z - slopes[step] / (2 * steps) * (bars[step].sqrt() * estimates - bars[step] * z)
-            else:
-                z = a[step] * estimates + b[step] * z
-                if sampler == "stochastic":
-                    z = z + c[step].sqrt() * noise(step + 1)
-            yield logits, z
+        return Moves(a, b, c.sqrt() if sampler == "stochastic" else None)
 
     def scores(self, z: Tensor, shared: Shared) -> Tensor:
         """Logits of p_out(y | z_1)."""
         return shared.read(z)
 
 
-class FlowMatching(Process):
+class FlowMatching(TimedProcess):
     """NoProp-FM: one block predicts the velocity from noise to embedding (the paper's section 3.3).
 
     Args:
@@ -337,7 +370,6 @@ class FlowMatching(Process):
     """
 
     samplers = ("ode",)
-    timed = True
 
     def __init__(self, steps: int, eta: float, sigma: float) -> None:
         super().__init__(steps, eta)
@@ -351,7 +383,7 @@ class FlowMatching(Process):
         assert time is not None
         moment = time[:, None]
         z = moment * targets + (1 - moment) * noise[0] + self.sigma * noise[1]
-        velocity = self._velocity(block(x, z, time), shared)
+        velocity = self.predict(block(x, z, time), shared)
         terms = {DENOISING: self.eta * squared_errors(velocity, targets - noise[0]).mean()}
         if shared.readout is not None:
             terms[READOUT] = F.cross_entropy(shared.read(z + (1 - moment) * velocity), y)
@@ -361,22 +393,14 @@ class FlowMatching(Process):
         """None: the cross-entropy sees where the block's velocity leads."""
         return {}
 
-    @staticmethod
-    def _velocity(logits: Tensor, shared: Shared) -> Tensor:
-        """logits W_E, not confined to the embeddings' convex hull."""
+    def predict(self, logits: Tensor, shared: Shared) -> Tensor:
+        """The velocity logits W_E, not confined to the embeddings' convex hull."""
         return shared.embeddings.project(logits.to(shared.embeddings.weight.dtype))
 
-    def trajectory(
-        self, blocks: Sequence[Denoiser], x: Tensor, shared: Shared, noise: SampleNoise, sampler: str, steps: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def moves(self, times: Tensor, sampler: str) -> Moves:
         """Euler's steps along the velocity."""
-        z = noise(0)
-        times = torch.arange(steps, dtype=z.dtype, device=z.device) / steps
-        features = blocks[0].encode(x)
-        for step in range(steps):
-            logits = blocks[0].decode(features, z, times[step].expand(len(z)))
-            z = z + self._velocity(logits, shared) / steps
-            yield logits, z
+        every = torch.ones_like(times[1:])
+        return Moves(every / len(every), every, None)
 
     def scores(self, z: Tensor, shared: Shared) -> Tensor:
         """The nearest embedding scores highest."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bpfree import MonoForward, build_network
-from bpfree.algorithms._captures import captured
+from bpfree.algorithms._captures import captured, walked
 from bpfree.data.batches import Batches
 from bpfree.experiments.stepper import Stepper
 
@@ -93,3 +93,12 @@ def test_one_process_goes_on_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = stepper.run(4, lambda: False)
     assert rows.shape == (4, 1)
     assert any(not torch.equal(was, now) for was, now in zip(before, learner.parameters(), strict=True))
+
+
+def test_a_walk_hands_on_the_state_and_counts_its_steps() -> None:
+    def advance(state: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return step * 10, 2 * state + step
+
+    found, states = zip(*walked(advance, torch.tensor([1.0, -1.0]), 4), strict=True)
+    assert [int(number) for number in found] == [0, 10, 20, 30]
+    assert torch.equal(torch.stack(states), torch.tensor([[2.0, -2.0], [5.0, -3.0], [12.0, -4.0], [27.0, -5.0]]))

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms import NoProp, algorithm
+from bpfree.algorithms import NoProp, _captures, algorithm
 from bpfree.algorithms._noprop_parts import EmbeddingKind, Embeddings, SampleNoise, medoid
 from bpfree.algorithms._noprop_processes import (
     ContinuousDiffusion,
     DiscreteDiffusion,
-    FlowMatching,
     NoiseSchedule,
     cosine_alpha_bars,
     noised,
@@ -416,7 +415,7 @@ def test_estimates_are_in_the_hull_of_the_embeddings() -> None:
 def test_velocity_is_linear_in_the_logits() -> None:
     model = linear(variant="fm", embeddings="learned", embedding_dim=4, dim=4)
     logits = torch.randn(5, CLASSES, dtype=F64)
-    one, three = (FlowMatching._velocity(scale * logits, model.shared) for scale in (1, 3))
+    one, three = (model.process.predict(scale * logits, model.shared) for scale in (1, 3))
     torch.testing.assert_close(three, 3 * one)
     torch.testing.assert_close(one, logits @ model.embeddings.weight)
 
@@ -892,3 +891,30 @@ def test_lanes_change_no_bit() -> None:
         ends.append(weights(model))
     assert equal(ends[0], ends[1])
     assert equal(ends[0], ends[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("variant", "sampler"), [("ct", "stochastic"), ("ct", "mean"), ("ct", "ode"), ("fm", "ode")])
+def test_denoising_in_a_graph_is_that_step_by_step(variant: str, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learner(variant=variant, sampler=sampler).cuda()
+    inputs = torch.rand(7, INPUTS, device="cuda")
+    for _ in range(2):  # the second time with other weights
+        replayed = model.sample(inputs, steps=50)
+        with monkeypatch.context() as patch:
+            patch.setattr(_captures, "WORTH_A_GRAPH", 51)
+            assert torch.equal(replayed, model.sample(inputs, steps=50))
+        model.step((inputs, torch.arange(7, device="cuda") % CLASSES))
+
+
+@pytest.mark.gpu
+def test_a_denoiser_that_no_graph_can_hold_denoises_eagerly() -> None:
+    class Asking(LinearDenoiser):
+        def decode(self, features: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
+            assert z.isfinite().all().item()
+            return super().decode(features, z, time)
+
+    model = NoProp([Asking(CLASSES)], CLASSES, input_shape=(INPUTS,), variant="fm").cuda()
+    inputs = torch.rand(7, INPUTS, device="cuda")
+    with pytest.warns(UserWarning, match="cannot be a CUDA graph"):
+        scores = model.sample(inputs, steps=50)
+    torch.testing.assert_close(scores.cpu(), model.cpu().sample(inputs.cpu(), steps=50))
