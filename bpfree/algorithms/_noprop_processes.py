@@ -92,6 +92,11 @@ def squared_errors(estimates: Tensor, targets: Tensor) -> Tensor:
     return (estimates - targets).square().sum(1)
 
 
+def mean_squared_error(estimates: Tensor, targets: Tensor) -> Tensor:
+    """The mean of `squared_errors`, in the fewest kernels."""
+    return F.mse_loss(estimates, targets, reduction="sum") / len(targets)
+
+
 class Draws(NamedTuple):
     """What a block's step draws for a batch: (B, d) embeddings of the labels, (2, B, d) noise, (B,) times if any."""
 
@@ -177,7 +182,7 @@ class DiscreteDiffusion(Process):
         """T/2 eta (SNR(t) - SNR(t-1)) |uhat - u_y|^2 from z_{t-1}."""
         before = noised(self.alpha_bars[index], draws.targets, draws.noise[0])
         estimates = shared.embeddings.estimate(block(x, before))
-        return {DENOISING: self.weights[index] * squared_errors(estimates, draws.targets).mean()}
+        return {DENOISING: self.weights[index] * mean_squared_error(estimates, draws.targets)}
 
     def shared_terms(self, y: Tensor, shared: Shared, draws: Draws) -> Terms:
         """CE(z_T) + KL, z_T drawn independently of z_{t-1}."""
@@ -382,9 +387,11 @@ class FlowMatching(TimedProcess):
         targets, noise, time = draws
         assert time is not None
         moment = time[:, None]
-        z = moment * targets + (1 - moment) * noise[0] + self.sigma * noise[1]
+        z = torch.lerp(noise[0], targets, moment)
+        if self.sigma:
+            z = z + self.sigma * noise[1]
         velocity = self.predict(block(x, z, time), shared)
-        terms = {DENOISING: self.eta * squared_errors(velocity, targets - noise[0]).mean()}
+        terms = {DENOISING: self.eta * mean_squared_error(velocity, targets - noise[0])}
         if shared.readout is not None:
             terms[READOUT] = F.cross_entropy(shared.read(z + (1 - moment) * velocity), y)
         return terms

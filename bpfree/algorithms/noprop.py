@@ -553,7 +553,8 @@ def _of_the_whole(learned: Sequence[Terms]) -> Metrics:
 
 
 def _sum(terms: Terms) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
+    first, *others = terms.values()
+    return torch.stack([first, *others]).sum() if others else first
 
 
 def _detached(terms: Terms) -> Metrics:
