@@ -1,0 +1,38 @@
+"""benchmarks/noprop.py: what it measures of a trained run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+from bpfree.experiments.config import resolve
+from bpfree.experiments.run import run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def tables(*options: str) -> str:
+    command = [sys.executable, "benchmarks/noprop.py", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: Path) -> None:
+    small = {"epochs": 1, "patience": 1}
+    config = resolve(preset="noprop-digits", parameters={"variant": "ct", "steps": 4, "eta": 1.0}, training=small)
+    record = tmp_path / "inference.json"
+    summary = run(config, tmp_path / "runs")
+    (path,) = (tmp_path / "runs").iterdir()
+    shown = tables("--inference", str(path), "--window", "0.01", "--device", "cpu", "--json", str(record))
+    (study,) = json.loads(record.read_text())["inference"]
+    assert (study["run"], study["rule"], study["embeddings"]) == (path.name, "ct", "onehot")
+    rows = study["rows"]
+    found = [(row["sampler"], row["steps"]) for row in rows]
+    assert found == list(product(("stochastic", "mean", "ode"), (1, 2, 4)))
+    assert all(len(row["validation"]) == len(row["test"]) == 5 for row in rows)
+    assert rows[2]["test"] == summary["test_draws"]  # with the sampler and the steps of the run
+    assert len({tuple(row["test"]) for row in rows}) == len(rows)
+    assert shown.count("| digits | ct | onehot |") == len(rows)
+    assert tables("--show", str(record)) == shown
