@@ -157,6 +157,11 @@ class Entry:
     def flags(self) -> list[str]:
         return list(dict.fromkeys(flag for run in self.all_runs() for flag in run.summary["energy"]["flags"]))
 
+    def boards(self) -> set[str]:
+        """The boards that it ran on, by the hashes in their records, where those name one."""
+        sources = [run.summary["energy"].get("source") or {} for run in self.all_runs()]
+        return {source["uuid_hash"] for source in sources if source.get("uuid_hash")}
+
     def regime(self) -> str | None:
         """ "busy" or "host-bound", by the seeds of which it is known; None where it is known of none."""
         shares = self.per_seed("utilisation").values()

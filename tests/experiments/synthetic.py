@@ -31,6 +31,7 @@ def make_run(
     flops: float | None = 3e12,
     flags: Sequence[str] = ("SIMULATED",),
     metric: str = "accuracy",
+    board: str | None = None,
     **training: Any,
 ) -> Path:
     """One finished run.
@@ -52,6 +53,7 @@ def make_run(
         flops: of the whole training.
         flags: of the energy.
         metric: what accuracy is.
+        board: hash of the board.
         training: training settings.
     """
     config = resolve(rule, dataset, network, preset="none", seed=seed, training=training)
@@ -75,7 +77,7 @@ def make_run(
         "flags": list(flags),
         "regime": {"utilisation": utilisation},
         "j_per_sample": None if joules is None else joules / 1e6,
-        "source": {},
+        "source": {"uuid_hash": board},
     }
     accuracies = [value for _, value in curve]
     summary = {

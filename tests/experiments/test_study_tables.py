@@ -252,6 +252,22 @@ def test_what_stands_under_accuracy_is_told_where_it_is_none(tmp_path: Path) -> 
     assert links not in one(collect(tmp_path), "T2").notes
 
 
+def test_arms_of_another_board_than_the_baselines_are_named(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, "bp", seed, board="a")
+        make_run(tmp_path, "mf", seed, board="a")
+        make_run(tmp_path, "mf-joint", seed, board="ab"[seed])
+        make_run(tmp_path, "bp-ds", seed)  # whose record does not say
+    entries = collect(tmp_path)
+    note = (
+        "On cifar10 mlp:3x2000 not all on the board of bp: mf-joint. Joules of boards of a kind differ by some percent."
+    )
+    for name in ("T3", "T4", "T5", "T6", "T7", "T9"):
+        assert note in one(entries, name).notes
+    for name in ("T1", "T2"):
+        assert not any("board" in text for text in one(entries, name).notes)
+
+
 def test_links_and_nodes_of_one_graph_are_not_paired(tmp_path: Path) -> None:
     make_run(tmp_path, "bp", 0, dataset="cora", network="gcn:2x8")
     make_run(tmp_path, "fgnn", 0, dataset="cora", network="gcn:2x8", metric="ROC-AUC")

@@ -18,6 +18,7 @@ from bpfree.experiments.study_tables.columns import COLUMNS, TITLES
 from bpfree.experiments.study_tables.factors import factors
 from bpfree.experiments.study_tables.per_arm import bill, efficiency, performance
 from bpfree.experiments.study_tables.protocols import ladder, matched, own_convergence
+from bpfree.experiments.study_tables.rows import paired
 from bpfree.experiments.study_tables.table import Table
 from bpfree.experiments.study_tables.to_accuracy import to_accuracy
 
@@ -26,6 +27,9 @@ __all__ = ["COLUMNS", "TITLES", "Table", "make_tables"]
 ACCURACY: Final = "accuracy"
 OF_ACCURACY: Final = {"T1", "T3", "T4", "T5", "T6", "T7", "T9"}
 """Tables with a column of accuracy, or of energy up to one."""
+
+OF_PAIRS: Final = {"T3", "T4", "T5", "T6", "T7", "T9"}
+"""Tables that hold arms against a baseline."""
 
 
 def make_tables(
@@ -66,10 +70,34 @@ def make_tables(
             raise unknown_name("table", name, makers)
     tables = [makers[name]() for name in names]
     other = _other_metrics(entries)
-    return [replace(table, notes=[*table.notes, *other]) if table.name in OF_ACCURACY else table for table in tables]
+    apart = _other_boards(entries) if OF_PAIRS & set(names) else []
+    return [
+        replace(
+            table,
+            notes=[
+                *table.notes,
+                *(other if table.name in OF_ACCURACY else ()),
+                *(apart if table.name in OF_PAIRS else ()),
+            ],
+        )
+        for table in tables
+    ]
 
 
 def _other_metrics(entries: Sequence[Entry]) -> list[str]:
     """What stands under accuracy where it is none."""
     where = dict.fromkeys((e.metric, f"{e.config.dataset} {e.config.network}") for e in entries if e.metric != ACCURACY)
     return [f"On {place} accuracy stands for {metric}, in %." for metric, place in where]
+
+
+def _other_boards(entries: Sequence[Entry]) -> list[str]:
+    """Which arms are held against a baseline that ran on another board."""
+    apart: dict[str, dict[str, None]] = {}
+    for entry, baseline in paired(entries):
+        if entry.boards() and baseline.boards() and entry.boards() != baseline.boards():
+            place = f"On {entry.config.dataset} {entry.config.network} not all on the board of {baseline.label}"
+            apart.setdefault(place, {})[entry.label] = None
+    return [
+        f"{place}: {', '.join(arms)}. Joules of boards of a kind differ by some percent."
+        for place, arms in apart.items()
+    ]
