@@ -16,6 +16,7 @@ import copy
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from step import IMAGE, random_images, repeat, staged_stepper
+from step import IMAGE, random_images, read, repeat, staged_stepper
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -34,6 +35,7 @@ from bpfree import NoProp, build_network
 from bpfree.algorithms import Learner, NoPropBackprop
 from bpfree.algorithms._noprop_processes import DiscreteDiffusion
 from bpfree.energy import EnergyMeter, Flag, choose_source
+from bpfree.errors import BpfreeError, UsageError
 from bpfree.experiments import run as runs
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, environment, find_runs
 from bpfree.experiments.stepper import numerics
@@ -104,13 +106,21 @@ def accuracy_table(root: Path) -> str:
                 "peak memory, MiB": f"{max(summary['peak_memory_mib'] for summary in same):.0f}",
             }
         )
-    return markdown_table(rows) if rows else "no finished run"
+    if not rows:
+        raise UsageError(f"there is no finished run of noprop or noprop-bp under {root}")
+    return markdown_table(rows)
 
 
 def measure_inference(path: Path, window: float, device: torch.device) -> dict[str, Any]:
-    """Accuracy over five draws of the noise, and seconds and joules per prediction, by sampler and denoising steps."""
+    """Accuracy over five draws of the noise, and seconds and joules per prediction, by sampler and denoising steps.
+
+    Raises:
+        CheckpointError: `path` is not a run folder, or has no model.
+        UsageError: it is of another rule.
+    """
     config, learner, (_, validation, test) = runs.trained(path, device)
-    assert isinstance(learner, NoProp), f"{path} holds no NoProp run"
+    if not isinstance(learner, NoProp):
+        raise UsageError(f"{path} holds no run of noprop, but of {config.algorithm}; name one that does")
     precision = config.training.precision
     meter = EnergyMeter(choose_source("auto", device), device=device, min_window_s=window)
     all_steps = sorted({max(1, round(share * learner.process.steps)) for share in SHARES})
@@ -325,16 +335,24 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record there")
     options = parser.parse_args()
+    try:
+        carry_out(options)
+    except BpfreeError as error:
+        sys.exit(str(error))
+
+
+def carry_out(options: argparse.Namespace) -> None:
+    """Measure, or show what has been measured."""
     if options.runs:
         print(accuracy_table(options.runs))
         return
     if options.show:
-        record = json.loads(options.show.read_text())
+        record = read(options.show)
     else:
         device = runs.pick_device(options.device)
         if options.training:
             if device.type != "cuda":
-                parser.error("--training compares ways to use a CUDA device, and there is none")
+                raise UsageError("--training compares ways to use a CUDA device, and there is none")
             record = {"training": measure_training(options.window, device)}
         else:
             record = {"inference": [measure_inference(path, options.window, device) for path in options.inference]}

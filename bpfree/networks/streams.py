@@ -162,11 +162,6 @@ class Stream(nn.Module):
         self.count.add_(1)
         return number
 
-    @torch.no_grad()
-    def bits(self, count: int) -> Tensor:
-        """(count,) int64 hashes; the next call gives others."""
-        return hashes(self.key, self.draw(), count)
-
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Standard normal numbers."""
         return normal_numbers(self.key, self.draw(), math.prod(shape), dtype).view(*shape)

@@ -917,4 +917,4 @@ def test_a_denoiser_that_no_graph_can_hold_denoises_eagerly() -> None:
     inputs = torch.rand(7, INPUTS, device="cuda")
     with pytest.warns(UserWarning, match="cannot be a CUDA graph"):
         scores = model.sample(inputs, steps=50)
-    torch.testing.assert_close(scores.cpu(), model.cpu().sample(inputs.cpu(), steps=50))
+    torch.testing.assert_close(scores.cpu(), model.cpu().sample(inputs.cpu(), steps=50), rtol=1e-4, atol=1e-4)

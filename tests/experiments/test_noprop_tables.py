@@ -14,9 +14,11 @@ from bpfree.experiments.run import run
 ROOT = Path(__file__).parent.parent.parent
 
 
-def tables(*options: str) -> str:
+def tables(*options: str, status: int = 0) -> str:
     command = [sys.executable, "benchmarks/noprop.py", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
 
 
 def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: Path) -> None:
@@ -36,3 +38,14 @@ def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: 
     assert len({tuple(row["test"]) for row in rows}) == len(rows)
     assert shown.count("| digits | ct | onehot |") == len(rows)
     assert tables("--show", str(record)) == shown
+
+
+def test_what_is_no_run_of_noprop_is_refused_in_a_line(tmp_path: Path) -> None:
+    run(resolve("bp", "digits", "mlp:1x8", preset="none", training={"epochs": 1, "patience": 1}), tmp_path)
+    (other,) = tmp_path.iterdir()
+    for path, message in ((other, "holds no run of noprop, but of bp"), (tmp_path / "nowhere", "nowhere")):
+        (line,) = tables("--inference", str(path), "--device", "cpu", status=1).splitlines()
+        assert message in line
+    for option, path, message in (("--show", "nowhere.json", "is not a record"), ("--runs", "none", "no finished run")):
+        (line,) = tables(option, str(tmp_path / path), status=1).splitlines()
+        assert message in line
