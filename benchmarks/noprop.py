@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from step import IMAGE, random_images, read, repeat, staged_stepper
+from step import IMAGE, changed, random_images, read, repeat, staged_stepper
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -37,6 +37,7 @@ from bpfree.algorithms._noprop_processes import DiscreteDiffusion
 from bpfree.energy import EnergyMeter, Flag, choose_source
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.experiments import run as runs
+from bpfree.experiments.config import RunConfig
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, environment, find_runs
 from bpfree.experiments.stepper import numerics
 from bpfree.experiments.tables import markdown_table
@@ -73,7 +74,13 @@ PAPER: Final[dict[tuple[str, str, str], float]] = {
 
 
 def accuracy_table(root: Path) -> str:
-    """One row per data set and arm: mean over seeds and draws of the noise, standard deviation over seeds."""
+    """One row per data set and arm: mean over seeds and draws of the noise, standard deviation over seeds.
+
+    Runs with other settings than their preset's have rows of their own.
+
+    Raises:
+        UsageError: there is no finished run.
+    """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for path in find_runs(root):
         folder = RunFolder.open(path)
@@ -82,9 +89,11 @@ def accuracy_table(root: Path) -> str:
         arm = "noprop-bp" if config["algorithm"] == "noprop-bp" else parameters.get("variant", "dt")
         schedule = f"{config['training']['epochs']} epochs, {config['training']['lr_schedule']} rate"
         embeddings = parameters.get("embeddings", "onehot")
-        groups[summary["dataset"], arm, embeddings, schedule].append(summary)
+        settings = changed(RunConfig.of_run(folder)) if config["preset"] else "of no preset"
+        groups[summary["dataset"], arm, embeddings, schedule, settings].append(summary)
+    varied = any(settings for *_, settings in groups)
     rows = []
-    for (dataset, arm, embeddings, schedule), same in sorted(groups.items()):
+    for (dataset, arm, embeddings, schedule, settings), same in sorted(groups.items()):
         means = [statistics.fmean(summary["test_draws"]) for summary in same]
         spread = statistics.fmean(statistics.pstdev(summary["test_draws"]) for summary in same)
         first = [summary["test_diagnostics"].get("block 0 accuracy") for summary in same]
@@ -96,6 +105,7 @@ def accuracy_table(root: Path) -> str:
                 "rule": arm,
                 "embeddings": embeddings,
                 "training": schedule,
+                **({"settings": settings} if varied else {}),
                 "seeds": str(len(same)),
                 "test accuracy, %": f"{statistics.fmean(means):.2f}"
                 + (f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""),

@@ -49,3 +49,14 @@ def test_what_is_no_run_of_noprop_is_refused_in_a_line(tmp_path: Path) -> None:
     for option, path, message in (("--show", "nowhere.json", "is not a record"), ("--runs", "none", "no finished run")):
         (line,) = tables(option, str(tmp_path / path), status=1).splitlines()
         assert message in line
+
+
+def test_runs_with_other_settings_than_their_presets_have_rows_of_their_own(tmp_path: Path) -> None:
+    small = {"epochs": 1, "patience": 1}
+    for seed, parameters in ((0, {}), (1, {}), (0, {"eta": 0.5})):
+        run(resolve(preset="noprop-digits", seed=seed, parameters=parameters, training=small), tmp_path)
+    head, _, *rows = tables("--runs", str(tmp_path)).splitlines()
+    titles = head.split("|")
+    places = [titles.index(f" {name} ") for name in ("settings", "seeds")]
+    found = [tuple(row.split("|")[place].strip() for place in places) for row in rows]
+    assert found == [("epochs=1, patience=1", "2"), ("eta=0.5, epochs=1, patience=1", "1")]
