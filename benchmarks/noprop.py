@@ -5,8 +5,9 @@
     python benchmarks/noprop.py --training --json training.json               a step's time, joules and memory
     python benchmarks/noprop.py --show inference.json                         only the table, from a record
 
-RUN is a folder of a finished `bpfree run`, with its weights. Training is measured on random CIFAR-10-sized images;
-"vmap" is a bare step with stacked weights (torch.func), PyTorch's dropout and one fused optimiser, for its speed alone.
+RUN is a folder of a finished `bpfree run`, with its weights. What the file of --json has of other runs stays in it.
+Training is measured on random CIFAR-10-sized images; "vmap" is a bare step with stacked weights (torch.func), PyTorch's
+dropout and one fused optimiser, for its speed alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from step import IMAGE, changed, random_images, read, repeat, staged_stepper
+from step import IMAGE, random_images, read, repeat, staged_stepper
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -37,10 +38,10 @@ from bpfree.algorithms._noprop_processes import DiscreteDiffusion
 from bpfree.energy import EnergyMeter, Flag, choose_source
 from bpfree.errors import BpfreeError, UsageError
 from bpfree.experiments import run as runs
-from bpfree.experiments.config import RunConfig
+from bpfree.experiments.config import RunConfig, changes
 from bpfree.experiments.records import CONFIG, SUMMARY, RunFolder, environment, find_runs
 from bpfree.experiments.stepper import numerics
-from bpfree.experiments.tables import markdown_table
+from bpfree.experiments.tables import listed, markdown_table
 from bpfree.experiments.train import rate
 from bpfree.networks.normalization import VectorNorm
 from bpfree.networks.streams import StreamDropout
@@ -76,7 +77,7 @@ PAPER: Final[dict[tuple[str, str, str], float]] = {
 def accuracy_table(root: Path) -> str:
     """One row per data set and arm: mean over seeds and draws of the noise, standard deviation over seeds.
 
-    Runs with other settings than their preset's have rows of their own.
+    Runs with other settings than their preset's have rows of their own. Repeats of a seed count once, by their mean.
 
     Raises:
         UsageError: there is no finished run.
@@ -89,12 +90,15 @@ def accuracy_table(root: Path) -> str:
         arm = "noprop-bp" if config["algorithm"] == "noprop-bp" else parameters.get("variant", "dt")
         schedule = f"{config['training']['epochs']} epochs, {config['training']['lr_schedule']} rate"
         embeddings = parameters.get("embeddings", "onehot")
-        settings = changed(RunConfig.of_run(folder)) if config["preset"] else "of no preset"
+        settings = listed(changes(RunConfig.of_run(folder)))
         groups[summary["dataset"], arm, embeddings, schedule, settings].append(summary)
     varied = any(settings for *_, settings in groups)
     rows = []
     for (dataset, arm, embeddings, schedule, settings), same in sorted(groups.items()):
-        means = [statistics.fmean(summary["test_draws"]) for summary in same]
+        by_seed: dict[int, list[float]] = defaultdict(list)
+        for summary in same:
+            by_seed[summary["seed"]].append(statistics.fmean(summary["test_draws"]))
+        means = [statistics.fmean(repeats) for repeats in by_seed.values()]
         spread = statistics.fmean(statistics.pstdev(summary["test_draws"]) for summary in same)
         first = [summary["test_diagnostics"].get("block 0 accuracy") for summary in same]
         paper = PAPER.get((dataset, arm, embeddings))
@@ -106,7 +110,7 @@ def accuracy_table(root: Path) -> str:
                 "embeddings": embeddings,
                 "training": schedule,
                 **({"settings": settings} if varied else {}),
-                "seeds": str(len(same)),
+                "seeds": str(len(means)),
                 "test accuracy, %": f"{statistics.fmean(means):.2f}"
                 + (f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else ""),
                 "between draws": f"{spread:.2f}",
@@ -161,7 +165,13 @@ def measure_inference(path: Path, window: float, device: torch.device) -> dict[s
             )
     embeddings = learner.embeddings.kind
     study = {"run": path.name, "dataset": config.dataset, "rule": learner.kind, "embeddings": embeddings}
-    return {**study, "seed": config.seed, "rows": rows}
+    return {**study, "seed": config.seed, "environment": environment(device), "rows": rows}
+
+
+def with_known(studies: list[dict[str, Any]], path: Path | None) -> list[dict[str, Any]]:
+    """What a file holds of other runs, if there is one, and these."""
+    known = read(path).get("inference", []) if path is not None and path.exists() else []
+    return list({study["run"]: study for study in (*known, *studies)}.values())
 
 
 def inference_table(record: dict[str, Any]) -> str:
@@ -180,6 +190,8 @@ def inference_table(record: dict[str, Any]) -> str:
                 "us per prediction": f"{1e6 * row['seconds']:.2f}",
                 "mJ per prediction": "" if row["joules"] is None else f"{1e3 * row['joules']:.3f}",
                 "flags": ", ".join(row["flags"]),
+                "hardware": study["environment"]["hardware"],
+                "date": study["environment"]["date"][:10],
             }
             for study in record["inference"]
             for row in study["rows"]
@@ -363,10 +375,10 @@ def carry_out(options: argparse.Namespace) -> None:
         if options.training:
             if device.type != "cuda":
                 raise UsageError("--training compares ways to use a CUDA device, and there is none")
-            record = {"training": measure_training(options.window, device)}
+            record = {"environment": environment(device), "training": measure_training(options.window, device)}
         else:
-            record = {"inference": [measure_inference(path, options.window, device) for path in options.inference]}
-        record = {"environment": environment(device), **record}
+            studies = [measure_inference(path, options.window, device) for path in options.inference]
+            record = {"inference": with_known(studies, options.json)}
     print("\n".join(make(record) for kind, make in TABLES.items() if kind in record))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -33,11 +33,11 @@ from bpfree.algorithms.learner import evaluation_mode
 from bpfree.data.batches import Batches
 from bpfree.energy import EnergyMeter, choose_source
 from bpfree.errors import BpfreeError, UsageError
-from bpfree.experiments.config import RunConfig, parse_mixed_settings, resolve
+from bpfree.experiments.config import RunConfig, changes, parse_mixed_settings, resolve
 from bpfree.experiments.records import environment
 from bpfree.experiments.run import peak_memory, preferred_layout
 from bpfree.experiments.stepper import Stepper, numerics
-from bpfree.experiments.tables import markdown_table, text_table
+from bpfree.experiments.tables import listed, markdown_table, text_table
 from bpfree.experiments.train import EVALUATION_BATCH, Trainer, TrainingConfig
 
 IMAGE = (3, 32, 32)
@@ -220,7 +220,7 @@ def measure_preset(
         longest = longest_kernels(stepper, kernels) if kernels and device.type == "cuda" else []
     return {
         "preset": config.preset,
-        "settings": changed(config),
+        "settings": listed(changes(config)),
         "rule": algorithm(config.algorithm).alias,
         "network": config.network,
         "batch": training.batch_size,
@@ -229,19 +229,6 @@ def measure_preset(
         "memory": memory,
         "kernels": longest,
     }
-
-
-def changed(config: RunConfig) -> str:
-    """What is not as its preset says."""
-    assert config.preset is not None
-    usual = resolve(preset=config.preset)
-    found = {
-        name: value
-        for mine, theirs in ((config.parameters, usual.parameters), (vars(config.training), vars(usual.training)))
-        for name, value in mine.items()
-        if name not in theirs or theirs[name] != value
-    }
-    return ", ".join(f"{name}={value}" for name, value in found.items())
 
 
 def read(path: Path) -> dict[str, Any]:

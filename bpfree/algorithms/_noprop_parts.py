@@ -33,26 +33,33 @@ DRAW: Final = 0x2545F4914F6CDD1D  # odd: keeps the noise of draws apart
 class Embeddings(nn.Module):
     """W_E, one row per class.
 
-    "onehot" is the identity and fixed; "learned" starts with orthonormal rows where d allows it; "prototype" has rows
-    as wide as an input, is learned too, and starts at random until `prepare` is called.
+    "onehot" is the identity, scaled, and fixed; "learned" starts with orthonormal rows where d allows it; "prototype"
+    has rows as wide as an input, is learned too, and starts at random until `prepare` is called.
 
     Args:
         kind: "onehot", "learned" or "prototype".
         classes: C.
         dim: d, see `embedding_width`.
+        scale: of the rows, against the unit vectors, or against the images; learned ones begin with it. Noise has the
+            variance 1 - abar whatever the rows are, so it decides how soon a noisy embedding gives the class away.
+
+    Raises:
+        UsageError: `scale` is not positive.
     """
 
     weight: Tensor
 
-    def __init__(self, kind: EmbeddingKind, classes: int, dim: int) -> None:
+    def __init__(self, kind: EmbeddingKind, classes: int, dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.kind, self.dim = kind, dim
+        if not scale > 0:
+            raise UsageError(f"embedding_scale must be positive, got {scale}")
+        self.kind, self.dim, self.scale = kind, dim, scale
         if kind == "onehot":
-            self.register_buffer("weight", torch.eye(classes))
+            self.register_buffer("weight", scale * torch.eye(classes))
         elif kind == "learned" and dim >= classes:
-            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
+            self.weight = nn.Parameter(scale * nn.init.orthogonal_(torch.empty(classes, dim)))
         else:  # of the scale of a standardised image
-            self.weight = nn.Parameter(torch.randn(classes, dim))
+            self.weight = nn.Parameter(scale * torch.randn(classes, dim))
 
     @property
     def learned(self) -> bool:
@@ -66,7 +73,7 @@ class Embeddings(nn.Module):
     def project(self, coefficients: Tensor) -> Tensor:
         """(B, C) coefficients -> (B, d) combinations of embeddings."""
         if not self.learned:
-            return coefficients
+            return coefficients if self.scale == 1 else self.scale * coefficients
         with torch.autocast(coefficients.device.type, enabled=False):
             return coefficients @ self.weight
 
@@ -88,7 +95,7 @@ class Embeddings(nn.Module):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Make each prototype its class's medoid: the sample whose median distance to the class is smallest.
+        """Make each prototype its class's medoid, scaled: the sample whose median distance to the class is smallest.
 
         Args:
             batches: all training samples, of d values each, and their classes. Other embeddings leave them unread.
@@ -104,7 +111,7 @@ class Embeddings(nn.Module):
             samples = inputs[targets == label].flatten(1)
             if not len(samples):
                 raise UsageError(f"class {label} has no sample, so it has no prototype")
-            row.copy_(samples[medoid(samples)])
+            row.copy_(self.scale * samples[medoid(samples)])
 
 
 def medoid(samples: Tensor) -> Tensor:

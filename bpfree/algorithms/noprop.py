@@ -28,8 +28,9 @@ Deviations from the paper, and what it leaves open:
   take one step per batch, down the sum of all blocks' losses, so that blocks can learn side by side.
 - The schedule is "cosine" without a formula: here Nichol and Dhariwal's with s = 0.008, abar clamped to
   [alpha_bar_min, alpha_bar_max]. The upper clamp alone sets the last block's weight.
-- sigma and start of p_out, sigma of the flow, gamma's start and hidden width, and how time is embedded are not given:
-  options, or constants in `_noprop_parts.py`, `_noprop_processes.py` and `networks/noprop.py`.
+- sigma and start of p_out, sigma of the flow, gamma's start and hidden width, the scale of prototypes, how CT samples
+  and how time is embedded are not given: options, or constants in `_noprop_parts.py`, `_noprop_processes.py` and
+  `networks/noprop.py`.
 - Neither W_E nor gamma decays; the paper does not say.
 - Noise comes from a stream per block, at inference from the sample's own values (see `networks/streams.py`), so blocks
   can be trained in any order or in processes of their own, and an answer does not depend on the batch.
@@ -100,8 +101,8 @@ EMBEDDINGS_IN_COMMON: Final = Channel(
 )
 ALPHA_BAR_MIN: Final = 1e-4
 ALPHA_BAR_MAX: Final = 1 - 1e-4
-GAMMA_MIN: Final = -7.0
-GAMMA_MAX: Final = 7.0
+GAMMA_MIN: Final = -2.5
+GAMMA_MAX: Final = 3.0
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,18 @@ class NoProp(Learner):
         embeddings: rows of W_E: "onehot" (fixed), "learned" (`embedding_dim` wide), "prototype" (as wide as an input;
             `prepare` makes them medoids of the training set).
         embedding_dim: d of learned embeddings; None: 20 as in the paper.
+        embedding_scale: of W_E against unit vectors, or against the images; learned rows begin with it.
         p_out: "linear" (None) or "radial"; "fm" has none with one-hot embeddings.
         radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T of "dt"; steps of inference of "ct" and "fm". None: 10, 1000, 1000 as in the paper.
         eta: weight of the denoising loss. None: 0.1, 1, 1 as in the paper.
         alpha_bar_min: lower clamp of abar in "dt"; None: 1e-4.
         alpha_bar_max: upper clamp of abar in "dt"; None: 1 - 1e-4.
-        gamma_min: g0 of "ct" at the start; None: -7.
-        gamma_max: g1 of "ct" at the start; None: 7.
+        gamma_min: g0 of "ct" at the start; None: -2.5.
+        gamma_max: g1 of "ct" at the start; None: 3.
         path_sigma: sigma of the path in "fm"; None: 0.
         sampler: "stochastic" (dt as in the paper, ct), "mean" without the noise term (dt, ct), or "ode" (ct, fm). None:
-            "stochastic", and "ode" for fm.
+            "stochastic" for dt, "mean" for ct, "ode" for fm.
         width: units of the label and time branches and of the trunk.
         noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
             generator.
@@ -201,6 +203,7 @@ class NoProp(Learner):
         variant: VariantName = "dt",
         embeddings: EmbeddingKind = "onehot",
         embedding_dim: int | None = None,
+        embedding_scale: float = 1.0,
         p_out: ReadoutKind | None = None,
         radial_sigma: float | None = None,
         steps: int | None = None,
@@ -265,7 +268,7 @@ class NoProp(Learner):
         self.kind, self.sampler, self.draw = variant, sampler or process.samplers[0], draw
         self.process, self.lanes, self.shared_updates = process, lanes, shared_updates
         self.validation_steps = process.steps if validation_steps is None else validation_steps
-        self.embeddings = Embeddings(embeddings, classes, dim)
+        self.embeddings = Embeddings(embeddings, classes, dim, embedding_scale)
         # the class of a flow's end is read off the embeddings; p_out only keeps learned ones apart
         reads = variant != "fm" or self.embeddings.learned
         if not reads:
@@ -516,8 +519,9 @@ class NoProp(Learner):
 
     @property
     def variant(self) -> str:
-        """Process, embeddings and, if it is not the paper's, the sampler."""
-        sampler = "" if self.sampler == self.process.samplers[0] else f", {self.sampler}"
+        """Process, embeddings and the sampler, unless that is the paper's of dt or the only one."""
+        usual = self.sampler == "stochastic" or len(self.process.samplers) == 1
+        sampler = "" if usual else f", {self.sampler}"
         return f"{self.kind}, {self.embeddings.kind}{sampler}"
 
     @classmethod

@@ -64,6 +64,7 @@ class NoPropBackprop(Learner):
         weight_decay: decay of the blocks and of p_out.
         embeddings: "onehot", "learned" or "prototype".
         embedding_dim: d of learned embeddings; None: 20 as in the paper.
+        embedding_scale: of W_E against unit vectors, or against the images; learned rows begin with it.
         p_out: "linear" or "radial".
         radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T, the number of blocks.
@@ -102,6 +103,7 @@ class NoPropBackprop(Learner):
         weight_decay: float = 1e-3,
         embeddings: EmbeddingKind = "onehot",
         embedding_dim: int | None = None,
+        embedding_scale: float = 1.0,
         p_out: ReadoutKind = "linear",
         radial_sigma: float | None = None,
         steps: int = 10,
@@ -123,7 +125,7 @@ class NoPropBackprop(Learner):
             blocks_of(modules, steps, classes, dim, shape, False, embeddings == "prototype", width), classes, shape
         )
         self.draw, self.lanes = draw, lanes
-        self.embeddings = Embeddings(embeddings, classes, dim)
+        self.embeddings = Embeddings(embeddings, classes, dim, embedding_scale)
         self.readout = Readout(p_out, self.embeddings, radial_width(p_out, radial_sigma))
         self.gates = nn.Parameter(torch.ones(steps))  # w_t
         self.noise = BlockNoise(self.network, noise_seed)

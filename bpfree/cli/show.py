@@ -18,6 +18,7 @@ from bpfree.energy.carbon import carbon_intensity
 from bpfree.errors import DataError, UsageError, unknown_name
 from bpfree.experiments.config import presets
 from bpfree.experiments.tables import (
+    CHANGES,
     COLUMNS,
     PUBLISHED,
     csv_table,
@@ -118,7 +119,7 @@ def _things(kind: str, *, detailed: bool) -> list[dict[str, Any]]:
     "--leave-out",
     multiple=True,
     metavar="FOLDER",
-    help="Plain list: a folder under ROOT that is not looked at, such as that of a search (repeatable).",
+    help="Plain list: a folder under ROOT that is not looked at, such as 'tuning' or '*/search' (repeatable).",
 )
 @click.option(
     "--dataset", "-d", "datasets", multiple=True, metavar="NAME", help="Only runs on this data set (repeatable)."
@@ -225,7 +226,7 @@ def _list_runs(
     if form == "json":
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    usual = [column for column in COLUMNS if with_reference or column != PUBLISHED]
+    usual = [column for column in COLUMNS if column != CHANGES and (with_reference or column != PUBLISHED)]
     shown = readable(rows, columns.split(",") if columns else usual)
     forms = {"table": text_table, "markdown": markdown_table, "csv": csv_table, "latex": latex_table}
     click.echo(forms[form](shown))

@@ -412,6 +412,32 @@ def differing(training: TrainingConfig) -> dict[str, Any]:
     }
 
 
+def changes(config: RunConfig) -> dict[str, Any]:
+    """What is not as the run's packaged preset says; "default" for a parameter that the preset alone names.
+
+    Of a run of no packaged preset: all parameters, and the training settings that are not the default.
+    """
+    preset = presets().get(config.preset or "")
+    if preset is None:
+        return {**config.parameters, **differing(config.training)}
+    usual = resolve(preset=preset.name)
+    mine, theirs = (
+        {
+            "dataset": each.dataset,
+            "network": each.network,
+            "task": each.task,
+            **each.parameters,
+            **vars(each.training),
+        }
+        for each in (config, usual)
+    )
+    return {
+        name: mine.get(name, "default")
+        for name in {**mine, **theirs}
+        if name not in mine or name not in theirs or mine[name] != theirs[name]
+    }
+
+
 def parse_settings(settings: tuple[str, ...], algorithm_name: str) -> dict[str, Any]:
     """`("lr=1e-3", "schedule=sequential")` as learner parameters of the right types.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
 import statistics
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bpfree.errors import unknown_name
-from bpfree.experiments.config import RunConfig, differing, published_accuracy
+from bpfree.experiments.config import RunConfig, changes, differing, published_accuracy
 from bpfree.experiments.finished import Say, finished_runs, nothing_to_show, shared_its_board
 
-PUBLISHED: Final = "published"
+PUBLISHED, CHANGES = "published", "changes"
 COLUMNS: Final = {
     "dataset": "dataset",
     "network": "network",
@@ -27,6 +28,7 @@ COLUMNS: Final = {
     "variant": "variant",
     "preset": "preset",
     "settings": "settings",
+    CHANGES: "other than the preset",
     "seeds": "seeds",
     "accuracy": "test accuracy, %",
     PUBLISHED: "published, %",
@@ -58,7 +60,7 @@ def result_rows(
 
     Args:
         root: where to look.
-        leave_out: folders under it that are not looked at, relative to it.
+        leave_out: folders under it that are not looked at, relative to it; `*` stands for anything.
         datasets: whose runs are wanted; none for all.
         say: told of what cannot be read, and is left out, and of folders in `leave_out` that have no run.
 
@@ -70,7 +72,8 @@ def result_rows(
     unused = list(leave_out)
     for run in finished_runs(root, say=say):
         inside = run.path.relative_to(root)
-        if around := [folder for folder in leave_out if inside.is_relative_to(folder)]:
+        places = [place.as_posix() for place in (inside, *inside.parents)]
+        if around := [folder for folder in leave_out if fnmatch.filter(places, folder)]:
             unused = [folder for folder in unused if folder not in around]
             continue
         if datasets and run.config.dataset not in datasets:
@@ -87,11 +90,10 @@ def result_rows(
     return sorted(rows, key=lambda row: (row["dataset"], row["network"], row["algorithm"], row["variant"]))
 
 
-def _settings(config: RunConfig) -> str:
-    """The rule's parameters and what is not usual in training, as key=value."""
-    given = {**config.parameters, **differing(config.training)}
+def listed(settings: Mapping[str, Any]) -> str:
+    """Settings as key=value."""
     return ", ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in given.items()
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()
     )
 
 
@@ -124,7 +126,8 @@ def _row(runs: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, Any]
         "variant": first["variant"],
         "metric": first.get("metric", "accuracy"),
         "preset": first["preset"],
-        "settings": _settings(config),
+        "settings": listed({**config.parameters, **differing(config.training)}),
+        CHANGES: listed(changes(config)),
         "n": len(by_seed),
         "seeds": sorted(by_seed),
         "test_accuracy_mean": statistics.fmean(accuracies),
@@ -180,6 +183,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "variant": row["variant"],
         "preset": row["preset"] or "",
         "settings": row["settings"],
+        CHANGES: row[CHANGES],
         "seeds": f"{', '.join(map(str, row['seeds']))} (n = {row['n']})",
         "accuracy": f"{row['test_accuracy_mean']:.2f}{spread}"
         + ("" if row["metric"] == "accuracy" else f" {row['metric']}"),

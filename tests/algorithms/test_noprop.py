@@ -207,16 +207,18 @@ def upcoming(model: NoProp, index: int, *, time: bool, shape: tuple[int, ...]) -
     return t, stream.normal((2, *shape), F64).numpy()
 
 
-@pytest.mark.parametrize("embeddings", ["onehot", "learned"])
+@pytest.mark.parametrize(("embeddings", "scale"), [("onehot", 1.0), ("onehot", 0.5), ("learned", 1.0)])
 @pytest.mark.parametrize("index", [0, 2, 3])
-def test_one_update_of_a_block_agrees_with_numpy(embeddings: str, index: int) -> None:
+def test_one_update_of_a_block_agrees_with_numpy(embeddings: str, scale: float, index: int) -> None:
     dim = CLASSES if embeddings == "onehot" else 4
-    model = linear(embeddings=embeddings, embedding_dim=None if dim == CLASSES else dim, dim=dim, eta=0.3)
+    width = None if dim == CLASSES else dim
+    model = linear(embeddings=embeddings, embedding_dim=width, embedding_scale=scale, dim=dim, eta=0.3)
     x, y = batch()
     _, (before, last) = upcoming(model, index, time=False, shape=(len(x), dim))
     old = linear_arrays(model, index)
     del old["w"]
     table = model.embeddings.weight.detach().numpy().copy()
+    np.testing.assert_allclose(table @ table.T, scale**2 * np.eye(CLASSES), atol=2e-6)  # drawn in float32
     bars = reference.cosine_alpha_bars(4, 1e-4, 1 - 1e-4)
     terms, gradients = reference.dt_block(
         index + 1, x.numpy(), y.numpy(), before, last, W_E=table, abar=bars, eta=0.3, **old
@@ -528,7 +530,9 @@ def oracle(sharpness: float, **options: Any) -> NoProp:
         {"sampler": "mean"},
         {"p_out": "radial"},
         {"variant": "ct", "steps": 1000},
-        {"variant": "ct", "steps": 1000, "sampler": "ode"},
+        # these keep the noise that the schedule ends with, so there must be little
+        {"variant": "ct", "steps": 1000, "sampler": "stochastic", "gamma_min": -7.0},
+        {"variant": "ct", "steps": 1000, "sampler": "ode", "gamma_min": -7.0},
     ],
 )
 def test_oracle_blocks_are_always_right_and_empty_ones_guess(options: dict[str, Any]) -> None:
@@ -705,17 +709,18 @@ def test_a_prototype_has_the_smallest_median_distance() -> None:
     assert medoid(torch.tensor([[5.0], [0.0], [1.0], [2.0]])).item() == 2
 
 
-def test_training_begins_by_choosing_prototypes() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_training_begins_by_choosing_prototypes(scale: float) -> None:
     x = torch.randn(60, INPUTS)
     y = torch.arange(60) % CLASSES
     chosen = []
-    model = learner(steps=2, embeddings="prototype")
+    model = learner(steps=2, embeddings="prototype", embedding_scale=scale)
     part = Batches(x, y, device="cpu")
     config = TrainingConfig(batch_size=20, epochs=1, precision="fp32")
     Trainer(
         model, part, part, config, on_steps=lambda *_: chosen.append(model.embeddings.weight.detach().clone())
     ).run()
-    expected = torch.stack(
+    expected = scale * torch.stack(
         [x[y == c][np.median(torch.cdist(x[y == c], x[y == c]), 1).argmin()] for c in range(CLASSES)]
     )
     assert chosen[0].shape == expected.shape
@@ -793,6 +798,7 @@ def test_prediction_never_reads_an_embedding_of_a_label(variant: str, monkeypatc
             "p_out and radial_sigma",
         ),
         ({"embeddings": "learned", "embedding_dim": 0}, "embedding_dim must be at least 1"),
+        ({"embedding_scale": 0.0}, "embedding_scale must be positive, got 0.0"),
         ({"embedding_dim": 20}, "embedding_dim would have no effect with embeddings=onehot; leave out embedding_dim"),
         ({"embeddings": "prototype", "embedding_dim": 20}, "embedding_dim would have no effect with embeddings=prot"),
         ({"embeddings": "one-hot", "embedding_dim": 20}, "unknown embeddings 'one-hot'"),

@@ -18,6 +18,7 @@ from bpfree.algorithms.forward_forward import SquaredGoodness
 from bpfree.errors import BpfreeError, CheckpointError, UsageError
 from bpfree.experiments.config import (
     RunConfig,
+    changes,
     command,
     parse_mixed_settings,
     parse_settings,
@@ -370,6 +371,24 @@ def test_a_published_accuracy_is_that_of_the_preset_unchanged() -> None:
     assert published_accuracy(resolve(preset="noprop-cifar10", network="noprop:ct")) is None
     assert published_accuracy(resolve("noprop", "cifar10", preset="none")) is None
     assert published_accuracy(resolve(preset="noprop-digits")) is None
+
+
+def test_changes_are_against_the_preset() -> None:
+    def changed(**given: Any) -> dict[str, Any]:
+        return changes(resolve(**given))
+
+    assert changed(preset="noprop-cifar10", seed=3) == {}
+    assert changed(preset="noprop-cifar10", parameters={"eta": 0.5}, training={"epochs": 2}) == {
+        "eta": 0.5,
+        "epochs": 2,
+    }
+    assert changed(preset="noprop-cifar10", parameters={"width": 9}) == {"width": 9}
+    assert changed(preset="noprop-cifar10", network="noprop:ct") == {"network": "noprop:ct"}
+    plain = {"algorithm_name": "mf", "dataset": "digits", "preset": "none"}
+    assert changed(**plain, parameters={"lr": 0.5}, training={"epochs": 2}) == {"lr": 0.5, "epochs": 2}
+    lacking = resolve(preset="noprop-cifar10")
+    del lacking.parameters["eta"]  # as in a record that is older than this line of the preset
+    assert changes(lacking) == {"eta": "default"}
 
 
 def test_presets_are_found_by_their_task() -> None:

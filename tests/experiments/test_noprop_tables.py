@@ -32,12 +32,16 @@ def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: 
     assert (study["run"], study["rule"], study["embeddings"]) == (path.name, "ct", "onehot")
     rows = study["rows"]
     found = [(row["sampler"], row["steps"]) for row in rows]
-    assert found == list(product(("stochastic", "mean", "ode"), (1, 2, 4)))
+    assert found == list(product(("mean", "stochastic", "ode"), (1, 2, 4)))
     assert all(len(row["validation"]) == len(row["test"]) == 5 for row in rows)
     assert rows[2]["test"] == summary["test_draws"]  # with the sampler and the steps of the run
     assert len({tuple(row["test"]) for row in rows}) == len(rows)
     assert shown.count("| digits | ct | onehot |") == len(rows)
     assert tables("--show", str(record)) == shown
+    another = run(config, tmp_path / "more") and next((tmp_path / "more").iterdir())
+    tables("--inference", str(another), "--window", "0.01", "--device", "cpu", "--json", str(record))
+    tables("--inference", str(path), "--window", "0.01", "--device", "cpu", "--json", str(record))
+    assert [study["run"] for study in json.loads(record.read_text())["inference"]] == [path.name, another.name]
 
 
 def test_what_is_no_run_of_noprop_is_refused_in_a_line(tmp_path: Path) -> None:
@@ -53,7 +57,7 @@ def test_what_is_no_run_of_noprop_is_refused_in_a_line(tmp_path: Path) -> None:
 
 def test_runs_with_other_settings_than_their_presets_have_rows_of_their_own(tmp_path: Path) -> None:
     small = {"epochs": 1, "patience": 1}
-    for seed, parameters in ((0, {}), (1, {}), (0, {"eta": 0.5})):
+    for seed, parameters in ((0, {}), (1, {}), (0, {"eta": 0.5}), (0, {"eta": 0.5})):  # the last repeats a seed
         run(resolve(preset="noprop-digits", seed=seed, parameters=parameters, training=small), tmp_path)
     head, _, *rows = tables("--runs", str(tmp_path)).splitlines()
     titles = head.split("|")

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.step import changed, configured, main, merged, preset_rows
+from benchmarks.step import configured, main, merged, preset_rows
+from bpfree.experiments.config import changes
 
 TODAY, BEFORE = {"hardware": "card", "date": "2026-11-23"}, {"hardware": "card", "date": "2026-11-22"}
 
 
 def test_settings_change_parameters_and_training_of_a_preset() -> None:
-    assert changed(configured("noprop-digits", [])) == ""
+    assert changes(configured("noprop-digits", [])) == {}
     config = configured("noprop-digits", ["steps=5", "batch_size=32", "lr=1e-3"])
     assert (config.parameters["steps"], config.training.batch_size) == (5, 32)
-    assert changed(config) == "steps=5, batch_size=32"  # the rate is the preset's
+    assert changes(config) == {"steps": 5, "batch_size": 32}  # the rate is the preset's
 
 
 def test_a_step_takes_the_place_of_the_same_step_alone(tmp_path: Path) -> None:
