@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bpfree.networks.kernels import triton_kernels
+from bpfree.networks.narrow import NarrowConvolution
 from bpfree.networks.streams import CONSTANTS, LANES, Mask, StreamDropout
 
 KERNELS: Final = "bpfree.networks._rectified_kernels"
@@ -61,7 +62,11 @@ class RectifiedConvolution(nn.Module):
     def _may_fuse(self, x: Tensor) -> bool:
         layer, dropout = self.convolution, self.dropout
         # parts that somebody has replaced or hooked are called as they are
-        plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and type(dropout) is StreamDropout
+        plain = (
+            type(layer) in (nn.Conv2d, NarrowConvolution)
+            and layer.padding_mode == "zeros"
+            and type(dropout) is StreamDropout
+        )
         return (
             self.training
             and x.is_cuda

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.networks.convolution import RectifiedConvolution
+from bpfree.networks.narrow import NARROW, NarrowConvolution
 from bpfree.networks.normalization import MapNorm
 
 Shape = tuple[int, ...]
@@ -83,7 +84,10 @@ def needs_images(input_shape: Shape, what: str, least: int) -> None:
 
 def convolution(fan_in: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A padded convolution without bias, weights drawn from N(0, 2 / (kernel^2 width))."""
-    layer = nn.Conv2d(fan_in, width, kernel, stride, kernel // 2, bias=False)
+    if (fan_in, width, kernel, stride) == (NARROW, NARROW, 3, 1):
+        layer: nn.Conv2d = NarrowConvolution()
+    else:
+        layer = nn.Conv2d(fan_in, width, kernel, stride, kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 

@@ -1,0 +1,137 @@
+"""3 x 3 convolutions of few channels: which layers they are, and the kernels against PyTorch in 64 bits.
+
+Values are multiples of an eighth and few enough that every sum is exact in 32 bits, so that only the result is rounded.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpfree import build_network
+from bpfree.networks.flops import FlopCounter
+from bpfree.networks.narrow import NarrowConvolution
+
+# images, height, width
+CASES = [(3, 8, 8), (2, 5, 7), (2, 3, 3), (1, 1, 1), (70, 32, 32)]
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+def eighths(*shape: int) -> Tensor:
+    return torch.randint(-8, 9, shape) / 8
+
+
+def case(images: int, height: int, width: int) -> tuple[NarrowConvolution, Tensor, Tensor]:
+    """A layer, inputs and a derivative by the outputs, channels-last."""
+    torch.manual_seed(images)
+    layer = NarrowConvolution()
+    layer.weight.data = eighths(*layer.weight.shape)
+    maps = eighths(2, images, layer.in_channels, height, width)
+    x, gradient = (values.contiguous(memory_format=torch.channels_last) for values in maps)
+    return layer, x, gradient
+
+
+def exact(layer: NarrowConvolution, x: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Outputs and derivatives by input and weight, in 64 bits."""
+    weight, inputs = layer.weight.detach().double().requires_grad_(), x.double().requires_grad_()
+    outputs = F.conv2d(inputs, weight, padding=1)
+    return [outputs.detach(), *torch.autograd.grad(outputs, (inputs, weight), gradient.double())]
+
+
+def ends(layer: NarrowConvolution, x: Tensor, gradient: Tensor) -> list[Tensor]:
+    """The same by the layer on the GPU, in x's precision."""
+    x = x.detach().cuda().requires_grad_()
+    with torch.autocast("cuda", x.dtype):
+        outputs = layer(x)
+    return [outputs.detach(), *torch.autograd.grad(outputs, (x, layer.weight), gradient.to(outputs))]
+
+
+def test_the_first_stage_of_a_residual_network_is_narrow() -> None:
+    network = build_network("resnet:20", (3, 32, 32))
+    narrow = [isinstance(layer, NarrowConvolution) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    # behind the stem, which sees three channels, two in each of three units; stages behind begin with 1x1 shortcuts
+    assert narrow == [False] + 6 * [True] + (len(narrow) - 7) * [False]
+    layer, x, gradient = case(*CASES[1])
+    torch.testing.assert_close(layer(x).double(), exact(layer, x, gradient)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("sizes", CASES)
+def test_kernels_round_what_is_exact(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer, x, gradient = case(*sizes)
+    wanted = exact(layer, x, gradient)
+    there = layer.cuda().to(memory_format=torch.channels_last)
+    found = ends(there, x.to(dtype), gradient)
+    assert [values.dtype for values in found] == [dtype, dtype, torch.float32]
+    assert all(values.is_contiguous(memory_format=torch.channels_last) for values in found)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine.cpu(), theirs.to(mine.dtype))
+
+
+@pytest.mark.gpu
+def test_the_same_inputs_give_the_same_bits() -> None:
+    layer, x, gradient = case(*CASES[-1])
+    nn.init.normal_(layer.weight)
+    there = layer.cuda()
+    values = torch.randn_like(x).bfloat16(), torch.randn_like(gradient)
+    for first, second in zip(ends(there, *values), ends(there, *values), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+def test_layers_in_16_bits_need_no_autocast() -> None:
+    layer, x, gradient = case(*CASES[0])
+    wanted = [values.bfloat16() for values in exact(layer, x, gradient)]
+    there = layer.cuda().bfloat16()
+    x = x.bfloat16().cuda().requires_grad_()
+    outputs = there(x)
+    found = [outputs, *torch.autograd.grad(outputs, (x, there.weight), gradient.to(outputs))]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("left", ["evaluation", "32 bits", "layout"])
+def test_what_the_kernels_do_not_take_is_left_to_pytorch(left: str) -> None:
+    layer, x, gradient = case(*CASES[0])
+    wanted = exact(layer, x, gradient)
+    there = layer.cuda().train(left != "evaluation")
+    x = x.cuda().to(torch.float32 if left == "32 bits" else torch.bfloat16)
+    if left == "layout":
+        x = x.contiguous()
+    with torch.autocast("cuda", torch.bfloat16, enabled=left != "32 bits"):
+        outputs = there(x)
+    assert not outputs.grad_fn.name().startswith("_Narrow")
+    torch.testing.assert_close(outputs.double().cpu(), wanted[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_frozen_layer_hands_derivatives_on() -> None:
+    layer, x, gradient = case(*CASES[1])
+    there = copy.deepcopy(layer).cuda().requires_grad_(False)
+    x = x.bfloat16()
+    inputs = x.cuda().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs = there(inputs)
+    (found,) = torch.autograd.grad(outputs, inputs, gradient.to(outputs))
+    assert torch.equal(found.cpu(), exact(layer, x, gradient)[1].bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", CASES[:3])
+def test_operations_are_counted(sizes: tuple[int, ...]) -> None:
+    layer, x, gradient = case(*sizes)
+    there = layer.cuda()
+    counts = []
+    for dtype in (torch.bfloat16, torch.float32):  # by the kernels, by PyTorch
+        inputs = x.to("cuda", dtype).requires_grad_()
+        with FlopCounter() as counter, torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            outputs = there(inputs)
+            outputs.backward(gradient.to(outputs))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
