@@ -4,6 +4,7 @@
     python benchmarks/noprop.py --inference RUN .. --json inference.json      accuracy and joules by sampler and steps
     python benchmarks/noprop.py --training --json training.json               a step's time, joules and memory
     python benchmarks/noprop.py --show inference.json                         only the table, from a record
+    python benchmarks/noprop.py --show inference.json --figure inference.png  and accuracy by steps and joules, drawn
 
 RUN is a folder of a finished `bpfree run`, with its weights. What the file of --json has of other runs stays in it.
 Training is measured on random CIFAR-10-sized images; "vmap" is a bare step with stacked weights (torch.func), PyTorch's
@@ -199,6 +200,38 @@ def inference_table(record: dict[str, Any]) -> str:
     )
 
 
+def draw_inference(record: dict[str, Any], figure: Path) -> None:
+    """Test accuracy against denoising steps, and against joules where they were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    canvas, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for study in record["inference"]:
+        for sampler, group in itertools.groupby(study["rows"], key=lambda row: row["sampler"]):
+            rows = list(group)
+            right = [statistics.fmean(row["test"]) for row in rows]
+            name = f"{study['dataset']}, {study['rule']}, {study['embeddings']}, {sampler}"
+            panels[0].plot([row["steps"] for row in rows], right, marker=".", label=name)
+            if all(row["joules"] is not None for row in rows):
+                panels[1].plot([1e3 * row["joules"] for row in rows], right, marker=".")
+    axes = (("denoising steps", (1,)), ("mJ per prediction", (1, 2, 5)))
+    for panel, (title, ticks) in zip(panels, axes, strict=True):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=ticks))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy, %")
+    canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
+    canvas.set_layout_engine("constrained")
+    canvas.savefig(figure, dpi=150)
+    plt.close(canvas)
+
+
 def build(kind: str, device: torch.device, **options: Any) -> Learner:
     """The paper's CIFAR-10 network under one of the rules."""
     torch.manual_seed(0)
@@ -343,6 +376,7 @@ def training_table(record: dict[str, Any]) -> str:
     )
 
 
+UNDRAWN: Final = "--figure draws what inference costs; give it with --inference, or --show of such a record"
 TABLES: Final = {"inference": inference_table, "training": training_table}
 
 
@@ -356,6 +390,7 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record there")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw what inference costs, in this format")
     options = parser.parse_args()
     try:
         carry_out(options)
@@ -364,7 +399,13 @@ def main() -> None:
 
 
 def carry_out(options: argparse.Namespace) -> None:
-    """Measure, or show what has been measured."""
+    """Measure, or show what has been measured.
+
+    Raises:
+        BpfreeError: nothing to measure or to show, or a figure of something else than inference.
+    """
+    if options.figure and not (options.inference or options.show):
+        raise UsageError(UNDRAWN)
     if options.runs:
         print(accuracy_table(options.runs))
         return
@@ -379,7 +420,11 @@ def carry_out(options: argparse.Namespace) -> None:
         else:
             studies = [measure_inference(path, options.window, device) for path in options.inference]
             record = {"inference": with_known(studies, options.json)}
+    if options.figure and "inference" not in record:
+        raise UsageError(UNDRAWN)
     print("\n".join(make(record) for kind, make in TABLES.items() if kind in record))
+    if options.figure:
+        draw_inference(record, options.figure)
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 

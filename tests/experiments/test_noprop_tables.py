@@ -37,7 +37,9 @@ def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: 
     assert rows[2]["test"] == summary["test_draws"]  # with the sampler and the steps of the run
     assert len({tuple(row["test"]) for row in rows}) == len(rows)
     assert shown.count("| digits | ct | onehot |") == len(rows)
-    assert tables("--show", str(record)) == shown
+    figure = tmp_path / "inference.png"
+    assert tables("--show", str(record), "--figure", str(figure)) == shown
+    assert figure.read_bytes().startswith(b"\x89PNG")
     another = run(config, tmp_path / "more") and next((tmp_path / "more").iterdir())
     tables("--inference", str(another), "--window", "0.01", "--device", "cpu", "--json", str(record))
     tables("--inference", str(path), "--window", "0.01", "--device", "cpu", "--json", str(record))
@@ -50,6 +52,8 @@ def test_what_is_no_run_of_noprop_is_refused_in_a_line(tmp_path: Path) -> None:
     for path, message in ((other, "holds no run of noprop, but of bp"), (tmp_path / "nowhere", "nowhere")):
         (line,) = tables("--inference", str(path), "--device", "cpu", status=1).splitlines()
         assert message in line
+    (line,) = tables("--runs", str(tmp_path), "--figure", "a.png", status=1).splitlines()
+    assert "--figure draws what inference costs" in line
     for option, path, message in (("--show", "nowhere.json", "is not a record"), ("--runs", "none", "no finished run")):
         (line,) = tables(option, str(tmp_path / path), status=1).splitlines()
         assert message in line
