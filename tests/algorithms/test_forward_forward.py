@@ -66,8 +66,11 @@ def arrays(model: ForwardForward) -> tuple[list[np.ndarray], list[np.ndarray], l
     return weights, biases, [value for name, value in named.items() if name.startswith("heads")]
 
 
-def views(classes: int, *, hard: bool = False, label: str = "overlay", features: int = 120) -> LabelledViews:
-    return LabelledViews(features, classes, label, 1.0, LikelyLabels() if hard else UniformLabels(), Stream(0)).double()
+def views(
+    classes: int, *, hard: bool = False, label: str = "overlay", features: int = 120, strength: float = 1.0
+) -> LabelledViews:
+    wrong = LikelyLabels() if hard else UniformLabels()
+    return LabelledViews(features, classes, label, strength, wrong, Stream(0)).double()
 
 
 # numerics
@@ -592,6 +595,10 @@ def test_labels_are_written_over_the_first_values_and_nowhere_else() -> None:
     assert torch.equal(neutral[:, 4:], x[:, 4:])
     appended = views(4, features=6, label="concat").plain(x)
     assert torch.equal(appended[:, 4:], x)
+    louder = views(4, features=6, strength=3.0)
+    assert louder.contrast(x, torch.tensor([0, 3, 1]), None, louder.draw(3))[:, :4].sum(1).tolist() == 6 * [3]
+    assert louder.plain(x)[:, :4].tolist() == 3 * [4 * [0.75]]
+    assert louder.every(x)[:, :4].tolist() == 3 * (3 * torch.eye(4)).tolist()
 
 
 def test_labels_of_images_go_over_the_first_channel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from bpfree.algorithms._auxiliary_losses import (
     _Resized,
     auxiliary_loss,
     classifier,
+    decoder,
     similarities,
     spatial_deviation,
     supervised_contrast,
@@ -555,6 +557,95 @@ def test_heads_have_the_published_layers(name: str, shape: tuple[int, ...], laye
     head = classifier(name, shape, 10)
     assert [tuple(p.shape) for p in head.parameters() if p.ndim > 1] == layers
     assert head(torch.randn(2, *shape)).shape == (2, 10)
+
+
+def test_heads_are_what_their_papers_say() -> None:
+    def normalized(x: Tensor, norm: nn.Module) -> Tensor:
+        scale, offset = norm.parameters()
+        return F.relu(F.batch_norm(x, None, None, scale, offset, training=True))
+
+    def parts(head: nn.Module) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        """Convolutions, linear layers, normalisations; the last two kinds begin with random scales and offsets."""
+        kinds: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
+        found = tuple([part for part in head.modules() if isinstance(part, kind)] for kind in kinds)
+        for norm in found[2]:
+            for values in norm.parameters():
+                nn.init.normal_(values)
+        return found[0], found[1], found[2]
+
+    torch.manual_seed(0)
+    maps, h = torch.randn(6, 16, 32, 32), None
+
+    head = classifier("shrink", (16, 32, 32), 10)
+    convolutions, linear, norms = parts(head)
+    h = F.avg_pool2d(maps, 4)  # to a quarter of the side
+    for convolution, norm in zip(convolutions, norms[:3], strict=True):
+        h = normalized(F.conv2d(h, convolution.weight), norm)
+    h = F.avg_pool2d(h, 4).flatten(1)  # to 2 x 2
+    for layer, norm in zip(linear[:2], norms[3:], strict=True):
+        h = normalized(h @ layer.weight.T, norm)
+    torch.testing.assert_close(head(maps), F.linear(h, linear[2].weight, linear[2].bias), rtol=1e-4, atol=1e-4)
+
+    head = classifier("wide", (16, 32, 32), 10)
+    convolutions, linear, norms = parts(head)
+    h = F.avg_pool2d(maps, 4)  # to 8 x 8
+    for convolution, norm in zip(convolutions, norms[:3], strict=True):
+        h = normalized(F.conv2d(h, convolution.weight), norm)
+    h = h.mean((2, 3))
+    for layer, norm in zip(linear[:3], norms[3:], strict=True):
+        h = normalized(h @ layer.weight.T, norm)
+    torch.testing.assert_close(head(maps), F.linear(h, linear[3].weight, linear[3].bias), rtol=1e-4, atol=1e-4)
+
+    head = classifier("2c2f", (16, 32, 32), 10)
+    convolutions, linear, norms = parts(head)
+    h = maps
+    for convolution, norm, stride in zip(convolutions, norms, (2, 1), strict=True):
+        h = normalized(F.conv2d(h, convolution.weight, stride=stride, padding=1), norm)
+    h = F.relu(F.linear(h.mean((2, 3)), linear[0].weight, linear[0].bias))
+    torch.testing.assert_close(head(maps), F.linear(h, linear[1].weight, linear[1].bias), rtol=1e-4, atol=1e-4)
+
+    head = classifier("bottleneck", (16, 32, 32), 10)
+    convolutions, linear, norms = parts(head)
+    h = maps
+    for convolution, norm, (stride, padding) in zip(convolutions, norms, ((1, 0), (2, 1), (2, 1), (1, 0)), strict=True):
+        h = normalized(F.conv2d(h, convolution.weight, stride=stride, padding=padding), norm)
+    out = F.linear(h.mean((2, 3)), linear[0].weight, linear[0].bias)
+    torch.testing.assert_close(head(maps), out, rtol=1e-4, atol=1e-4)
+
+    net = decoder((16, 32, 32), (3, 64, 64))
+    convolutions, _, norms = parts(net)
+    assert [layer.weight.shape[:2] for layer in convolutions] == [(12, 16), (3, 12)]
+    h = F.interpolate(maps, (64, 64), mode="bilinear", align_corners=True)
+    h = normalized(F.conv2d(h, convolutions[0].weight, padding=1), norms[0])
+    out = F.conv2d(h, convolutions[1].weight, convolutions[1].bias, padding=1)
+    torch.testing.assert_close(net(maps), out, rtol=1e-4, atol=1e-4)
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    def head_layers(learner: LocalLearning) -> list[tuple[int, ...]]:
+        return [tuple(p.shape) for p in learner.losses[0].head.parameters() if p.ndim > 1]
+
+    assert head_layers(residual(3)) == [(16, 16, 1, 1)] * 3 + [(64, 64)] * 2 + [(CLASSES, 64)]  # DGL's own
+    infopro = residual(3, "infopro")
+    assert head_layers(infopro) == [(32, 16, 3, 3), (128, 32), (CLASSES, 128)]  # 1c2f
+    assert [loss.reconstruct for loss in infopro.losses] == pytest.approx([5, 0.2])
+    assert head_layers(residual(3, "infopro-contrast"))[-1][0] == 128
+    learner = residual(3, **MAN, weight_decay=0.25)
+    assert {group["weight_decay"] for each in learner.optimizers() for group in each.param_groups} == {0.25}
+    assert inspect.signature(LocalLearning).parameters["momentum"].default == 0.995
+    assert residual(3, **MAN, scale=True).auxiliaries[0].scale == 1
+    assert not residual(3, ema=True, bias="light").auxiliaries[0].bias.any()
+
+
+def test_momentum_copies_normalise_by_the_batch() -> None:
+    # their running statistics follow nothing
+    learner = residual(3, **MAN)
+    h = torch.randn(4, *learner.auxiliaries[0].ema.body[0].weight.shape[1:2], 8, 8)
+    before = learner.auxiliaries[0](h)
+    for name, values in learner.auxiliaries[0].named_buffers():
+        if name.endswith(("mean", "var")):
+            values.fill_(3)
+    torch.testing.assert_close(learner.auxiliaries[0](h), before)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 7, 8, 12])

@@ -290,6 +290,41 @@ def test_flow_loss_agrees_with_numpy(sigma: float) -> None:
     assert {name: value.item() for name, value in got.items()} == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.4])
+def test_embeddings_of_a_flow_learn_from_path_target_and_readout(sigma: float) -> None:
+    model = linear(variant="fm", embeddings="learned", embedding_dim=4, dim=4, path_sigma=sigma, eta=0.7)
+    x, y = batch()
+    t, (start, path) = upcoming(model, 0, time=True, shape=(len(x), 4))
+    arrays, table = linear_arrays(model, 0), model.embeddings.weight.detach().numpy().copy()
+    readout = {name: arrays.pop(name) for name in ("F", "f")}
+
+    def loss(W_E: np.ndarray) -> float:
+        terms = reference.fm_terms(
+            t, x.numpy(), y.numpy(), start, path, W_E=W_E, sigma=sigma, eta=0.7, **arrays, **readout
+        )
+        return float(sum(terms.values()))
+
+    slopes = np.zeros_like(table)
+    for place in np.ndindex(table.shape):
+        moved = np.zeros_like(table)
+        moved[place] = 1e-6
+        slopes[place] = (loss(table + moved) - loss(table - moved)) / 2e-6
+    model.learn_block(0, (x, y))
+    np.testing.assert_allclose((table - model.embeddings.weight.detach().numpy()) / LR, slopes, rtol=1e-5, atol=1e-7)
+
+
+def test_the_radial_readout_is_the_papers() -> None:
+    model = linear(embeddings="learned", embedding_dim=4, dim=4, p_out="radial", radial_sigma=0.3)
+    z = torch.randn(7, 4, dtype=F64)
+    table, readout = model.embeddings.weight.detach().numpy(), model.readout
+    said = z.numpy() @ readout.linear.weight.detach().numpy().T + readout.linear.bias.detach().numpy()
+    shares = np.exp(said) / np.exp(said).sum(1, keepdims=True)
+    distances = ((shares @ table)[:, None] - table[None]) ** 2
+    expected = np.exp(-distances.sum(2) / (2 * 0.3**2))
+    found = readout(z, model.embeddings).softmax(1).detach().numpy()
+    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), rtol=1e-9)
+
+
 # 4. isolation
 
 

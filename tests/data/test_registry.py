@@ -275,6 +275,7 @@ def test_svhn_and_stl10_lie_where_torchvision_puts_them(tmp_path: Path, monkeypa
     svhn = data.load("SVHN", tmp_path)
     assert (svhn.train.targets.tolist(), svhn.test.targets.tolist()) == ([1, 0], [4, 5, 6])
     assert svhn.augmentation == "shift"
+    assert (svhn.mean, svhn.std) == ((0.5,) * 3, (0.5,) * 3)  # 127.5 of 255
 
     make_tiny(monkeypatch, "stl10", (2, 1))
     (tmp_path / "stl10_binary.tar.gz").write_bytes(test_readers.tar_gz(test_readers.stl10_members(), "stl10_binary"))

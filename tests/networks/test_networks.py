@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.networks import Head, as_blocks, block_output_shapes, build_network, infer_input_shape, set_dropout
@@ -136,6 +137,63 @@ def test_resnet_has_the_published_number_of_parameters() -> None:
     network = build_network("resnet:18", (3, 32, 32))
     assert sum(p.numel() for p in network.parameters()) == 11_173_962 - 5_130
     assert block_output_shapes(network, (3, 32, 32))[-1] == (512, 4, 4)
+
+
+def normalized(x: Tensor, norm: nn.Module) -> Tensor:
+    """By the batch's own mean and variance."""
+    mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    scale, offset = (values[:, None, None] for values in norm.parameters())
+    return (x - mean) / (variance + 1e-5).sqrt() * scale + offset
+
+
+def unit_by_hand(unit: nn.Module, x: Tensor, strides: tuple[int, ...], shortcut: int) -> Tensor:
+    """He et al., figures 2 and 5: convolutions with normalisation and ReLU between them, the sum before the last ReLU.
+
+    `shortcut` is the stride of its 1x1 convolution, 0 for none.
+    """
+    weights = [layer.weight for layer in unit.body if isinstance(layer, nn.Conv2d)]
+    norms = [*(layer for layer in unit.body if not isinstance(layer, nn.Conv2d)), unit.norm]
+    h = x
+    for weight, norm, stride in zip(weights, norms, strides, strict=True):
+        h = normalized(F.conv2d(h, weight, stride=stride, padding=weight.shape[2] // 2), norm)
+        if norm is not unit.norm:
+            h = h.clamp(min=0)
+    if shortcut:
+        convolution, norm = unit.shortcut
+        x = normalized(F.conv2d(x, convolution.weight, stride=shortcut), norm)
+    return (h + x).clamp(min=0)
+
+
+def random_norms(network: nn.Module) -> nn.Module:
+    """Scales and offsets that tell a normalisation and what follows it from others."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return network.double()
+
+
+def test_a_residual_network_is_what_its_paper_says() -> None:
+    torch.manual_seed(0)
+    network = random_norms(build_network("resnet:20", (3, 8, 8)))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    stem, *units = network
+    h = normalized(F.conv2d(x, stem[0].weight, padding=1), stem[1]).clamp(min=0)
+    for index, unit in enumerate(units):
+        halves = index in (3, 6)
+        h = unit_by_hand(unit, h, (2 if halves else 1, 1), 2 if halves else 0)
+    torch.testing.assert_close(network(x), h, rtol=1e-9, atol=1e-9)
+    assert network.training
+
+
+@pytest.mark.parametrize(("number", "stride"), [(1, 1), (2, 0), (4, 2)])
+def test_bottlenecks_stride_in_the_middle(number: int, stride: int) -> None:
+    torch.manual_seed(0)
+    network = build_network("resnet:50", (3, 32, 32))
+    unit = random_norms(network[number])
+    x = torch.randn(3, unit.body[0].in_channels, 8, 8, dtype=torch.float64)
+    by_hand = unit_by_hand(unit, x, (1, max(1, stride), 1), stride)
+    torch.testing.assert_close(unit(x), by_hand, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
