@@ -277,6 +277,31 @@ def test_continuous_loss_agrees_with_numpy() -> None:
     assert {name: value.item() for name, value in got.items()} == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_schedule_learns_from_all_that_it_is_in() -> None:
+    # weight and noise of the denoising loss, noise of the read-out, the prior
+    model = linear(variant="ct", eta=0.7)
+    x, y = batch()
+    t, (before, last) = upcoming(model, 0, time=True, shape=(len(x), CLASSES))
+    arrays = linear_arrays(model, 0)
+    start = {name: values.detach().clone() for name, values in model.process.schedule.named_parameters()}
+
+    def loss(**moved: Tensor) -> float:
+        raw = {**start, **moved}
+        spans = raw["log_range"].exp(), F.softplus(raw["slopes"]), raw["shifts"], F.softplus(raw["heights"])
+        schedule = [part.numpy() for part in (raw["low"], *spans)]
+        terms = reference.ct_terms(t, x.numpy(), y.numpy(), before, last, schedule=schedule, eta=0.7, **arrays)
+        return float(sum(terms.values()))
+
+    model.learn_block(0, (x, y))
+    for name, values in model.process.schedule.named_parameters():
+        found = ((start[name] - values.detach()) / LR).flatten()[:3]
+        for place, slope in enumerate(found.tolist()):
+            step = torch.zeros_like(start[name])
+            step.view(-1)[place] = 1e-3
+            wanted = (loss(**{name: start[name] + step}) - loss(**{name: start[name] - step})) / 2e-3
+            assert slope == pytest.approx(wanted, rel=1e-3, abs=1e-5), (name, place)
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.4])
 def test_flow_loss_agrees_with_numpy(sigma: float) -> None:
     model = linear(variant="fm", embeddings="learned", embedding_dim=4, dim=4, path_sigma=sigma, eta=0.7)
