@@ -16,8 +16,8 @@ from bpfree import build_network
 from bpfree.networks.flops import FlopCounter
 from bpfree.networks.narrow import NarrowConvolution
 
-# images, height, width
-CASES = [(3, 8, 8), (2, 5, 7), (2, 3, 3), (1, 1, 1), (70, 32, 32)]
+# images, channels, height, width
+CASES = [(3, 16, 8, 8), (2, 16, 5, 7), (2, 16, 3, 3), (1, 16, 1, 1), (70, 16, 32, 32), (3, 32, 5, 7), (150, 32, 16, 16)]
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
@@ -25,12 +25,12 @@ def eighths(*shape: int) -> Tensor:
     return torch.randint(-8, 9, shape) / 8
 
 
-def case(images: int, height: int, width: int) -> tuple[NarrowConvolution, Tensor, Tensor]:
+def case(images: int, channels: int, height: int, width: int) -> tuple[NarrowConvolution, Tensor, Tensor]:
     """A layer, inputs and a derivative by the outputs, channels-last."""
     torch.manual_seed(images)
-    layer = NarrowConvolution()
+    layer = NarrowConvolution(channels)
     layer.weight.data = eighths(*layer.weight.shape)
-    maps = eighths(2, images, layer.in_channels, height, width)
+    maps = eighths(2, images, channels, height, width)
     x, gradient = (values.contiguous(memory_format=torch.channels_last) for values in maps)
     return layer, x, gradient
 
@@ -50,12 +50,16 @@ def ends(layer: NarrowConvolution, x: Tensor, gradient: Tensor) -> list[Tensor]:
     return [outputs.detach(), *torch.autograd.grad(outputs, (x, layer.weight), gradient.to(outputs))]
 
 
-def test_the_first_stage_of_a_residual_network_is_narrow() -> None:
+def test_the_first_stages_of_a_residual_network_are_narrow() -> None:
     network = build_network("resnet:20", (3, 32, 32))
-    narrow = [isinstance(layer, NarrowConvolution) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    # behind the stem, which sees three channels, two in each of three units; stages behind begin with 1x1 shortcuts
-    assert narrow == [False] + 6 * [True] + (len(narrow) - 7) * [False]
-    layer, x, gradient = case(*CASES[1])
+    narrow = [layer.in_channels for layer in network.modules() if isinstance(layer, NarrowConvolution)]
+    # two in each of three units, but for the one that halves the maps and doubles the channels
+    assert narrow == 6 * [16] + 5 * [32]
+
+
+@pytest.mark.parametrize("sizes", [CASES[1], CASES[5]])
+def test_on_a_cpu_it_is_pytorchs(sizes: tuple[int, ...]) -> None:
+    layer, x, gradient = case(*sizes)
     torch.testing.assert_close(layer(x).double(), exact(layer, x, gradient)[0], rtol=0, atol=1e-5)
 
 
@@ -74,8 +78,9 @@ def test_kernels_round_what_is_exact(sizes: tuple[int, ...], dtype: torch.dtype)
 
 
 @pytest.mark.gpu
-def test_the_same_inputs_give_the_same_bits() -> None:
-    layer, x, gradient = case(*CASES[-1])
+@pytest.mark.parametrize("sizes", [CASES[4], CASES[6]])
+def test_the_same_inputs_give_the_same_bits(sizes: tuple[int, ...]) -> None:
+    layer, x, gradient = case(*sizes)
     nn.init.normal_(layer.weight)
     there = layer.cuda()
     values = torch.randn_like(x).bfloat16(), torch.randn_like(gradient)
@@ -111,8 +116,9 @@ def test_what_the_kernels_do_not_take_is_left_to_pytorch(left: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_frozen_layer_hands_derivatives_on() -> None:
-    layer, x, gradient = case(*CASES[1])
+@pytest.mark.parametrize("sizes", [CASES[1], CASES[5]])
+def test_a_frozen_layer_hands_derivatives_on(sizes: tuple[int, ...]) -> None:
+    layer, x, gradient = case(*sizes)
     there = copy.deepcopy(layer).cuda().requires_grad_(False)
     x = x.bfloat16()
     inputs = x.cuda().requires_grad_()
@@ -123,7 +129,7 @@ def test_a_frozen_layer_hands_derivatives_on() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", CASES[:3])
+@pytest.mark.parametrize("sizes", [*CASES[:3], CASES[5]])
 def test_operations_are_counted(sizes: tuple[int, ...]) -> None:
     layer, x, gradient = case(*sizes)
     there = layer.cuda()
