@@ -31,23 +31,26 @@ DRAW: Final = 0x2545F4914F6CDD1D  # odd: keeps the noise of draws apart
 
 
 class Embeddings(nn.Module):
-    """W_E, one row per class.
+    """W_E, one row per class: `scale` times `rows`.
 
-    "onehot" is the identity, scaled, and fixed; "learned" starts with orthonormal rows where d allows it; "prototype"
+    "onehot" has the identity and is fixed; "learned" starts with orthonormal rows where d allows it; "prototype"
     has rows as wide as an input, is learned too, and starts at random until `prepare` is called.
+
+    What learns is the rows: an optimiser whose steps have the size of its rate, as Adam's, then moves embeddings by
+    the same part of their distances whatever the scale, where small ones of their own would meet within an epoch.
 
     Args:
         kind: "onehot", "learned" or "prototype".
         classes: C.
         dim: d, see `embedding_width`.
-        scale: of the rows, against the unit vectors, or against the images; learned ones begin with it. Noise has the
-            variance 1 - abar whatever the rows are, so it decides how soon a noisy embedding gives the class away.
+        scale: of W_E against the unit vectors, or against the images. Noise has the variance 1 - abar whatever the
+            embeddings are, so it decides how soon a noisy embedding gives the class away.
 
     Raises:
         UsageError: `scale` is not positive.
     """
 
-    weight: Tensor
+    rows: Tensor
 
     def __init__(self, kind: EmbeddingKind, classes: int, dim: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -55,11 +58,16 @@ class Embeddings(nn.Module):
             raise UsageError(f"embedding_scale must be positive, got {scale}")
         self.kind, self.dim, self.scale = kind, dim, scale
         if kind == "onehot":
-            self.register_buffer("weight", scale * torch.eye(classes))
+            self.register_buffer("rows", torch.eye(classes))
         elif kind == "learned" and dim >= classes:
-            self.weight = nn.Parameter(scale * nn.init.orthogonal_(torch.empty(classes, dim)))
+            self.rows = nn.Parameter(nn.init.orthogonal_(torch.empty(classes, dim)))
         else:  # of the scale of a standardised image
-            self.weight = nn.Parameter(scale * torch.randn(classes, dim))
+            self.rows = nn.Parameter(torch.randn(classes, dim))
+
+    @property
+    def weight(self) -> Tensor:
+        """W_E, (C, d)."""
+        return self.rows if self.scale == 1 else self.scale * self.rows
 
     @property
     def learned(self) -> bool:
@@ -95,7 +103,7 @@ class Embeddings(nn.Module):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Make each prototype its class's medoid, scaled: the sample whose median distance to the class is smallest.
+        """Make each prototype its class's medoid: the sample whose median distance to the class is smallest.
 
         Args:
             batches: all training samples, of d values each, and their classes. Other embeddings leave them unread.
@@ -107,11 +115,11 @@ class Embeddings(nn.Module):
             return
         parts = list(batches)
         inputs, targets = (torch.cat(list(column)) for column in zip(*parts, strict=True))
-        for label, row in enumerate(self.weight):
+        for label, row in enumerate(self.rows):
             samples = inputs[targets == label].flatten(1)
             if not len(samples):
                 raise UsageError(f"class {label} has no sample, so it has no prototype")
-            row.copy_(self.scale * samples[medoid(samples)])
+            row.copy_(samples[medoid(samples)])
 
 
 def medoid(samples: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class NoProp(Learner):
         embeddings: rows of W_E: "onehot" (fixed), "learned" (`embedding_dim` wide), "prototype" (as wide as an input;
             `prepare` makes them medoids of the training set).
         embedding_dim: d of learned embeddings; None: 20 as in the paper.
-        embedding_scale: of W_E against unit vectors, or against the images; learned rows begin with it.
+        embedding_scale: of W_E against unit vectors, or against the images; what learns is W_E over it.
         p_out: "linear" (None) or "radial"; "fm" has none with one-hot embeddings.
         radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T of "dt"; steps of inference of "ct" and "fm". None: 10, 1000, 1000 as in the paper.

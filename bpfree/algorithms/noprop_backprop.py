@@ -64,7 +64,7 @@ class NoPropBackprop(Learner):
         weight_decay: decay of the blocks and of p_out.
         embeddings: "onehot", "learned" or "prototype".
         embedding_dim: d of learned embeddings; None: 20 as in the paper.
-        embedding_scale: of W_E against unit vectors, or against the images; learned rows begin with it.
+        embedding_scale: of W_E against unit vectors, or against the images; what learns is W_E over it.
         p_out: "linear" or "radial".
         radial_sigma: sigma of the radial p_out; None: 0.5.
         steps: T, the number of blocks.
