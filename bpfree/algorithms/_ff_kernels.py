@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE: Final = 2048
+REGISTERS: Final = 16384  # values of a group that a program keeps between its passes
+VALUES: Final = 1024  # of them that a warp keeps
 UNITS: Final = 16  # columns of a program in the closed form: enough programs for a GPU from 2000 units on
 ROWS: Final = 64  # of activities that it has at once
 CHUNK: Final = 1024  # of units' means that it adds up at once
@@ -46,16 +48,36 @@ def _standardize(
         tl.store(out + at, (value - mean) * factor, mask=inside)
 
 
+@triton.jit
+def _standardize_at_once(
+    x, out, positions, epsilon, channels: tl.constexpr, members: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * positions * channels + tl.program_id(1) * members
+    place, member = tl.arange(0, tall)[:, None], tl.arange(0, wide)[None, :]
+    inside = (place < positions) & (member < members)
+    at = first + place * channels + member
+    value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    difference = tl.where(inside, value - tl.sum(value) / (positions * members), 0)
+    factor = 1 / tl.sqrt(tl.sum(difference * difference) / (positions * members) + epsilon)
+    tl.store(out + at, difference * factor, mask=inside)
+
+
 def standardize_groups(hidden: Tensor, count: int, epsilon: float) -> Tensor:
     """See `_ff_classes.normalize_groups`: (B, channels, height, width), channels-last and without holes, of `count`
     groups of as many channels."""
     batch, channels, height, width = hidden.shape
-    out, members = torch.empty_like(hidden), channels // count
-    wide = triton.next_power_of_2(members)
+    out, members, positions = torch.empty_like(hidden), channels // count, height * width
+    wide, tall = triton.next_power_of_2(members), triton.next_power_of_2(positions)
     with torch.cuda.device(hidden.device):
-        _standardize[(batch, count)](
-            hidden, out, height * width, channels, members, epsilon, tall=max(1, TILE // wide), wide=wide
-        )
+        if tall * wide <= REGISTERS:
+            _standardize_at_once[(batch, count)](
+                hidden, out, positions, epsilon, channels=channels, members=members, tall=tall, wide=wide,
+                num_warps=max(1, tall * wide // VALUES),
+            )  # fmt: skip
+        else:
+            _standardize[(batch, count)](
+                hidden, out, positions, channels, members, epsilon, tall=max(1, TILE // wide), wide=wide
+            )
     return out
 
 
