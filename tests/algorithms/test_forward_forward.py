@@ -220,6 +220,26 @@ def test_collaborating_thresholds_grow_with_what_they_count() -> None:
     assert thresholds("collaboration-preceding") == [3, 7, 12]
 
 
+def test_what_a_loss_is_given_is_what_it_has() -> None:
+    assert contrastive_loss("original", GOODNESS["sum"], [3, 4], LossOptions(theta=2.5)).theta.tolist() == [
+        [2.5],
+        [2.5],
+    ]
+    assert contrastive_loss("symba", GOODNESS["mean"], [3, 4], LossOptions()).alpha == 4  # of the paper's public codes
+    given = learner(theta=1.5, temperature=3.0).contrast
+    assert (given.theta.flatten().tolist(), given.temperature) == ([1.5] * 3, 3.0)
+    assert learner(loss="symba", alpha=2.0).contrast.alpha == 2
+
+
+def test_weights_start_with_the_variance_of_the_fan_in() -> None:
+    model = ForwardForward(mlp((400,), (100, 900)), 10, init="normal")
+    weights, biases, _ = arrays(model)
+    for weight, bias, fan_in in zip(weights, biases, (400, 100), strict=True):
+        assert weight.std() == pytest.approx(fan_in**-0.5, rel=0.03)
+        assert weight.mean() == pytest.approx(0, abs=0.03 * fan_in**-0.5)
+        assert not bias.any()
+
+
 @pytest.mark.parametrize("negatives", ["hard", "random"])
 def test_training_equals_the_matlab_procedure(negatives: str) -> None:
     """Smoothed gradients at 0.01 are momentum 0.9 at 0.001; with two classes both kinds of negatives are the same."""
@@ -393,17 +413,18 @@ def test_order_of_units_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("strength", [1.0, 2.5])
+@pytest.mark.parametrize("normalizer", ["rms", "unit"])
 def test_goodness_inference_equals_one_forward_pass_per_label(
-    dtype: torch.dtype, tolerance: float, strength: float
+    dtype: torch.dtype, tolerance: float, strength: float, normalizer: str
 ) -> None:
-    model = learner(classes=4, label_strength=strength).to(dtype)
+    model = learner(classes=4, label_strength=strength, normalizer=normalizer).to(dtype)
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     x, _ = batch()
     weights, biases, _ = arrays(model.double())
     model.to(dtype)
-    expected = reference.label_goodness(x.numpy(), weights, biases, 4, strength)
+    expected = reference.label_goodness(x.numpy(), weights, biases, 4, strength, unit=normalizer == "unit")
     np.testing.assert_allclose(model.label_goodness(x.to(dtype)).numpy(), expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(model.scores(x.to(dtype)).numpy(), expected[1:].sum(0), rtol=tolerance, atol=tolerance)
 
@@ -687,6 +708,19 @@ def test_without_labels_the_readout_learns() -> None:
     assert metrics["layer 0 positive goodness"] > metrics["layer 0 negative goodness"]
     with pytest.raises(UsageError, match="no goodness of a label"):
         model.label_goodness(x)
+
+
+def test_without_labels_the_readout_sees_images_and_no_hybrids() -> None:
+    views = {"negatives": "hybrid", "inference": "softmax", "input_shape": (1, 4, 4), "noise_seed": 0}
+    model = ForwardForward(mlp((1, 4, 4), (7, 6, 5)), 3, optimizer=sgd, **views).double()
+    x, y = torch.rand(8, 1, 4, 4, dtype=F64), torch.randint(3, (8,))
+    weights, biases, _ = arrays(model)
+    hidden = reference.activities(x.flatten(1).numpy(), weights, biases)
+    model.step((x, y))
+    answer = np.full((8, 3), 1 / 3)  # it starts with zeros
+    for (_, h), head in zip(hidden[1:], model.heads, strict=True):
+        slope = (answer - np.eye(3)[y.numpy()]).T @ reference.rms_normalized(h) / 8
+        np.testing.assert_allclose(head.weight.detach().numpy(), -LR * slope, rtol=1e-6, atol=1e-9)
 
 
 def test_goodness_of_positive_and_negative_data_part() -> None:

@@ -35,13 +35,17 @@ def neutral(x, classes, strength=1.0):
     return rows
 
 
-def activities(rows, weights, biases):
-    """Inputs z_{l-1} and activities h_l of every layer."""
-    z, passed = rms_normalized(rows), []
+def activities(rows, weights, biases, *, unit=False):
+    """Inputs z_{l-1}, of |z|^2 = N or 1, and activities h_l of every layer."""
+
+    def normalized(v):
+        return rms_normalized(v) / np.sqrt(v.shape[1] if unit else 1)
+
+    z, passed = normalized(rows), []
     for W, b in zip(weights, biases, strict=True):
         h = np.maximum(z @ W.T + b, 0)
         passed.append((z, h))
-        z = rms_normalized(np.where(h.any(axis=1, keepdims=True), h, 1e-300))
+        z = normalized(np.where(h.any(axis=1, keepdims=True), h, 1e-300))
         z = np.where(h.any(axis=1, keepdims=True), z, 0)
     return passed
 
@@ -103,10 +107,8 @@ def matlab_training(x, y, weights, biases, heads, *, epsilon, head_epsilon, peer
     return weights, biases, heads
 
 
-def label_goodness(x, weights, biases, classes, strength=1.0):
+def label_goodness(x, weights, biases, classes, strength=1.0, *, unit=False):
     """(L, B, C) sums of squares, one label after another."""
-    columns = [
-        [(h**2).sum(axis=1) for _, h in activities(labelled(x, np.full(len(x), k), classes, strength), weights, biases)]
-        for k in range(classes)
-    ]
+    shown = [labelled(x, np.full(len(x), k), classes, strength) for k in range(classes)]
+    columns = [[(h**2).sum(axis=1) for _, h in activities(rows, weights, biases, unit=unit)] for rows in shown]
     return np.stack([np.stack(layers) for layers in columns], axis=2)
