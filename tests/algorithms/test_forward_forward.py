@@ -710,15 +710,16 @@ def test_without_labels_the_readout_learns() -> None:
         model.label_goodness(x)
 
 
-def test_without_labels_the_readout_sees_images_and_no_hybrids() -> None:
+@pytest.mark.parametrize("loss", ["original", "collaboration"])  # with and without the chain of separate layers
+def test_without_labels_the_readout_sees_images_and_no_hybrids(loss: str) -> None:
     views = {"negatives": "hybrid", "inference": "softmax", "input_shape": (1, 4, 4), "noise_seed": 0}
-    model = ForwardForward(mlp((1, 4, 4), (7, 6, 5)), 3, optimizer=sgd, **views).double()
+    model = ForwardForward(mlp((1, 4, 4), (7, 6, 5)), 3, optimizer=sgd, loss=loss, **views).double()
     x, y = torch.rand(8, 1, 4, 4, dtype=F64), torch.randint(3, (8,))
     weights, biases, _ = arrays(model)
     hidden = reference.activities(x.flatten(1).numpy(), weights, biases)
     model.step((x, y))
     answer = np.full((8, 3), 1 / 3)  # it starts with zeros
-    for (_, h), head in zip(hidden[1:], model.heads, strict=True):
+    for (_, h), head in zip(hidden[model.first :], model.heads, strict=True):
         slope = (answer - np.eye(3)[y.numpy()]).T @ reference.rms_normalized(h) / 8
         np.testing.assert_allclose(head.weight.detach().numpy(), -LR * slope, rtol=1e-6, atol=1e-9)
 
