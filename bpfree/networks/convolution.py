@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bpfree.networks.kernels import triton_kernels
-from bpfree.networks.narrow import NarrowConvolution
+from bpfree.networks.narrow import NarrowConvolution, convolution
 from bpfree.networks.streams import CONSTANTS, LANES, Mask, StreamDropout
 
 KERNELS: Final = "bpfree.networks._rectified_kernels"
@@ -43,7 +43,7 @@ class RectifiedConvolution(nn.Module):
         if not self._may_fuse(x):
             return self._finished(self.convolution(x))
         layer, side = self.convolution, POOL if self.pooled else 1
-        bare = F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        bare = convolution(x, layer)
         if not (
             bare.is_contiguous(memory_format=torch.channels_last)
             and 0 < bare.numel() < 2**31

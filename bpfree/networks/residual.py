@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bpfree.errors import UsageError
 from bpfree.networks.convolution import RectifiedConvolution
-from bpfree.networks.narrow import NARROW, NarrowConvolution
+from bpfree.networks.narrow import NarrowConvolution, is_narrow
 from bpfree.networks.normalization import MapNorm
 
 Shape = tuple[int, ...]
@@ -84,8 +84,8 @@ def needs_images(input_shape: Shape, what: str, least: int) -> None:
 
 def convolution(fan_in: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A padded convolution without bias, weights drawn from N(0, 2 / (kernel^2 width))."""
-    if fan_in == width in NARROW and (kernel, stride) == (3, 1):
-        layer: nn.Conv2d = NarrowConvolution(width)
+    if is_narrow(fan_in, width) and (kernel, stride) == (3, 1):
+        layer: nn.Conv2d = NarrowConvolution(fan_in, width)
     else:
         layer = nn.Conv2d(fan_in, width, kernel, stride, kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

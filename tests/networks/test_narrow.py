@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from bpfree import build_network
 from bpfree.networks.flops import FlopCounter
-from bpfree.networks.narrow import NarrowConvolution
+from bpfree.networks.narrow import NarrowConvolution, convolution
 
 # images, channels, height, width
 CASES = [(3, 16, 8, 8), (2, 16, 5, 7), (2, 16, 3, 3), (1, 16, 1, 1), (70, 16, 32, 32), (3, 32, 5, 7), (150, 32, 16, 16)]
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+# fan-in, channels, padding
+IMAGES = [(3, 32, 0), (1, 32, 0), (3, 16, 1), (1, 64, 1), (4, 128, 0)]
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
 
 
 def eighths(*shape: int) -> Tensor:
@@ -28,17 +31,26 @@ def eighths(*shape: int) -> Tensor:
 def case(images: int, channels: int, height: int, width: int) -> tuple[NarrowConvolution, Tensor, Tensor]:
     """A layer, inputs and a derivative by the outputs, channels-last."""
     torch.manual_seed(images)
-    layer = NarrowConvolution(channels)
+    layer = NarrowConvolution(channels, channels)
     layer.weight.data = eighths(*layer.weight.shape)
     maps = eighths(2, images, channels, height, width)
     x, gradient = (values.contiguous(memory_format=torch.channels_last) for values in maps)
     return layer, x, gradient
 
 
-def exact(layer: NarrowConvolution, x: Tensor, gradient: Tensor) -> list[Tensor]:
-    """Outputs and derivatives by input and weight, in 64 bits."""
+def images(fan_in: int, channels: int, padding: int, layout: torch.memory_format) -> tuple[nn.Conv2d, Tensor, Tensor]:
+    """The same for a convolution of images, of any layout."""
+    torch.manual_seed(fan_in)
+    layer = nn.Conv2d(fan_in, channels, 3, padding=padding)
+    layer.weight.data = eighths(*layer.weight.shape)
+    x = eighths(5, fan_in, 9, 12).contiguous(memory_format=layout)
+    return layer, x, eighths(5, channels, 7 + 2 * padding, 10 + 2 * padding)
+
+
+def exact(layer: nn.Conv2d, x: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Outputs and derivatives by input and weight, in 64 bits; without a bias."""
     weight, inputs = layer.weight.detach().double().requires_grad_(), x.double().requires_grad_()
-    outputs = F.conv2d(inputs, weight, padding=1)
+    outputs = F.conv2d(inputs, weight, padding=layer.padding)
     return [outputs.detach(), *torch.autograd.grad(outputs, (inputs, weight), gradient.double())]
 
 
@@ -53,8 +65,8 @@ def ends(layer: NarrowConvolution, x: Tensor, gradient: Tensor) -> list[Tensor]:
 def test_the_first_stages_of_a_residual_network_are_narrow() -> None:
     network = build_network("resnet:20", (3, 32, 32))
     narrow = [layer.in_channels for layer in network.modules() if isinstance(layer, NarrowConvolution)]
-    # two in each of three units, but for the one that halves the maps and doubles the channels
-    assert narrow == 6 * [16] + 5 * [32]
+    # the stem, and two in each of three units, but for the one that halves the maps and doubles the channels
+    assert narrow == [3] + 6 * [16] + 5 * [32]
 
 
 @pytest.mark.parametrize("sizes", [CASES[1], CASES[5]])
@@ -139,5 +151,59 @@ def test_operations_are_counted(sizes: tuple[int, ...]) -> None:
         with FlopCounter() as counter, torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
             outputs = there(inputs)
             outputs.backward(gradient.to(outputs))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", IMAGES)
+def test_kernels_of_images_round_what_is_exact(
+    sizes: tuple[int, int, int], layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    layer, x, gradient = images(*sizes, layout)
+    wanted = exact(layer, x, gradient)
+    there, inputs = layer.cuda(), x.cuda().requires_grad_()
+    with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+        outputs = convolution(inputs, there)
+    assert "_Narrow" in outputs.grad_fn.name()
+    assert outputs.is_contiguous(memory_format=torch.channels_last)
+    found = [outputs, *torch.autograd.grad(outputs, (inputs, there.weight), gradient.to(outputs))]
+    assert [values.dtype for values in found] == [dtype, torch.float32, torch.float32]
+    for index, (mine, theirs) in enumerate(zip(found, wanted, strict=True)):
+        rounded = theirs.to(torch.float32 if index == 2 else dtype).float()  # x was rounded on its way in
+        assert torch.equal(mine.detach().cpu().float(), rounded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("left", ["32 bits", "stride", "size", "channels", "inputs", "padding"])
+def test_other_convolutions_of_images_are_left_to_pytorch(left: str) -> None:
+    options = {
+        "stride": {"stride": 2}, "size": {"kernel_size": 5}, "channels": {"out_channels": 24},
+        "inputs": {"in_channels": 5}, "padding": {"padding": 2},
+    }.get(left, {})  # fmt: skip
+    layer = nn.Conv2d(**{"in_channels": 3, "out_channels": 32, "kernel_size": 3, **options}).cuda()
+    x = torch.randn(4, layer.in_channels, 8, 8, device="cuda")
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = left != "32 bits"
+        outputs = convolution(x, layer)
+        expected = layer(x) - layer.bias[:, None, None]
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert "_Narrow" not in outputs.grad_fn.name()
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", IMAGES)
+def test_operations_on_images_are_counted(sizes: tuple[int, int, int]) -> None:
+    layer, x, gradient = images(*sizes, torch.contiguous_format)
+    there, x, gradient = layer.cuda(), x.cuda(), gradient.cuda()
+    counts = []
+    for convolve in (lambda: convolution(x, there), lambda: F.conv2d(x, there.weight, None, 1, sizes[2])):
+        with FlopCounter() as counter:
+            torch.autograd.grad(convolve(), there.weight, gradient)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
