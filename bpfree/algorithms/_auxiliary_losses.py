@@ -21,17 +21,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bpfree.errors import UsageError, unknown_name
 from bpfree.networks.blocks import Shape
 from bpfree.networks.heads import Head
 from bpfree.networks.normalization import MapNorm, VectorNorm
+from bpfree.networks.pooling import grid_mean
 
 SIMILARITY_WEIGHT: Final = 0.99
 TEMPERATURE: Final = 0.07
@@ -312,11 +312,7 @@ CLASSIFIERS: Final[dict[str, Callable[[Shape, int], nn.Module]]] = {
 
 
 class _Resized(nn.Module):
-    """Average maps to a square grid.
-
-    Where windows do not overlap it is a mean, whose backward pass is one write; on GPUs that of pooling is many times
-    slower for channels-last maps, and that of adaptive pooling adds up in no fixed order.
-    """
+    """Average maps to a square grid: by `grid_mean` where windows do not overlap."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -327,35 +323,8 @@ class _Resized(nn.Module):
         if height == width == self.side:
             return maps
         if height % self.side == 0 and width % self.side == 0:
-            means: Tensor = _WindowMean.apply(maps, self.side)
-            return means
+            return grid_mean(maps, (self.side, self.side))
         return F.adaptive_avg_pool2d(maps, self.side)
-
-
-class _WindowMean(torch.autograd.Function):
-    """Means over the windows of a grid, and a backward pass that writes channels-last maps once.
-
-    PyTorch's writes twice: the derivative of a mean has no layout of its own, so it is laid out by channels first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, side: int) -> Tensor:
-        ctx.size = maps.shape[2:]
-        windows = maps.permute(0, 2, 3, 1).unflatten(2, (side, -1)).unflatten(1, (side, -1))
-        return windows.mean((2, 4)).permute(0, 3, 1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_mean: Tensor) -> tuple[Tensor, None]:
-        height, width = ctx.size
-        side = by_mean.shape[2]
-        tall, wide = height // side, width // side
-        shares = (by_mean / (tall * wide)).permute(0, 2, 3, 1).reshape(-1, by_mean.shape[1])
-        # a copy of few large values is several times as fast as one of many small ones
-        packs = shares.shape[1] * shares.element_size() % torch.int64.itemsize == 0
-        values = (shares.view(torch.int64) if packs else shares).view(len(by_mean), side, 1, side, 1, -1)
-        spread = values.expand(-1, -1, tall, -1, wide, -1).reshape(len(by_mean), height, width, -1)
-        return spread.view(shares.dtype).permute(0, 3, 1, 2), None
 
 
 class _Pooled(_Resized):

@@ -18,6 +18,7 @@ from bpfree.errors import UsageError
 from bpfree.networks.convolution import RectifiedConvolution
 from bpfree.networks.narrow import NarrowConvolution, is_narrow
 from bpfree.networks.normalization import MapNorm
+from bpfree.networks.pooling import grid_mean
 
 Shape = tuple[int, ...]
 DEEPER_WIDTHS: Final = (100, 200, 400, 800)  # Sun et al., ICLR 2025: 17 layers
@@ -62,7 +63,11 @@ class ShortcutBlock(nn.Module):
     def join(self, outputs: Tensor, inputs: Tensor) -> Tensor:
         """(B, channels, height, width) of the last layer, and the block's inputs -> what the block passes on."""
         if self.stride > 1:
-            inputs = F.avg_pool2d(inputs, self.stride, ceil_mode=True)
+            height, width = inputs.shape[2:]
+            if height % self.stride == width % self.stride == 0:
+                inputs = grid_mean(inputs, (height // self.stride, width // self.stride))
+            else:
+                inputs = F.avg_pool2d(inputs, self.stride, ceil_mode=True)
         return torch.cat([outputs, inputs], 1) if self.concatenate else outputs + inputs
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -657,19 +657,10 @@ def test_heads_fit_maps_of_any_size(name: str, side: int) -> None:
 # diagnostics, options
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(5, torch.float64), (5, torch.float32), (6, torch.float32)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("size", "side"), [((8, 8), 2), ((8, 12), 4), ((9, 7), 2), ((4, 4), 4)])
-def test_maps_are_averaged_to_a_grid(
-    size: tuple[int, int], side: int, layout: torch.memory_format, channels: int, dtype: torch.dtype
-) -> None:
-    maps = torch.randn(3, channels, *size, dtype=dtype).to(memory_format=layout).requires_grad_()
-    means, expected = _Resized(side)(maps), F.adaptive_avg_pool2d(maps, side)
-    gradient = torch.randn_like(expected)
-    found, wanted = (torch.autograd.grad(outputs, maps, gradient)[0] for outputs in (means, expected))
-    tolerance = 1e-12 if dtype is torch.float64 else 1e-6
-    torch.testing.assert_close(means, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+def test_maps_are_averaged_to_a_square(size: tuple[int, int], side: int) -> None:
+    maps = torch.randn(3, 5, *size, dtype=torch.float64)
+    torch.testing.assert_close(_Resized(side)(maps), F.adaptive_avg_pool2d(maps, side), rtol=1e-12, atol=1e-12)
 
 
 def test_diagnostics_are_the_accuracy_of_each_classifier() -> None:
