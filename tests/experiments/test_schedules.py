@@ -19,6 +19,12 @@ def test_cosine_passes_through_known_values(epoch: float, expected: float) -> No
     assert learning_rate_factor("cosine", epoch, 10) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "cosine-epochs", "cooldown"])
+@pytest.mark.parametrize("beyond", [0, 0.5, 3])
+def test_nothing_rises_again_behind_the_end(schedule: str, beyond: float) -> None:
+    assert learning_rate_factor(schedule, 10 + beyond, 10) == pytest.approx(0, abs=1e-15)
+
+
 @pytest.mark.parametrize(("epoch", "expected"), [(0, 1), (4.99, 1), (5, 0.1), (7.49, 0.1), (7.5, 0.01), (10, 0.01)])
 def test_step_divides_by_ten_at_half_and_three_quarters(epoch: float, expected: float) -> None:
     assert learning_rate_factor("step", epoch, 10) == pytest.approx(expected)

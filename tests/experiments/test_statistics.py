@@ -20,6 +20,7 @@ from bpfree.experiments.statistics import (
     Estimate,
     Reached,
     ToAccuracy,
+    constant,
     difference_p,
     energy_to_accuracy,
     equivalent,
@@ -363,3 +364,12 @@ def test_p_of_too_few_or_equal_pairs_is_not_known() -> None:
 def test_a_change_against_nothing_is_refused(baseline: float) -> None:
     with pytest.raises(DataError):
         relative_change(1.0, baseline)
+
+
+def test_a_difference_is_constant_if_enough_pairs_have_it_to_the_last_bit() -> None:
+    baseline = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert constant([value + 0.5 for value in baseline], baseline)
+    assert constant(baseline, baseline, relative=True)
+    assert not constant([value + 0.5 for value in baseline[1:]], baseline[1:])  # too few to tell
+    assert not constant([2.0, 3.0, 5.0, 9.0, 16.0], baseline)
+    assert not constant([value + 0.5 for value in baseline], baseline, relative=True)
