@@ -54,6 +54,18 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says(n: int) -> None:
     assert 0.93 <= statistics.fmean(covered) <= 0.97
 
 
+def test_the_interval_is_the_studentised_bootstraps() -> None:
+    rng = np.random.default_rng(5)
+    ours, baseline = joules(rng, 12, 0.8)
+    logs = [math.log(a / b) for a, b in zip(ours, baseline, strict=True)]
+    centre, spread = statistics.fmean(logs), statistics.stdev(logs)
+    samples = np.random.default_rng(3).choice(logs, (999, 12)).tolist()
+    ranked = sorted((statistics.fmean(sample) - centre) / statistics.stdev(sample) for sample in samples)
+    high, low = (centre - ranked[math.ceil(share * 999) - 1] * spread for share in (0.025, 0.975))
+    estimate = paired_ratio(ours, baseline, resamples=999, seed=3)
+    assert (estimate.low, estimate.high) == (pytest.approx(math.exp(low)), pytest.approx(math.exp(high)))
+
+
 def test_fewer_resamples_give_the_interval_of_ten_thousand() -> None:
     assert inspect.signature(paired_ratio).parameters["resamples"].default == 10_000
     ours, baseline = joules(np.random.default_rng(0), 20, 0.8)
