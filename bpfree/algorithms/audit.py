@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -150,10 +150,10 @@ def _blocks(numbers: Sequence[int]) -> str:
 
 def audit(
     learner: Learner,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     *,
     steps: int = STEPS,
-    validation: Sequence[Batch] = (),
+    validation: Iterable[Batch] = (),
     seed: int = 0,
 ) -> Audit:
     """Find out on which later blocks the update of each block depends.
@@ -163,7 +163,7 @@ def audit(
 
     Args:
         learner: what is audited; in every stage it takes all steps.
-        batches: network inputs and targets as for `step`, one for each step.
+        batches: network inputs and targets as for `step`, one for each step; all of them are taken into memory.
         steps: how many are watched, the last ones; those before them, at least one, are the first steps.
         validation: batches for stages whose `finish` chooses something on validation data.
         seed: of the noise, and of PyTorch's generators before the steps.
@@ -184,6 +184,7 @@ def audit(
         (0, True)
     """
     check_learner(learner, "an audit")
+    batches, validation = list(batches), list(validation)
     if not 0 < steps < len(batches):
         raise UsageError(
             f"an audit takes a batch for each of its steps and does not watch the first; got {len(batches)} batches "

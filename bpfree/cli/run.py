@@ -32,7 +32,7 @@ from bpfree.cli.training import training_options
 from bpfree.console import Console, energy_words
 from bpfree.energy import KINDS
 from bpfree.errors import UsageError
-from bpfree.experiments.config import RunConfig, parse_settings, resolve, training_config
+from bpfree.experiments.config import RunConfig, overridden, parse_settings, resolve, training_config
 from bpfree.parallel import FORMS, Ranks, Spread, launched
 from bpfree.parallel.ranks import TIMEOUT_S
 from bpfree.words import count_of
@@ -204,7 +204,7 @@ def run(
                 start = RunConfig.read(config_file)
                 config = replace(
                     start,
-                    training=training_config({**vars(start.training), **given}),
+                    training=training_config(overridden(vars(start.training), given)),
                     parameters={**start.parameters, **parse_settings(settings, start.algorithm)},
                     device=start.device if is_default("device") else device,
                     energy=start.energy if is_default("energy") else energy,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpfree.errors import DataError, unknown_name
+from bpfree.errors import DataError, UsageError, unknown_name
 
 AUGMENTATIONS: Final = ("none", "crop-flip", "shift")
 CROP_PADDING: Final = 4  # pixels of reflected border, as in the studies that bpfree compares with
@@ -50,8 +50,9 @@ class Batches:
         reconstruct: serve every sample, as it is served, as its own target.
 
     Raises:
-        DataError: augmentation of something that is not an image, or channels that do not match `mean`.
-        UsageError: unknown augmentation.
+        DataError: not as many targets as inputs, augmentation of something that is not an image, or channels that do
+            not match `mean`.
+        UsageError: unknown augmentation, or there is no such device.
     """
 
     fixed_shapes: ClassVar[bool] = True  # of a step's batch, so that a CUDA graph can replay it
@@ -77,6 +78,10 @@ class Batches:
                 f"{augmentation} needs images larger than {border} pixels, samples have shape "
                 f"{tuple(inputs.shape[1:])}; use --augmentation none"
             )
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"there is no {device} here: give device='cpu'")
+        if len(inputs) != len(targets):
+            raise DataError(f"{len(inputs)} inputs but {len(targets)} targets")
         if mean and inputs.shape[1] != len(mean):
             raise DataError(f"samples have {inputs.shape[1]} channels, mean and std are given for {len(mean)}")
         self.inputs = inputs.to(device)

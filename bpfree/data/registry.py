@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import shlex
 import zipfile
 import zlib
 from pathlib import Path
@@ -102,14 +103,14 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     for file, file_path in files:
         problem = _wrong_size(file, file_path)
         if problem:
-            raise _corrupt(entry, file_path, problem)
+            raise _corrupt(entry, base, file_path, problem)
     try:
         return _assemble(entry, layout.read(layout.location(base)))
     except DataError as error:
         for file, file_path in files:
             problem = _problem(file, file_path)
             if problem:
-                raise _corrupt(entry, file_path, problem) from error
+                raise _corrupt(entry, base, file_path, problem) from error
         raise  # every file is as published: a defect of bpfree
 
 
@@ -134,7 +135,7 @@ def load_raw_graph(name: str, root: str | Path | None = None, *, download: bool 
     for file, file_path in zip(layout.files, layout.paths(base), strict=True):
         problem = _problem(file, file_path)
         if problem:
-            raise _corrupt(entry, file_path, problem)
+            raise _corrupt(entry, base, file_path, problem)
     try:
         graph = layout.read(layout.location(base))
         found = (*graph.features.shape, graph.edge_index.shape[1], int(graph.labels.max()) + 1)
@@ -143,11 +144,13 @@ def load_raw_graph(name: str, root: str | Path | None = None, *, download: bool 
     except Exception as error:  # NumPy and torch_geometric raise nearly all there are on another content
         if all(file.checksum for file in layout.files):
             raise  # every file is as published: a defect of bpfree
-        raise _corrupt(entry, layout.paths(base)[0], " ".join(str(error).split()) or type(error).__name__) from error
+        raise _corrupt(
+            entry, base, layout.paths(base)[0], " ".join(str(error).split()) or type(error).__name__
+        ) from error
     expected = (entry.nodes, entry.features, entry.edges, entry.classes)
     if found != expected:
         what = "(nodes, features, edges, classes)"
-        raise _corrupt(entry, layout.paths(base)[0], f"it holds {found} {what}, expected {expected}")
+        raise _corrupt(entry, base, layout.paths(base)[0], f"it holds {found} {what}, expected {expected}")
     return entry, graph
 
 
@@ -177,7 +180,7 @@ def fetch(name: str, root: str | Path | None = None, *, progress: bool = True) -
         if problem is None:
             continue
         if entry.packaged or layout is not entry.source:
-            raise _corrupt(entry, file_path, problem)
+            raise _corrupt(entry, base, file_path, problem)
         _download(file, base / layout.folder, progress)
     return layout.location(base)
 
@@ -316,14 +319,19 @@ def _missing(entry: Entry[Any], base: Path) -> DataError:
         return DataError(f"{file_path} is missing from the installation: install bpfree again")
     return DataError(
         f"data set {entry.name!r} is not in {base}: no {file_path.relative_to(base)}; "
-        f"run `bpfree data fetch {entry.name}`, or point BPFREE_DATA to a folder that has it"
+        f"run `{_fetch(entry, base)}`, or point BPFREE_DATA to a folder that has it"
     )
 
 
-def _corrupt(entry: Entry[Any], file_path: Path, problem: str) -> DataError:
-    fetch_again = f"delete it and run `bpfree data fetch {entry.name}`"
-    remedy = "install bpfree again" if entry.packaged else fetch_again
+def _corrupt(entry: Entry[Any], base: Path, file_path: Path, problem: str) -> DataError:
+    remedy = "install bpfree again" if entry.packaged else f"delete it and run `{_fetch(entry, base)}`"
     return DataError(f"{file_path} is corrupt ({problem}): {remedy}")
+
+
+def _fetch(entry: Entry[Any], base: Path) -> str:
+    """The command that fills this folder, which may be another than the usual."""
+    elsewhere = "" if base == data_root() else f" --data {shlex.quote(str(base))}"
+    return f"bpfree data fetch {entry.name}{elsewhere}"
 
 
 def _download(file: File, folder: Path, progress: bool) -> None:

@@ -55,10 +55,10 @@ class CarbonTracker:
         UsageError: CodeCarbon is not installed, or has no carbon intensity for the country.
     """
 
-    def __init__(self, country: str, *, folder: Path) -> None:
+    def __init__(self, country: str, *, folder: Path | str) -> None:
         with _hushed([]):
             self._intensity = carbon_intensity(country)
-        self._folder = folder
+        self._folder = Path(folder)
         self._file = f"carbon-{uuid4().hex}.csv"
         self._tracker: Any = None
         self._parts = {name: _part(None, None, "not measured") for name in PART_OF_SCOPE.values()}

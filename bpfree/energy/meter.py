@@ -52,7 +52,8 @@ class EnergyMeter:
     """Measures the energy of named windows. A sensor that fails leads to flags, never to an exception.
 
     Args:
-        source: where joules come from; the caller closes it. None opens the one that fits `device`.
+        source: where joules come from; the caller closes it. A kind by its name, see `choose_source`, or None, which is
+            "auto", is opened for `device`.
         device: where the run computes, one or several; what is waited for at the ends of windows. None is the
             current CUDA device, if any.
         min_window_s: windows with shorter spans are flagged, s. With a counter refreshed every 0.1 s, 10 s
@@ -77,7 +78,7 @@ class EnergyMeter:
 
     def __init__(
         self,
-        source: PowerSource | None = None,
+        source: PowerSource | str | None = None,
         *,
         device: Device | Sequence[Device] | None = None,
         min_window_s: float = 10.0,
@@ -90,8 +91,14 @@ class EnergyMeter:
         idle_w: Sequence[float] = (),
         earlier: Mapping[str, EnergyResult] | None = None,
     ) -> None:
-        self._owns_source = source is None
-        self.source = source or choose_source("auto", device or _default_device())
+        if poll_hz < 0:
+            raise UsageError(f"poll_hz must not be negative, got {poll_hz}; 0 turns sampling off")
+        self._owns_source = not isinstance(source, PowerSource)
+        self.source = (
+            source
+            if isinstance(source, PowerSource)
+            else choose_source("auto" if source is None else source, device or _default_device())
+        )
         self._counter = CounterReader(self.source, clock, align=align)
         counts = Flag.COUNTER_UNSUPPORTED not in self.source.standing_flags
         if not counts:

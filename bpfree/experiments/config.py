@@ -352,7 +352,7 @@ def resolve(
     elif start is not None and start.task != asked:
         raise UsageError(f"preset {start.name} is for the task {start.task}, not for {asked}")
     usual = DEFAULT_GRAPH_NETWORK if isinstance(entry, data.GraphInfo) else DEFAULT_NETWORK
-    settings = {**usual_training(asked), **(start.training if start else {}), **(training or {})}
+    settings = overridden({**usual_training(asked), **(start.training if start else {})}, training or {})
     if asked == "autoencode":
         usual = DEFAULT_AUTOENCODER
     overrides = dict(parameters or {})
@@ -378,6 +378,12 @@ def resolve(
     )
 
 
+def overridden(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Training settings with those on top that are given; a cap on epochs or a patience replaces a number of passes."""
+    replaced = {"passes"} if {"epochs", "patience"} & given.keys() else set()
+    return {**{name: value for name, value in settings.items() if name not in replaced}, **given}
+
+
 def usual_training(task: Task) -> dict[str, Any]:
     """Training settings that go with a task unless others are given: images are reconstructed as they are."""
     return {"standardize": False} if task == "autoencode" else {}
@@ -394,6 +400,8 @@ def command(config: RunConfig) -> str:
     settings = differing(config.training)
     if config.task == "autoencode":  # whose default is not that of `TrainingConfig`
         settings["standardize"] = config.training.standardize
+    if config.training.passes is not None:  # which leaves these without a meaning, and is refused beside them
+        settings = {name: value for name, value in settings.items() if name not in ("epochs", "patience")}
     for name, value in settings.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):

@@ -132,6 +132,10 @@ def test_blocks_on_their_own_depend_on_what_comes_before() -> None:
     assert found.agrees
 
 
+def test_batches_may_come_one_by_one() -> None:
+    assert audit(Toy(), (pair for pair in batches())).first_changes == ONWARDS
+
+
 def test_gradients_that_cross_blocks_are_found_in_both_ways() -> None:
     found = audited(Toy("gradient"))
     assert found.first_changes == ((1, 1, 1),) * DEPTH

@@ -532,8 +532,10 @@ def test_layout_of_the_input_does_not_matter(rule: str, backbone: str) -> None:
 
 @every
 def test_float64(rule: str, backbone: str) -> None:
-    learner = build(rule, backbone).double()
+    learner = build(rule, backbone)
     x, y = batch(backbone)
+    step(learner, x, y)
+    learner.double()  # with what its optimisers keep
     assert all(value.dtype == torch.float64 for value in step(learner, x.to(torch.float64), y).values())
     assert learner.scores(x.to(torch.float64)).dtype == torch.float64
 
@@ -733,6 +735,27 @@ def test_a_state_of_another_network_is_refused() -> None:
     other = entry("bp").build(mlp(SHAPE, (24,) * 2), CLASSES, SHAPE)
     with pytest.raises(UsageError, match="the state is that of another network"):
         build("bp", "mlp").load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("adam", "sgd"), ("momentum", "adam"), ("adam", "adamw")])
+def test_a_state_of_another_optimizer_is_refused(saved: str, loaded: str) -> None:
+    other = build("mf", "mlp", optimizer=saved)
+    step(other, *batch("mlp"))
+    with pytest.raises(UsageError, match="build it with the same"):
+        build("mf", "mlp", optimizer=loaded).load_state_dict(other.state_dict())
+
+
+def test_a_state_that_does_not_name_its_optimizers_is_taken() -> None:
+    straight = build("mf", "mlp")
+    step(straight, *batch("mlp"))
+    state = copy.deepcopy(straight.state_dict())
+    for saved in state["_extra_state"]:
+        del saved["kind"]
+    resumed = build("mf", "mlp", seed=1)
+    resumed.load_state_dict(state)
+    for learner in (straight, resumed):
+        step(learner, *batch("mlp", seed=1))
+    assert identical(snapshot(straight), snapshot(resumed))
 
 
 class NoHostReads(TorchDispatchMode):

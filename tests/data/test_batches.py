@@ -207,3 +207,15 @@ def test_reconstructions_are_rated_by_squared_error_and_r_squared() -> None:
     assert total / 50 == pytest.approx(sklearn_metrics.mean_squared_error(wanted, got), rel=1e-5)
     r2 = sklearn_metrics.r2_score(wanted, got, multioutput="variance_weighted")
     assert hits / 50 == pytest.approx(r2, rel=1e-5)
+
+
+def test_as_many_targets_as_inputs() -> None:
+    x, y = images()
+    with pytest.raises(DataError, match="20 inputs but 19 targets"):
+        Batches(x, y[:-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="there is no cuda here"):
+        Batches(*images(), device="cuda")

@@ -417,7 +417,7 @@ def test_the_command_line_knows_graphs(tmp_path: Path) -> None:
 
 def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
     for name in GRAPHS[1:]:
-        with pytest.raises(DataError, match=f"{name!r} is not in .*; run `bpfree data fetch {name}`"):
+        with pytest.raises(DataError, match=f"{name!r} is not in .*; run `bpfree data fetch {name} --data "):
             load_graph(name, tmp_path, download=False)
 
 
@@ -522,7 +522,7 @@ def test_nothing_is_unpickled_from_a_file_that_is_not_the_published_one(same_siz
     with pytest.raises(DataError) as caught:
         load_graph("citeseer", tmp_path, download=False)
     assert str(layout.paths(tmp_path)[0]) in str(caught.value)
-    assert "delete it and run `bpfree data fetch citeseer`" in str(caught.value)
+    assert f"delete it and run `bpfree data fetch citeseer --data {tmp_path}`" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {state for _, state in data.verify("citeseer", tmp_path)} == {"corrupt"}
     assert not mark.exists()
@@ -564,7 +564,7 @@ def test_a_pickle_in_the_place_of_an_npz_is_refused(tmp_path: Path) -> None:
     mark = tmp_path / "unpickled"
     for name in ("citeseer_full", "github"):
         put(tmp_path, name, {}).write_bytes(pickle.dumps(Bomb(mark)))
-        with pytest.raises(DataError, match=rf"\.npz is corrupt .* `bpfree data fetch {name}`"):
+        with pytest.raises(DataError, match=rf"\.npz is corrupt .* `bpfree data fetch {name} "):
             load_graph(name, tmp_path, download=False)
     assert not mark.exists()
 

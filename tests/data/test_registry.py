@@ -483,7 +483,7 @@ def test_fetch_shows_progress_only_if_asked(toy: DatasetInfo, root: Path, capfd:
 def test_fetch_leaves_files_of_others_alone(toy: DatasetInfo, root: Path, server: Server) -> None:
     (root / "elsewhere").mkdir(parents=True)
     (root / "elsewhere" / "toy.npz").write_bytes(b"cut off")
-    with pytest.raises(DataError, match=r"elsewhere.toy\.npz is corrupt .* delete it and run `bpfree data fetch toy`"):
+    with pytest.raises(DataError, match=r"elsewhere.toy\.npz is corrupt .* delete it and run `bpfree data fetch toy "):
         data.fetch("toy", root, progress=False)
     assert (root / "elsewhere" / "toy.npz").read_bytes() == b"cut off"
     assert server.requests == []
@@ -500,7 +500,7 @@ def test_fetch_is_content_with_another_layout(toy: DatasetInfo, root: Path, serv
 def test_load_downloads_only_if_told(toy: DatasetInfo, root: Path, server: Server) -> None:
     with pytest.raises(DataError) as caught:
         data.load("toy", root)
-    for part in ("'toy'", str(root), "no toy/toy.npz", "`bpfree data fetch toy`", "BPFREE_DATA"):
+    for part in ("'toy'", str(root), "no toy/toy.npz", f"`bpfree data fetch toy --data {root}`", "BPFREE_DATA"):
         assert part in str(caught.value)
     assert server.requests == []
     assert len(data.load("toy", root, download=True).train) == 20
@@ -522,7 +522,13 @@ def test_load_of_a_file_of_another_size(toy: DatasetInfo, root: Path) -> None:
     with pytest.raises(DataError) as caught:
         data.load("toy", root)
     assert f"{file} is corrupt (it has {size + 1} bytes, expected {size})" in str(caught.value)
-    assert "delete it and run `bpfree data fetch toy`" in str(caught.value)
+    assert f"delete it and run `bpfree data fetch toy --data {root}`" in str(caught.value)
+
+
+def test_advice_for_the_usual_folder_names_none(toy: DatasetInfo, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BPFREE_DATA", str(root))
+    with pytest.raises(DataError, match="run `bpfree data fetch toy`,"):
+        data.load("toy")
 
 
 def test_load_of_a_damaged_file_gives_both_checksums(toy: DatasetInfo, root: Path) -> None:

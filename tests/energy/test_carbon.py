@@ -100,7 +100,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def report_of(folder: Path, energy: EnergyResult | None = None) -> dict[str, Any]:
-    with CarbonTracker("POL", folder=folder) as carbon:
+    with CarbonTracker("POL", folder=str(folder)) as carbon:
         pass
     report: dict[str, Any] = json.loads(json.dumps(carbon.report(energy)))
     return report

@@ -345,6 +345,17 @@ def test_less_than_idle_is_reported_as_it_is() -> None:
     assert "HOST_BOUND" in window.result.flags
 
 
+def test_a_source_may_be_named() -> None:
+    meter = EnergyMeter("simulated", device="cpu")
+    with meter.window("a"):
+        pass
+    assert meter.source.standing_flags == SimulatedSource(1.0).standing_flags
+    with pytest.raises(UsageError, match="did you mean simulated"):
+        EnergyMeter("simulatd")
+    with pytest.raises(UsageError, match="poll_hz must not be negative"):
+        EnergyMeter("simulated", poll_hz=-1)
+
+
 def test_wrong_use_is_told() -> None:
     clock = FakeClock()
     meter = simulated_meter(clock, min_window_s=10)

@@ -331,7 +331,7 @@ def test_the_command_of_a_run_repeats_it() -> None:
 
     config = replace(
         resolve("mf", "mnist", seed=4, parameters={"lr": 0.5, "input_projection": True}),
-        training=TrainingConfig(epochs=3, lr_schedule="cosine", graph=False, passes=8, augmentation="none"),
+        training=TrainingConfig(lr_schedule="cosine", graph=False, passes=8, augmentation="none"),
         task="autoencode",
     )
     words = shlex.split(command(config))
@@ -421,3 +421,24 @@ def test_an_unknown_key_of_a_preset_is_named_with_those_there_are(tmp_path: Path
     (tmp_path / "p.toml").write_text('netwrk = "mlp:1x8"')
     with pytest.raises(UsageError, match=r"p\.toml .*: unknown key 'netwrk'; did you mean network\?"):
         read_preset(tmp_path / "p.toml")
+
+
+def test_the_command_of_a_number_of_passes_names_no_epochs() -> None:
+    config = resolve("mf", "digits", preset="none", training={"epochs": 3, "patience": 2, "passes": 8})
+    words = shlex.split(command(config))
+    assert ("--epochs" in words, "--patience" in words) == (False, False)
+    assert words[words.index("--passes") + 1] == "8"
+
+
+@pytest.mark.parametrize("given", [{"epochs": 7}, {"patience": 3}, {"epochs": 7, "patience": 3}])
+def test_epochs_that_are_asked_for_replace_a_presets_passes(tmp_path: Path, given: dict[str, int]) -> None:
+    preset = tmp_path / "tuned.toml"
+    preset.write_text(
+        'description = "d"\nsource = "s"\nalgorithm = "mf"\ndataset = "digits"\nnetwork = "mlp:1x20"\n'
+        "[training]\npasses = 2\nbatch_size = 32\n"
+    )
+    training = resolve(preset=str(preset), training=given).training
+    assert training.passes is None
+    assert {name: getattr(training, name) for name in given} == given
+    assert training.batch_size == 32
+    assert resolve(preset=str(preset), training={"batch_size": 64}).training.passes == 2
