@@ -75,6 +75,21 @@ def test_each_sensor_has_its_own_rate_and_gain(monkeypatch: pytest.MonkeyPatch, 
     assert seen.sensors["counter"].mean_w == pytest.approx(300, rel=1e-2)
 
 
+def test_rare_updates_show_in_the_95_percent_and_not_in_the_median(
+    monkeypatch: pytest.MonkeyPatch, ticking: TickingClock
+) -> None:
+    def millijoules() -> int:
+        """Of ten steps nine come after 50 ms and one after 200."""
+        cycles, rest = divmod(ticking.now, 0.65)
+        return 1000 * (10 * int(cycles) + min(int(rest / 0.05), 9))
+
+    FakeNvml(monkeypatch, [FakeBoard(millijoules=millijoules)])
+    counter = observe(NvmlSource("cuda"), 20, ticking).sensors["counter"]
+    assert counter.update_ms == pytest.approx(50, abs=10)
+    assert counter.update_p95_ms == pytest.approx(200, abs=10)
+    assert counter.read_ms == pytest.approx(1e3 * TICK_S)
+
+
 def test_without_counter_power_is_the_baseline(monkeypatch: pytest.MonkeyPatch, ticking: TickingClock) -> None:
     board = FakeBoard(milliwatts=staircase(ticking, 0.1, lambda n: 120 + n % 2))
     board.errors["nvmlDeviceGetTotalEnergyConsumption"] = 3

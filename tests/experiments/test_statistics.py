@@ -372,6 +372,10 @@ def test_p_of_too_few_or_equal_pairs_is_not_known() -> None:
     assert difference_p([1.0] * 6, [0.0] * 6) is None
 
 
+def test_a_change_is_in_percent_of_the_baseline() -> None:
+    assert [relative_change(ours, 4.0) for ours in (3.0, 4.0, 9.0)] == [-25, 0, 125]
+
+
 @pytest.mark.parametrize("baseline", [0.0, -1.0, math.nan])
 def test_a_change_against_nothing_is_refused(baseline: float) -> None:
     with pytest.raises(DataError):
