@@ -37,7 +37,7 @@ class Embeddings(nn.Module):
     has rows as wide as an input, is learned too, and starts at random until `prepare` is called.
 
     What learns is the rows: an optimiser whose steps have the size of its rate, as Adam's, then moves embeddings by
-    the same part of their distances whatever the scale, where small ones of their own would meet within an epoch.
+    the same part of their distances whatever the scale.
 
     Args:
         kind: "onehot", "learned" or "prototype".

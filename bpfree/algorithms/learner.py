@@ -34,7 +34,7 @@ Metrics = dict[str, Tensor]
 Locality = Literal["network", "block", "layer"]
 Task = Literal["classify", "autoencode"]
 TASKS: Final = ("classify", "autoencode")
-KIND: Final = "kind"  # of an optimiser, beside its state
+KIND: Final = "kind"  # name of an optimiser's class, beside its state
 
 
 @dataclass(frozen=True)
@@ -501,8 +501,7 @@ class Learner(nn.Module, ABC):
     @final
     def get_extra_state(self) -> list[dict[str, Any]]:
         """Optimiser states, so that `state_dict` holds all that is needed to go on bit for bit."""
-        optimizers = self.optimizers()
-        return [{**made.state_dict(), KIND: kind} for made, kind in zip(optimizers, _kinds(optimizers), strict=True)]
+        return [{**optimizer.state_dict(), KIND: type(optimizer).__name__} for optimizer in self.optimizers()]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Optimiser states follow the parameters to another precision or device; counts of steps stay as they are."""
@@ -519,19 +518,17 @@ class Learner(nn.Module, ABC):
         optimizers = self.optimizers()
         if len(state) != len(optimizers):
             raise UsageError(f"the state has {len(state)} optimisers, this learner {len(optimizers)}")
-        kinds = {(saved.get(KIND, mine), mine) for saved, mine in zip(state, _kinds(optimizers), strict=True)}
-        for theirs, mine in kinds:
-            if theirs != mine:
-                raise UsageError(f"the state is of {theirs} and this learner learns by {mine}; build it with the same")
+        for optimizer, saved in zip(optimizers, state, strict=True):  # all of them, before any is loaded
+            mine = type(optimizer).__name__
+            if saved.get(KIND, mine) != mine:
+                raise UsageError(
+                    f"the state is of {saved[KIND]} and this learner learns by {mine}; build it with the same optimizer"
+                )
         try:
             for optimizer, saved in zip(optimizers, state, strict=True):
                 optimizer.load_state_dict({name: value for name, value in saved.items() if name != KIND})
         except ValueError as error:  # heard before PyTorch's list of the weights that do not fit
             raise UsageError(f"the state is that of another network ({error})") from error
-
-
-def _kinds(optimizers: Iterable[Optimizer]) -> list[str]:
-    return [type(optimizer).__name__ for optimizer in optimizers]
 
 
 def _kind(values: Tensor) -> str:

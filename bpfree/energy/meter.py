@@ -94,11 +94,8 @@ class EnergyMeter:
         if poll_hz < 0:
             raise UsageError(f"poll_hz must not be negative, got {poll_hz}; 0 turns sampling off")
         self._owns_source = not isinstance(source, PowerSource)
-        self.source = (
-            source
-            if isinstance(source, PowerSource)
-            else choose_source("auto" if source is None else source, device or _default_device())
-        )
+        named = "auto" if source is None else source
+        self.source = named if isinstance(named, PowerSource) else choose_source(named, device or _default_device())
         self._counter = CounterReader(self.source, clock, align=align)
         counts = Flag.COUNTER_UNSUPPORTED not in self.source.standing_flags
         if not counts:
