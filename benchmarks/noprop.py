@@ -164,9 +164,26 @@ def measure_inference(path: Path, window: float, device: torch.device) -> dict[s
                     "flags": list(result.flags),
                 }
             )
-    embeddings = learner.embeddings.kind
-    study = {"run": path.name, "dataset": config.dataset, "rule": learner.kind, "embeddings": embeddings}
-    return {**study, "seed": config.seed, "environment": environment(device), "rows": rows}
+    return {
+        "run": path.name,
+        "rule": learner.kind,
+        "embeddings": learner.embeddings.kind,
+        "config": config.to_dict(),
+        "environment": environment(device),
+        "rows": rows,
+    }
+
+
+def trained(study: dict[str, Any]) -> dict[str, str]:
+    """What was trained: the data, the arm, and what is not as its preset says but the sampler, which is a row's own."""
+    config = RunConfig.from_dict(study["config"])
+    settings = {name: value for name, value in changes(config).items() if name != "sampler"}
+    return {
+        "dataset": config.dataset,
+        "rule": study["rule"],
+        "embeddings": study["embeddings"],
+        "settings": listed(settings),
+    }
 
 
 def with_known(studies: list[dict[str, Any]], path: Path | None) -> list[dict[str, Any]]:
@@ -180,9 +197,7 @@ def inference_table(record: dict[str, Any]) -> str:
     return markdown_table(
         [
             {
-                "dataset": study["dataset"],
-                "rule": study["rule"],
-                "embeddings": study["embeddings"],
+                **trained(study),
                 "sampler": row["sampler"],
                 "steps": str(row["steps"]),
                 "validation accuracy, %": f"{statistics.fmean(row['validation']):.2f}" if row["validation"] else "",
@@ -208,12 +223,12 @@ def draw_inference(record: dict[str, Any], figure: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    canvas, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    canvas, panels = plt.subplots(1, 2, figsize=(9, 5), sharey=True)
     for study in record["inference"]:
         for sampler, group in itertools.groupby(study["rows"], key=lambda row: row["sampler"]):
             rows = list(group)
             right = [statistics.fmean(row["test"]) for row in rows]
-            name = f"{study['dataset']}, {study['rule']}, {study['embeddings']}, {sampler}"
+            name = ", ".join(part for part in (*trained(study).values(), sampler) if part)
             panels[0].plot([row["steps"] for row in rows], right, marker=".", label=name)
             if all(row["joules"] is not None for row in rows):
                 panels[1].plot([1e3 * row["joules"] for row in rows], right, marker=".")
@@ -226,7 +241,7 @@ def draw_inference(record: dict[str, Any], figure: Path) -> None:
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
-    canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
+    canvas.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     canvas.set_layout_engine("constrained")
     canvas.savefig(figure, dpi=150)
     plt.close(canvas)

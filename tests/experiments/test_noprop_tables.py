@@ -23,7 +23,8 @@ def tables(*options: str, status: int = 0) -> str:
 
 def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: Path) -> None:
     small = {"epochs": 1, "patience": 1}
-    config = resolve(preset="noprop-digits", parameters={"variant": "ct", "steps": 4, "eta": 1.0}, training=small)
+    parameters = {"variant": "ct", "steps": 4, "eta": 1.0, "sampler": "mean"}
+    config = resolve(preset="noprop-digits", parameters=parameters, training=small)
     record = tmp_path / "inference.json"
     summary = run(config, tmp_path / "runs")
     (path,) = (tmp_path / "runs").iterdir()
@@ -36,7 +37,9 @@ def test_inference_is_measured_with_every_sampler_and_number_of_steps(tmp_path: 
     assert all(len(row["validation"]) == len(row["test"]) == 5 for row in rows)
     assert rows[2]["test"] == summary["test_draws"]  # with the sampler and the steps of the run
     assert len({tuple(row["test"]) for row in rows}) == len(rows)
-    assert shown.count("| digits | ct | onehot |") == len(rows)
+    settings = "variant=ct, steps=4, eta=1, epochs=1, patience=1"  # not the run's sampler, since rows name theirs
+    assert shown.count(f"| digits | ct | onehot | {settings} | mean |") == 3
+    assert shown.count(f"| digits | ct | onehot | {settings} |") == len(rows)
     figure = tmp_path / "inference.png"
     assert tables("--show", str(record), "--figure", str(figure)) == shown
     assert figure.read_bytes().startswith(b"\x89PNG")
