@@ -139,8 +139,6 @@ class CompetitiveForward(Learner):
         super().__init__(network, classes, input_shape)
         if inference not in INFERENCES:
             raise unknown_name("inference", inference, INFERENCES)
-        if classes < 2:
-            raise UsageError(f"a competition needs at least 2 classes, got {classes}")
         self.inference, self.normalize_input = inference, normalize_input
         if isinstance(goodness, ClassGoodness):
             raise UsageError(

@@ -354,8 +354,6 @@ class CounterCurrent(Learner):
 
 def _readout(shape: Shape, classes: int) -> nn.Sequential:
     """U_L: (B, *shape) -> (B, C), without bias or activation."""
-    if classes < 2:
-        raise UsageError(f"a classifier needs at least 2 classes, got {classes}")
     return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes, bias=False))
 
 

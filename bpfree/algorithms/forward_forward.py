@@ -184,8 +184,6 @@ class ForwardForward(Learner):
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
-        if classes < 2:
-            raise UsageError(f"negative labels need at least 2 classes, got {classes}")
         self.inference = chosen("inference", inference, INFERENCES, Inference)
         self.schedule = schedule
         self.views = self._make_views(negatives, label, label_strength, noise_seed)

@@ -170,8 +170,8 @@ class ForwardGNN(Learner):
         ):
             if value not in known:
                 raise unknown_name(kind, value, known)
-        if not tau > 0 or classes < 2:
-            raise UsageError(f"tau must be positive, and classes 2 or more; got tau {tau} and {classes} classes")
+        if not tau > 0:
+            raise UsageError(f"tau must be positive, got {tau}")
         if variant.startswith("link") and classes != 2:
             raise UsageError(
                 f"variant {variant} tells edges from other pairs of nodes, 2 classes, and here are {classes}; ask for "

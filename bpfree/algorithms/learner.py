@@ -222,10 +222,12 @@ def check_classes(classes: int) -> None:
     """Refuse what is no number of classes.
 
     Raises:
-        UsageError: not an integer from 0 on.
+        UsageError: not an integer from 0 on, or one class, which there is nothing to tell from.
     """
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
         raise UsageError(f"classes is how many there are, an int, got {classes!r}")
+    if classes == 1:
+        raise UsageError("a classifier needs at least 2 classes, got 1")
 
 
 def refuse_idle(given: Mapping[str, Any], idle: Container[str], reason: str) -> None:

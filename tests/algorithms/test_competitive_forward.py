@@ -23,7 +23,7 @@ from bpfree.algorithms._ff_classes import (
 from bpfree.data.batches import Batches
 from bpfree.errors import UsageError
 from bpfree.experiments import Trainer, TrainingConfig
-from bpfree.networks import build_network, cnn, mlp, set_dropout
+from bpfree.networks import build_network, mlp, set_dropout
 from bpfree.networks.residual import ShortcutBlock
 from tests.algorithms.test_conformance import images
 from tests.reference import competitive_forward as reference
@@ -371,8 +371,6 @@ def test_layers_too_narrow_for_the_classes_are_refused() -> None:
     with pytest.raises(UsageError, match="3 channels cannot be shared by 4 classes"):
         learner((12, 3))
     assert learner((12, 3), goodness="auxiliary").scores(batch()[0]).shape == (9, CLASSES)
-    with pytest.raises(UsageError, match="at least 2 classes"):
-        CompetitiveForward(cnn(SHAPE, (4,)), 1, input_shape=SHAPE)
 
 
 class FirstChannels(ClassGoodness):

@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -687,6 +688,23 @@ def test_what_is_no_number_of_classes_gets_a_clear_error(rule: str, classes: Any
     shape = FEATURES if backbone in GRAPHS else SHAPE
     with pytest.raises(UsageError, match="classes is how many there are"):
         entry(rule).build(BACKBONES[backbone](), classes, shape)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_classes_are_learned_and_one_is_refused(rule: str) -> None:
+    backbone = backbones(rule)[0]
+    shape = FEATURES if backbone in GRAPHS else SHAPE
+    with pytest.raises(UsageError, match="at least 2 classes, got 1"):
+        entry(rule).build(BACKBONES[backbone](), 1, shape, **options_of(rule))
+    manual_seed(0)
+    learner = entry(rule).build(BACKBONES[backbone](), 2, shape, **options_of(rule))
+    x, y = batch(backbone)
+    if isinstance(x, Graph):
+        x = replace(x, labels=x.labels % 2)
+    metrics = step(learner, x, y % 2)
+    scores = learner.scores(x)
+    assert scores.shape == (len(y), 2)
+    assert all(value.isfinite().all() for value in (scores, *metrics.values()))
 
 
 @pytest.mark.parametrize("rule", ALIASES)

@@ -255,7 +255,7 @@ def test_clipping_a_network_as_one_is_a_channel_and_the_library_says_so() -> Non
         first.append(matrices(model)[0][0].grad)
     assert torch.equal(first[0], first[2])
     assert not torch.equal(first[1], first[3])
-    assert "clipped by network" in learner(clip=1.0, clip_scope="network").variant
+    assert learner(clip=1.0, clip_scope="network").variant == "dot, clipped by network"
 
 
 # gradients that are never written out
@@ -655,6 +655,7 @@ def test_a_level_of_the_autoencoder_is_the_papers_loss_and_its_derivatives() -> 
     forms = [F.normalize((v - v.mean((2, 3), keepdim=True)).flatten(2), dim=2) for v in (a, b)]
     loss = 3 * F.mse_loss(a, b) + 3 * F.mse_loss(*forms)
     by_a, by_b = torch.autograd.grad(loss, (a, b))
+    assert autoencoder(clip=0.0).variant == "reconstruction"
     objective = autoencoder().objective
     x, made = torch.rand(5, 2, 8, 8, dtype=torch.float64), torch.rand(5, 2, 8, 8, dtype=torch.float64)
     rating = objective.rate(a.detach(), b.detach(), objective.asked(x), at_input=False)

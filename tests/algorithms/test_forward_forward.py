@@ -1066,5 +1066,3 @@ def test_networks_and_classes_that_do_not_fit_are_refused() -> None:
         ForwardForward(cnn((1, 8, 8), (4,)), 2, input_shape=(1, 8, 8))
     with pytest.raises(UsageError, match="label=concat"):
         ForwardForward(network(), 6)
-    with pytest.raises(UsageError, match="at least 2 classes"):
-        ForwardForward(network(), 1)
