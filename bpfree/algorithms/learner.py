@@ -179,6 +179,8 @@ def check_inputs(inputs: Any, input_shape: Shape) -> None:
     values = inputs.x if isinstance(inputs, Graph) else inputs
     if not isinstance(values, Tensor):
         raise UsageError(f"inputs are a tensor or a Graph, got {type(values).__name__}")
+    if values.layout is not torch.strided:
+        raise UsageError(f"inputs must be dense, got a tensor of layout {values.layout}; call its to_dense()")
     # A first layer that flattens takes images too, so only the number of values per sample has to agree.
     if values.ndim < 2 or values.shape[1:].numel() != torch.Size(input_shape).numel():
         raise UsageError(

@@ -563,6 +563,7 @@ def test_bfloat16_autocast(rule: str, backbone: str) -> None:
         (lambda x, y: (x, y.float()), "class indices"),
         (lambda x, y: (x, y[:, None]), "class indices"),
         (lambda x, y: ((255 * x).to(torch.uint8), y), "floating point"),
+        (lambda x, y: (x.to_sparse(), y), "dense"),
         (lambda x, y: (x, y + CLASSES), r"\[0, 4\)"),
         (lambda x, y: (x[:0], y[:0]), "empty"),
     ],

@@ -71,6 +71,13 @@ def test_pieces_of_an_epoch_make_the_whole() -> None:
         batches.fill(draw, 4 * piece, inputs[piece], labels[piece])
     assert torch.equal(inputs.flatten(0, 1), whole)
     assert torch.equal(labels.flatten(), targets)
+    served = list(batches.epoch(draw, 6))
+    assert [len(inputs) for inputs, _ in served] == [6, 6, 6, 2]
+    for batch, parts in zip((whole, targets), zip(*served, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), batch)
+    (late, _), *rest = batches.epoch(draw, 6, first_batch=2)
+    assert torch.equal(late, whole[12:18])
+    assert len(rest) == 1
 
 
 def test_crop_and_flip_equal_numpy() -> None:
@@ -190,6 +197,15 @@ def test_samples_to_be_reconstructed_are_their_own_targets_as_they_are_served(au
     for inputs, targets in (staged[1], *batches.epoch(batches.draw(1), 5), *batches.in_order(7)):
         assert inputs.is_floating_point()
         assert targets is inputs
+
+
+def test_answers_are_rated_by_the_highest_score_and_cross_entropy() -> None:
+    batches = Batches(*images())
+    scores, targets = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0], [5.0, 4.0, 3.0]]), torch.tensor([1, 0, 2])
+    assert batches.hits(scores, targets).item() == 2
+    rows = [(3.0, (1.0, 3.0, 2.0)), (0.0, (0.0, -1.0, -2.0)), (3.0, (5.0, 4.0, 3.0))]
+    expected = sum(np.log(np.exp(row).sum()) - own for own, row in rows)
+    assert batches.losses(scores, targets).item() == pytest.approx(expected)
 
 
 def test_reconstructions_are_rated_by_squared_error_and_r_squared() -> None:
