@@ -608,6 +608,36 @@ def test_oracle_blocks_are_always_right_and_empty_ones_guess(options: dict[str, 
     assert guesses == pytest.approx(1 / CLASSES, abs=4.5 * (2 / 9 / count) ** 0.5)
 
 
+class Turning(Oracle):
+    """Says the class early on, and others later."""
+
+    def decode(self, features: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
+        assert time is not None
+        return torch.where(time[:, None] < 0.5, features, -features)
+
+
+def test_diagnostics_rate_every_block_or_the_first_and_the_last_step() -> None:
+    y = torch.arange(9) % CLASSES
+    x = torch.randn(9, INPUTS)
+    x[:, 0] = y
+    blocks = oracle(100.0, steps=3)
+    with torch.no_grad():
+        blocks.network[1].sharpness.neg_()
+    found = {name: value.item() for name, value in blocks.diagnostics((x, y)).items()}
+    assert found == {"block 0 accuracy": 1, "block 1 accuracy": 0, "block 2 accuracy": 1}
+    for variant in ("ct", "fm"):
+        model = NoProp([Turning(100.0)], CLASSES, input_shape=(INPUTS,), variant=variant, steps=4)
+        found = {name: value.item() for name, value in model.diagnostics((x, y)).items()}
+        assert found == {"first step accuracy": 1, "last step accuracy": 0}
+
+
+def test_only_several_blocks_share_embeddings_that_learn() -> None:
+    learned = {"embeddings": "learned", "embedding_dim": 4}
+    assert oracle(1.0).channels == ()
+    assert NoProp([Oracle(1.0)], CLASSES, input_shape=(INPUTS,), variant="ct", **learned).channels == ()
+    assert len(NoProp([Oracle(1.0), Oracle(1.0)], CLASSES, input_shape=(INPUTS,), steps=2, **learned).channels) == 1
+
+
 @pytest.mark.parametrize("steps", [1, 3, 7, 10])
 def test_fewer_steps_than_blocks_denoise_too(steps: int) -> None:
     x = torch.randn(60, INPUTS)
