@@ -46,6 +46,7 @@ from bpfree.algorithms._ff_classes import (
     GoodnessFactory,
     normalize_sample,
 )
+from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms._options import chosen_function
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
@@ -101,6 +102,7 @@ class CompetitiveForward(Learner):
         inference: "sum" of the layers' goodness, that of a run of layers "selected" on validation data, the "last"
             layer's, or a linear "readout" of the last layer.
         first_layer: how many layers "sum" leaves out at the beginning.
+        lanes: layers that learn at the same time in a CUDA graph; more take less time and more memory.
         head_pool: how feature maps reach the read-out: "flatten", "gap" or "adaptive".
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
@@ -134,12 +136,15 @@ class CompetitiveForward(Learner):
         inference: str = "sum",
         first_layer: int = 0,
         head_pool: str = "flatten",
+        lanes: int = 1,
         input_shape: Shape | None = None,
     ) -> None:
+        if lanes < 1:
+            raise UsageError(f"lanes must be at least 1, got {lanes}")
         super().__init__(network, classes, input_shape)
         if inference not in INFERENCES:
             raise unknown_name("inference", inference, INFERENCES)
-        self.inference, self.normalize_input = inference, normalize_input
+        self.inference, self.normalize_input, self.lanes = inference, normalize_input, lanes
         if isinstance(goodness, ClassGoodness):
             raise UsageError(
                 f"each layer has a goodness of its own: pass a function that makes it, such as the class "
@@ -183,15 +188,25 @@ class CompetitiveForward(Learner):
                 signal = block.join(signal, inputs) if isinstance(block, ShortcutBlock) else signal
         return shapes
 
-    def _run(self, inputs: Tensor, visit: Callable[[Layer, Tensor], Tensor]) -> None:
-        """Pass `inputs` through all layers; `visit` sees each with its inputs z_{l-1} and returns h_l."""
-        signal = normalize_sample(inputs) if self.normalize_input else inputs
+    def _run(self, inputs: Tensor, hear: Callable[[Layer, Tensor], None], lanes: Lanes) -> Tensor:
+        """Pass `inputs` through all layers; `hear` is told each one's h_l when the next has what it needs.
+
+        Returns:
+            h_L.
+        """
+        hidden = signal = normalize_sample(inputs) if self.normalize_input else inputs
         for block in self._blocks:
             entered = signal
             for layer in block.layers:
-                signal = self._normalize(visit(layer, signal), self.classes)
-            if block.shortcut is not None:
-                signal = block.shortcut.join(signal, entered)
+                with lanes.turn(signal, entered):
+                    hidden = layer.activate(signal)
+                    signal = self._normalize(hidden.detach(), self.classes)
+                    if block.shortcut is not None and layer is block.layers[-1]:
+                        signal = block.shortcut.join(signal, entered)
+                    lanes.hand_on()
+                    hear(layer, hidden)
+        lanes.join()
+        return hidden.detach()
 
     @torch.no_grad()
     def layer_goodness(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,15 +219,7 @@ class CompetitiveForward(Learner):
             (L, B, K), and h_L.
         """
         said: list[Tensor] = []
-        last = inputs
-
-        def visit(layer: Layer, signal: Tensor) -> Tensor:
-            nonlocal last
-            last = layer.activate(signal)
-            said.append(layer.goodness(last))
-            return last
-
-        self._run(inputs, visit)
+        last = self._run(inputs, lambda layer, hidden: said.append(layer.goodness(hidden)), Lanes(inputs.device, 1))
         return torch.stack(said), last
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -264,21 +271,16 @@ class CompetitiveForward(Learner):
     def _update(self, batch: Batch) -> Metrics:
         inputs, targets = batch
         metrics: Metrics = {}
-        last = inputs
 
-        def visit(layer: Layer, signal: Tensor) -> Tensor:
-            nonlocal last
-            with torch.enable_grad():  # a graph of its own for each layer, freed before the next begins
-                hidden = layer.activate(signal)
-                loss = self._compete(layer.goodness(hidden), targets)
+        def learn(layer: Layer, hidden: Tensor) -> None:
+            """A graph of its own for each layer, freed in here."""
+            loss = self._compete(layer.goodness(hidden), targets)
             if layer.parameters:  # else the user has frozen them all
                 set_gradients(layer.parameters, torch.autograd.grad(loss, layer.parameters))
             metrics[f"{layer.name} loss"] = loss.detach()
-            last = hidden.detach()
-            return last
 
-        with torch.no_grad():
-            self._run(inputs, visit)
+        with torch.enable_grad():
+            last = self._run(inputs, learn, Lanes(targets.device, self.lanes))
         if self.readout is not None:
             with torch.enable_grad():
                 loss = F.cross_entropy(self.readout(last), targets)

@@ -9,8 +9,8 @@ for Supervised Local Learning", ECCV 2024, arXiv 2407.05623. With blocks h_i = f
 
 h_{i-1} is a constant to block i: a gradient stays inside a block and its auxiliary network. Inside a block ordinary
 back-propagation runs. E_i has parameters, but no gradient of its own; T_i is its trainable twin, or a bias. Each
-block's graph is freed before the next block begins, so that the peak of memory is that of one block. All blocks share
-one optimiser step at the end. Prediction uses blocks and W alone.
+block's graph is freed before the next block begins, so that the peak of memory is that of one block, or, with `lanes`,
+of as many as learn at once. All blocks share one optimiser step at the end. Prediction uses blocks and W alone.
 
 Deviations from the papers: E_i and T_i start as copies of u_{i+1} (the paper's word; its code draws all three anew).
 InfoPro's weights run linearly from the first auxiliary loss to the last (MAN's code ramps by stage, which makes weights
@@ -40,6 +40,7 @@ from bpfree.algorithms._auxiliary_losses import (
     Place,
     auxiliary_loss,
 )
+from bpfree.algorithms._lanes import Lanes
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary, check_parts
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import (
@@ -125,6 +126,7 @@ class LocalLearning(Learner):
         lr: learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9), or another of `make_optimizer`.
         weight_decay: decay of all weights that are trained.
+        lanes: blocks that learn at the same time in a CUDA graph; more take less time and more memory.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -170,8 +172,11 @@ class LocalLearning(Learner):
         lr: float = 0.1,
         optimizer: str | OptimizerFactory = "sgd",
         weight_decay: float = 0.0,
+        lanes: int = 1,
         input_shape: Shape | None = None,
     ) -> None:
+        if lanes < 1:
+            raise UsageError(f"lanes must be at least 1, got {lanes}")
         super().__init__(_cut(network, k, ends, stem, input_shape), classes, input_shape)
         check_parts(ema=ema, bias=bias, scale=scale, start=start)
         if ema_update not in UPDATE_TIMES:
@@ -184,7 +189,7 @@ class LocalLearning(Learner):
             weight_ramp("classify", classify_first, classify_last, INFOPRO_CLASSIFY),
         )
         self.host = host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
-        self.ema, self.bias, self.ema_update, self.scale = ema, bias, ema_update, scale
+        self.ema, self.bias, self.ema_update, self.scale, self.lanes = ema, bias, ema_update, scale, lanes
         self.channels = (MOMENTUM_COPY,) if ema else ()
         blocks = list(self.network)
         shapes = block_output_shapes(blocks, self.input_shape)
@@ -259,6 +264,7 @@ class LocalLearning(Learner):
             ask=lambda inputs: inputs,
             offer=lambda inputs: (inputs,),
             answer=lambda signal, inputs: self.readout(signal[0]),
+            join=lambda step: step.lanes.join(),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -274,11 +280,12 @@ class LocalLearning(Learner):
 
     def _begin(self, batch: Batch) -> Step:
         inputs, targets = batch
-        return Step(inputs, targets, None if self.pixels is None else self.pixels(inputs))
+        images = None if self.pixels is None else self.pixels(inputs)
+        return Step(inputs, targets, images, Lanes(targets.device, self.lanes))
 
     @staticmethod
     def _learn_unit(unit: Unit, signal: Signal, step: Step) -> tuple[Signal, Metrics]:
-        outputs, loss = unit.learn(signal[0], step.images, step.targets)
+        outputs, loss = unit.learn(signal[0], step)
         return (outputs,), {f"{unit.name} loss": loss}
 
     @staticmethod
@@ -326,11 +333,12 @@ class LocalLearning(Learner):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What the blocks of a step share: x, (B,) targets, and x scaled to [0, 1] if a loss reconstructs images."""
+    """What the blocks of a step share: x, (B,) targets, x scaled to [0, 1] if a loss reconstructs images, and lanes."""
 
     inputs: Tensor
     targets: Tensor
     images: Tensor | None
+    lanes: Lanes
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,13 +364,18 @@ class Unit:
         """A unit, with what follows from its parts."""
         return cls(name, block, auxiliary, loss, tuple(trained(block, auxiliary, loss)))
 
-    def learn(self, inputs: Tensor, images: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the gradients; return h_i and the loss. The graph begins, ends and is freed in here."""
-        with torch.enable_grad():
-            activations = self.block(inputs.detach())
-            loss = self.loss(self.auxiliary(activations), images, targets)
-        set_gradients(self.parameters, torch.autograd.grad(loss, self.parameters))
-        return activations.detach(), loss.detach()
+    def learn(self, inputs: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Set the gradients; return h_i and the loss. The graph begins, ends and is freed in here.
+
+        The next block may begin with h_i, and so before this one has its gradients.
+        """
+        with step.lanes.turn(inputs):
+            with torch.enable_grad():
+                activations = self.block(inputs.detach())
+                step.lanes.hand_on()
+                loss = self.loss(self.auxiliary(activations), step.images, step.targets)
+            set_gradients(self.parameters, torch.autograd.grad(loss, self.parameters))
+            return activations.detach(), loss.detach()
 
 
 class PixelRange(nn.Module):

@@ -359,6 +359,7 @@ def test_gradients_exist_inside_a_residual_block_and_not_across() -> None:
         ({"first_layer": 2}, r"\[0, 2\)"),
         ({"inference": "last", "first_layer": 1}, "first_layer is of inference=sum, not of last"),
         ({"head_pool": "gap"}, "needs inference=readout"),
+        ({"lanes": 0}, "lanes must be at least 1, got 0"),
     ],
     ids=str,
 )

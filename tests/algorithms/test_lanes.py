@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,62 +14,91 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bpfree.algorithms import CounterCurrent, ForwardForward, Learner, MonoForward, NoProp, NoPropBackprop
-from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms import (
+    CompetitiveForward,
+    CounterCurrent,
+    ForwardForward,
+    Learner,
+    LocalLearning,
+    MonoForward,
+    NoProp,
+    NoPropBackprop,
+    _lanes,
+)
 from bpfree.networks import build_network, cnn, mlp
-
-MAIN = -1
 
 
 class Watch(TorchDispatchMode):
-    """Notes which lane makes and reads which memory, until lanes are joined.
+    """Stands in for the device: notes which stream makes and reads which memory, and how much a stream knows of others.
 
-    The allocator gives memory back to the stream that asked for it, and a lane waits for the main stream, and for one
-    other lane if that is named, when it is entered; so a lane must not read what another lane made, nor the main stream
-    what any did, before the join, and what a lane reads of other streams must live until then.
+    The allocator gives memory back to the stream that asked for it. So a stream must not read what another has made
+    without having waited for it, and memory that was given back must not be taken while another stream may still be
+    reading it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.lane, self.forks = MAIN, 0
-        self.waited = {MAIN}
-        self.made: dict[StorageWeakRef, int] = {}
-        self.owner: dict[StorageWeakRef, int] = {}  # whom the allocator gives it back to, after a join too
-        self.read: list[tuple[StorageWeakRef, str]] = []
+        self.main = FakeStream(self)
+        self.current = self.main
+        self.side: dict[int, FakeStream] = {}
+        self.made: dict[StorageWeakRef, tuple[FakeStream, int]] = {}
+        self.read: list[tuple[StorageWeakRef, FakeStream, FakeStream, int, str]] = []
         self.races: list[str] = []
+        self.forks = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, here = kwargs or {}, self.current
+        here.time += 1
         given = [StorageWeakRef(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         for memory in given:
-            maker = self.made.get(memory, MAIN)
-            if maker not in (self.lane, *self.waited):
-                self.races.append(f"{func} in lane {self.lane} reads what lane {maker} makes")
-            if self.lane not in (
-                MAIN,
-                self.owner.get(memory, MAIN),
-            ):  # a lane waits for main before it takes memory back
-                self.read.append((memory, f"{func} in lane {self.lane}"))
+            maker, time = self.made.get(memory, (self.main, 0))
+            if not here.knows(maker, time):
+                self.races.append(f"{func} in {here} reads what {maker} makes")
+            if maker is not here:
+                self.read.append((memory, maker, here, here.time, f"{func} in {here}"))
+        for entry in [entry for entry in self.read if entry[0].expired() and entry[1] is here]:
+            *_, reader, time, who = entry
+            if not here.knows(reader, time):
+                self.races.append(f"{who} reads what {here} takes")
+            self.read.remove(entry)
         found = func(*args, **kwargs)
         for tensor in tree_iter(found):
             if isinstance(tensor, Tensor) and (memory := StorageWeakRef(tensor.untyped_storage())) not in given:
-                self.made[memory] = self.owner[memory] = self.lane
+                self.made[memory] = here, here.time
         return found
 
-    @contextmanager
-    def enter(self, lanes: Lanes, index: int, *, after: int | None = None) -> Iterator[None]:
-        assert self.lane == MAIN
-        assert 0 <= index < lanes.count
-        self.lane, self.forks = index, self.forks + 1
-        self.waited = {MAIN} if after is None else {MAIN, after}
-        yield
-        self.lane, self.waited = MAIN, {MAIN}
+    def streams(self, _: torch.device, count: int) -> list[FakeStream]:
+        return [self.side.setdefault(index, FakeStream(self)) for index in range(count)] if count > 1 else []
 
-    def join(self, lanes: Lanes) -> None:
-        self.races += [f"{who} reads what is freed before the join" for memory, who in self.read if memory.expired()]
-        self.read.clear()
-        self.made.clear()
-        self.owner = {memory: lane for memory, lane in self.owner.items() if not memory.expired()}
+    @contextmanager
+    def enter(self, stream: FakeStream) -> Iterator[None]:
+        assert self.current is self.main
+        self.current, self.forks = stream, self.forks + 1
+        yield
+        self.current = self.main
+
+
+class FakeStream:
+    """What a stream has waited for, by a clock of each."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.time = watch, 0
+        self.waited: dict[FakeStream, int] = {}
+
+    def __repr__(self) -> str:
+        return next((f"lane {index}" for index, stream in self.watch.side.items() if stream is self), "the main stream")
+
+    def knows(self, other: FakeStream, time: int) -> bool:
+        return other is self or self.waited.get(other, 0) >= time
+
+    def record_event(self) -> dict[FakeStream, int]:
+        return {**self.waited, self: self.time}
+
+    def wait_event(self, event: dict[FakeStream, int]) -> None:
+        self.waited = {key: max(time, self.waited.get(key, 0)) for key, time in {**self.waited, **event}.items()}
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(other.record_event())
 
 
 def dense(**options: Any) -> nn.Sequential:
@@ -96,6 +126,18 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
     "noprop": lambda: NoProp(mlp((5,), (8,)), 3, steps=4, width=6, lanes=2),
     "noprop-step": lambda: NoProp(mlp((5,), (8,)), 3, steps=4, width=6, lanes=2, shared_updates="step"),
     "noprop-bp": lambda: NoPropBackprop(mlp((5,), (8,)), 3, steps=4, width=6, lanes=2),
+    "cwc": lambda: CompetitiveForward(cnn((3, 8, 8), (6, 6, 6)), 3, lanes=2, input_shape=(3, 8, 8)),
+    "dff": lambda: CompetitiveForward(
+        build_network("deeper", (3, 16, 16)), 3, lanes=2, inference="readout", input_shape=(3, 16, 16)
+    ),
+    "sff": lambda: CompetitiveForward(
+        cnn((3, 32, 32), (6,) * 5), 3, lanes=3, goodness="auxiliary", normalizer="channels", input_shape=(3, 32, 32)
+    ),
+    "dgl": lambda: LocalLearning(dense(), 3, host="greedy", lanes=2),
+    "man": lambda: LocalLearning(
+        cnn((3, 32, 32), (6,) * 5), 3, ema=True, bias="twin", lanes=3, input_shape=(3, 32, 32)
+    ),
+    "infopro": lambda: LocalLearning(cnn((3, 8, 8), (6, 6, 6)), 3, host="infopro", lanes=2, input_shape=(3, 8, 8)),
     "ccl": lambda: CounterCurrent(dense(elu=True), 3, clip_scope="network", warmup_steps=3),
     "ccl-layer": lambda: CounterCurrent(dense(elu=True), 3, centralize=True),
     "ccl-flood": lambda: CounterCurrent(dense(elu=True), 3, flood=0.6, clip=0.0),
@@ -109,16 +151,51 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_lanes_share_no_memory_before_they_are_joined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_share_no_memory_without_waiting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    learner = LEARNERS[name]()
-    watch = Watch()
-    monkeypatch.setattr(Lanes, "lane", lambda lanes, index, **waits: watch.enter(lanes, index, **waits))
-    monkeypatch.setattr(Lanes, "join", lambda lanes: watch.join(lanes))
+    learner, watch = LEARNERS[name](), Watch()
     inputs = torch.rand(6, *learner.input_shape)
     batch = inputs, inputs if learner.task == "autoencode" else torch.randint(3, (6,))
+    alone = copy.deepcopy(learner)
+    for _ in range(2):
+        alone.step(batch)
+    monkeypatch.setattr(_lanes, "side_streams", watch.streams)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: watch.current)
+    monkeypatch.setattr(torch.cuda, "stream", watch.enter)
     for _ in range(2):
         with watch:
             learner.step(batch)
     assert watch.forks > 2
     assert not watch.races
+    for mine, other in zip(learner.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_turns_overlap_and_wait_for_what_was_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    monkeypatch.setattr(_lanes, "side_streams", watch.streams)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: watch.current)
+    monkeypatch.setattr(torch.cuda, "stream", watch.enter)
+    lanes = _lanes.Lanes(torch.device("cpu"), 2)
+    learnt, handed = [], []
+    with watch:
+        for _ in range(4):
+            with lanes.turn():
+                torch.zeros(1)
+                lanes.hand_on()
+                handed.append((watch.current, watch.current.time))
+                torch.zeros(1)
+                learnt.append((watch.current, watch.current.time))
+                first, second = watch.side[0], watch.side[1]
+                assert watch.current is (first, second)[(len(learnt) - 1) % 2]
+                assert all(watch.current.knows(*moment) for moment in handed)
+                others = learnt[:-1][::-1]  # the last one's learning goes on meanwhile, those before are over
+                assert [watch.current.knows(*moment) for moment in others] == [False, True, True][: len(others)]
+        with lanes.turn():
+            torch.zeros(1)
+            learnt.append((watch.current, watch.current.time))
+        with lanes.turn():  # a part that has not handed on is waited for
+            assert watch.current.knows(*learnt[-1])
+    assert not watch.main.knows(*learnt[-1])
+    lanes.join()
+    assert all(watch.main.knows(*moment) for moment in learnt)

@@ -706,6 +706,7 @@ def test_variants_tell_rows_apart(build: Callable[[], LocalLearning], expected: 
         ({"ema_update": "after"}, "need ema=true"),
         ({"ema": True, "ema_update": "during"}, "unknown ema_update"),
         ({"ema": True, "momentum": 1.5}, r"\[0, 1\]"),
+        ({"lanes": 0}, "lanes must be at least 1, got 0"),
         ({"ends": "3,9"}, "give one of them"),
         ({"k": 0, "ends": "3;9"}, "such as 3,7,15"),
         ({"k": 0, "ends": "3,8"}, "the last is 9"),
