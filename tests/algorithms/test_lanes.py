@@ -31,9 +31,9 @@ from bpfree.networks import build_network, cnn, mlp
 class Watch(TorchDispatchMode):
     """Stands in for the device: notes which stream makes and reads which memory, and how much a stream knows of others.
 
-    The allocator gives memory back to the stream that asked for it. So a stream must not read what another has made
-    without having waited for it, and memory that was given back must not be taken while another stream may still be
-    reading it.
+    The allocator gives memory back to the stream that asked for it. So a stream must not read or change what another
+    has written without having waited for it, and memory must not be changed, or taken after it was given back, while
+    another stream may still be reading it.
     """
 
     def __init__(self) -> None:
@@ -41,30 +41,30 @@ class Watch(TorchDispatchMode):
         self.main = FakeStream(self)
         self.current = self.main
         self.side: dict[int, FakeStream] = {}
-        self.made: dict[StorageWeakRef, tuple[FakeStream, int]] = {}
-        self.read: list[tuple[StorageWeakRef, FakeStream, FakeStream, int, str]] = []
+        self.owner: dict[StorageWeakRef, FakeStream] = {}
+        self.wrote: dict[StorageWeakRef, tuple[FakeStream, int]] = {}
+        self.read: list[tuple[StorageWeakRef, FakeStream, int, str]] = []
         self.races: list[str] = []
         self.forks = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, here = kwargs or {}, self.current
         here.time += 1
-        given = [StorageWeakRef(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        given, changed = memories((args, kwargs)), changed_memories(func, args, kwargs)
         for memory in given:
-            maker, time = self.made.get(memory, (self.main, 0))
-            if not here.knows(maker, time):
-                self.races.append(f"{func} in {here} reads what {maker} makes")
-            if maker is not here:
-                self.read.append((memory, maker, here, here.time, f"{func} in {here}"))
-        for entry in [entry for entry in self.read if entry[0].expired() and entry[1] is here]:
-            *_, reader, time, who = entry
-            if not here.knows(reader, time):
-                self.races.append(f"{who} reads what {here} takes")
-            self.read.remove(entry)
+            writer, time = self.wrote.get(memory, (self.main, 0))
+            if not here.knows(writer, time):
+                self.races.append(f"{func} in {here} reads what {writer} writes")
+        taken = {memory for memory, *_ in self.read if memory.expired() and self.owner.get(memory, self.main) is here}
+        for memory, reader, time, who in self.read:
+            if memory in taken | changed and not here.knows(reader, time):
+                self.races.append(f"{func} in {here} {'takes' if memory in taken else 'changes'} what {who} reads")
+        self.read = [entry for entry in self.read if entry[0] not in taken]
+        self.read += [(memory, here, here.time, f"{func} in {here}") for memory in given]
         found = func(*args, **kwargs)
-        for tensor in tree_iter(found):
-            if isinstance(tensor, Tensor) and (memory := StorageWeakRef(tensor.untyped_storage())) not in given:
-                self.made[memory] = here, here.time
+        made = memories(found) - given
+        self.owner |= dict.fromkeys(made, here)
+        self.wrote |= dict.fromkeys(made | changed, (here, here.time))
         return found
 
     def streams(self, _: torch.device, count: int) -> list[FakeStream]:
@@ -99,6 +99,18 @@ class FakeStream:
 
     def wait_stream(self, other: FakeStream) -> None:
         self.wait_event(other.record_event())
+
+
+def memories(tree: Any) -> set[StorageWeakRef]:
+    return {StorageWeakRef(leaf.untyped_storage()) for leaf in tree_iter(tree) if isinstance(leaf, Tensor)}
+
+
+def changed_memories(func: Any, args: Any, kwargs: Any) -> set[StorageWeakRef]:
+    """Of the arguments that an operator writes to."""
+    names = [argument.name for argument in func._schema.arguments]
+    values = {**dict(zip(names, args, strict=False)), **kwargs}
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return memories([values.get(name) for name in written])
 
 
 def dense(**options: Any) -> nn.Sequential:
