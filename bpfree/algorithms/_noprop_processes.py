@@ -167,7 +167,7 @@ class DiscreteDiffusion(Process):
         high: clamp of abar from above; it alone sets the last block's weight.
     """
 
-    samplers = ("stochastic", "mean")
+    samplers = ("stochastic", "last-mean", "mean")
     timed = False
     alpha_bars: Tensor
     weights: Tensor
@@ -217,11 +217,15 @@ class DiscreteDiffusion(Process):
         sampler: str,
         step: int,
     ) -> tuple[Tensor, Tensor]:
-        """Step `step` of inference, from z_at to z_to: z = a uhat + b z + sqrt(c) noise; (B, C) logits and (B, d) z."""
+        """Step `step` of inference, from z_at to z_to: z = a uhat + b z + sqrt(c) noise; (B, C) logits and (B, d) z.
+
+        The sampler "mean" leaves the noise out, "last-mean" in the step to z_T only, as Algorithm 2 of DDPM does (Ho,
+        Jain and Abbeel 2020).
+        """
         logits = block(x, z)
         a, b, c = posterior(self.alpha_bars[at], self.alpha_bars[to])
         z = a * shared.embeddings.estimate(logits) + b * z
-        if sampler == "stochastic":
+        if sampler == "stochastic" or (sampler == "last-mean" and to < self.steps):
             z = z + c.sqrt() * noise(step + 1)
         return logits, z
 

@@ -160,8 +160,8 @@ class NoProp(Learner):
         gamma_min: g0 of "ct" at the start; None: -2.5.
         gamma_max: g1 of "ct" at the start; None: 3.
         path_sigma: sigma of the path in "fm"; None: 0.
-        sampler: "stochastic" (dt as in the paper, ct), "mean" without the noise term (dt, ct), or "ode" (ct, fm). None:
-            "stochastic" for dt, "mean" for ct, "ode" for fm.
+        sampler: "stochastic" (dt as in the paper, ct), "mean" without the noise term (dt, ct), "last-mean" without that
+            of the last step (dt), or "ode" (ct, fm). None: "stochastic" for dt, "mean" for ct, "ode" for fm.
         width: units of the label and time branches and of the trunk.
         noise_seed: fixes noise and dropout of training and the noise of inference; None takes it from PyTorch's global
             generator.

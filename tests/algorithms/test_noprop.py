@@ -591,6 +591,7 @@ def oracle(sharpness: float, **options: Any) -> NoProp:
     [
         {},
         {"sampler": "mean"},
+        {"sampler": "last-mean"},
         {"p_out": "radial"},
         {"variant": "ct", "steps": 1000},
         # these keep the noise that the schedule ends with, so there must be little
@@ -636,6 +637,24 @@ def test_only_several_blocks_share_embeddings_that_learn() -> None:
     assert oracle(1.0).channels == ()
     assert NoProp([Oracle(1.0)], CLASSES, input_shape=(INPUTS,), variant="ct", **learned).channels == ()
     assert len(NoProp([Oracle(1.0), Oracle(1.0)], CLASSES, input_shape=(INPUTS,), steps=2, **learned).channels) == 1
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+@pytest.mark.parametrize(("sampler", "noisy"), [("stochastic", 0), ("last-mean", 1), ("mean", 4)])
+def test_inference_of_blocks_agrees_with_numpy(sampler: str, noisy: int, steps: int) -> None:
+    """All steps but the last `noisy` draw noise; with two steps the second and the fourth abar are the stops."""
+    model = linear(4, sampler=sampler)
+    x, _ = batch()
+    noise = model._sample_noise(x, 0)
+    stops = reference.cosine_alpha_bars(4, 1e-4, 1 - 1e-4)[:: 4 // steps]
+    z = noise(0).numpy()
+    for step, (a, b, c) in enumerate(zip(*reference.coefficients(stops), strict=True)):
+        w = linear_arrays(model, step * 4 // steps)
+        estimate = reference.softmax(x.numpy() @ w["A"].T + z @ w["B"].T + w["bias"])
+        z = a * estimate + b * z
+        if step < steps - noisy:
+            z = z + np.sqrt(c) * noise(step + 1).numpy()
+    np.testing.assert_allclose(model.sample(x, steps=steps).numpy(), z @ w["F"].T + w["f"], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 10])
