@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bpfree.errors import UsageError
+
 
 @cache
 def side_stream(device: torch.device, index: int) -> torch.cuda.Stream:
@@ -22,6 +24,16 @@ def side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
     # made (and kept) at the first eager step, so that a capture never has to
     streams = [side_stream(device, i) for i in range(count)] if device.type == "cuda" and count > 1 else []
     return streams if streams and torch.cuda.is_current_stream_capturing() else []
+
+
+def check_lanes(count: int) -> None:
+    """Refuse what is no number of lanes that a user can ask for.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if count < 1:
+        raise UsageError(f"lanes must be at least 1, got {count}")
 
 
 class Lanes:

@@ -46,7 +46,7 @@ from bpfree.algorithms._ff_classes import (
     GoodnessFactory,
     normalize_sample,
 )
-from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._lanes import Lanes, check_lanes
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms._options import chosen_function
 from bpfree.algorithms.learner import Batch, Learner, Metrics, Paper, Stage, Support, Trial, accuracy, evaluation_mode
@@ -102,7 +102,7 @@ class CompetitiveForward(Learner):
         inference: "sum" of the layers' goodness, that of a run of layers "selected" on validation data, the "last"
             layer's, or a linear "readout" of the last layer.
         first_layer: how many layers "sum" leaves out at the beginning.
-        lanes: layers that learn at the same time in a CUDA graph; more take less time and more memory.
+        lanes: layers that learn at the same time in a CUDA graph; more of them take more memory, to save time.
         head_pool: how feature maps reach the read-out: "flatten", "gap" or "adaptive".
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
@@ -139,8 +139,7 @@ class CompetitiveForward(Learner):
         lanes: int = 1,
         input_shape: Shape | None = None,
     ) -> None:
-        if lanes < 1:
-            raise UsageError(f"lanes must be at least 1, got {lanes}")
+        check_lanes(lanes)
         super().__init__(network, classes, input_shape)
         if inference not in INFERENCES:
             raise unknown_name("inference", inference, INFERENCES)

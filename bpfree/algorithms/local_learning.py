@@ -40,7 +40,7 @@ from bpfree.algorithms._auxiliary_losses import (
     Place,
     auxiliary_loss,
 )
-from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._lanes import Lanes, check_lanes
 from bpfree.algorithms._momentum_auxiliary import Momentum, MomentumAuxiliary, check_parts
 from bpfree.algorithms._optim import OptimizerFactory, make_optimizer, set_gradients, trained
 from bpfree.algorithms.learner import (
@@ -126,7 +126,7 @@ class LocalLearning(Learner):
         lr: learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9), or another of `make_optimizer`.
         weight_decay: decay of all weights that are trained.
-        lanes: blocks that learn at the same time in a CUDA graph; more take less time and more memory.
+        lanes: blocks that learn at the same time in a CUDA graph; more of them take more memory, to save time.
         input_shape: shape of one input sample; needed when the first layer is not a `Linear`.
 
     Raises:
@@ -175,8 +175,7 @@ class LocalLearning(Learner):
         lanes: int = 1,
         input_shape: Shape | None = None,
     ) -> None:
-        if lanes < 1:
-            raise UsageError(f"lanes must be at least 1, got {lanes}")
+        check_lanes(lanes)
         super().__init__(_cut(network, k, ends, stem, input_shape), classes, input_shape)
         check_parts(ema=ema, bias=bias, scale=scale, start=start)
         if ema_update not in UPDATE_TIMES:

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._lanes import Lanes, check_lanes
 from bpfree.algorithms._noprop_parts import (
     BlockNoise,
     EmbeddingKind,
@@ -249,8 +249,9 @@ class NoProp(Learner):
             raise unknown_name(f"sampler of {variant}", sampler, process.samplers)
         if shared_updates not in SHARED_UPDATES:
             raise unknown_name("shared_updates", shared_updates, SHARED_UPDATES)
-        if lanes < 1 or (validation_steps is not None and validation_steps < 1):
-            raise UsageError(f"lanes and validation_steps must be at least 1, got {lanes} and {validation_steps}")
+        check_lanes(lanes)
+        if validation_steps is not None and validation_steps < 1:
+            raise UsageError(f"validation_steps must be at least 1, got {validation_steps}")
         if variant == "dt" and validation_steps is not None and validation_steps > process.steps:
             raise UsageError(
                 f"validation_steps must be at most the number of blocks {process.steps}, got {validation_steps}"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bpfree.algorithms._lanes import Lanes
+from bpfree.algorithms._lanes import Lanes, check_lanes
 from bpfree.algorithms._noprop_parts import (
     BlockNoise,
     EmbeddingKind,
@@ -115,8 +115,7 @@ class NoPropBackprop(Learner):
     ) -> None:
         if steps < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
-        if lanes < 1:
-            raise UsageError(f"lanes must be at least 1, got {lanes}")
+        check_lanes(lanes)
         modules = children_of(network)
         check_classes(classes)
         shape = sample_shape(input_shape, list(as_blocks(modules)))
