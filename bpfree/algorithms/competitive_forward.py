@@ -136,7 +136,7 @@ class CompetitiveForward(Learner):
         inference: str = "sum",
         first_layer: int = 0,
         head_pool: str = "flatten",
-        lanes: int = 1,
+        lanes: int = 2,
         input_shape: Shape | None = None,
     ) -> None:
         check_lanes(lanes)
